@@ -1,0 +1,587 @@
+"""data/prepare.py, through its command line: files in, shards and manifest out."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import io
+import json
+import lzma
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import zstandard
+
+SCRIPT = Path(__file__).resolve().parents[1] / "data" / "prepare.py"
+BOS = 1
+
+
+def run(*args: object, seed: str = "0", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs prepare.py; no variable of the caller's shell steers the hub client or its proxy."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "MATCHED_")) and not name.lower().endswith("_proxy")
+    }
+    environment = inherited | {"PYTHONHASHSEED": seed} | variables
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def succeed(*args: object, **variables: str) -> str:
+    """Standard output of a run that must succeed."""
+    result = run(*args, **variables)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def fail(*args: object, **variables: str) -> str:
+    """The error line of a run that must fail as promised: status 2, one line with a remedy."""
+    result = run(*args, **variables)
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert re.fullmatch(r"error: .+; .+", lines[0])
+    return lines[0]
+
+
+def shard_tokens(path: Path) -> np.ndarray:
+    """A shard's tokens, after a check of its header."""
+    header = np.fromfile(path, "<i4", 256)
+    tokens = np.fromfile(path, "<u2", offset=1024)
+    assert header[:3].tolist() == [20240520, 1, len(tokens)]
+    assert not header[3:].any()
+    return tokens
+
+
+def split_documents(folder: Path, split: str) -> list[list[int]]:
+    """Token ids of each document of a split, without BOS."""
+    tokens = np.concatenate([shard_tokens(path) for path in sorted(folder.glob(f"fineweb_{split}_*.bin"))])
+    starts = np.flatnonzero(tokens == BOS)
+    assert starts[0] == 0
+    return [part[1:].tolist() for part in np.split(tokens, starts[1:])]
+
+
+def decoded(folder: Path, split: str) -> list[str]:
+    """Text of each document of a split."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    return [pieces.decode(ids) for ids in split_documents(folder, split)]
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_bytes(compressed(path.suffix, "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()))
+    return path
+
+
+def compressed(suffix: str, data: bytes) -> bytes:
+    half = len(data) // 2  # .zst in two frames, as tools that compress in parallel write it
+    compress = zstandard.ZstdCompressor().compress
+    return {
+        ".xz": lzma.compress,
+        ".gz": gzip.compress,
+        ".zst": lambda all_of_it: compress(all_of_it[:half]) + compress(all_of_it[half:]),
+    }.get(suffix, bytes)(data)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """120 documents of made-up words, already in the form the tokenizer normalises to."""
+    rng = random.Random(1)
+    words = ["".join(rng.choices("aeioubdgklmnrst", k=rng.randint(2, 8))) for _ in range(400)]
+    return [" ".join(rng.choices(words, k=rng.randint(20, 120))) + "." for _ in range(120)]
+
+
+def make_tokenizer(path: Path, texts: list[str], **options: object) -> Path:
+    settings = dict(model_type="bpe", vocab_size=400, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, **(settings | options)
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("model") / "byte.model", texts, byte_fallback=True)
+
+
+@pytest.fixture
+def corpus(texts: list[str], tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "corpus.jsonl", texts)
+
+
+# ---------------------------------------------------------------------------------------------------
+# docs
+
+
+def test_help_needs_no_package() -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['prepare.py', 'docs', '--help']\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "sys.exit(any(name in sys.modules for name in ('numpy', 'sentencepiece', 'huggingface_hub')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("suffix", ["", ".xz", ".gz", ".zst"])
+def test_round_trip(suffix: str, texts: list[str], tokenizer: Path, tmp_path: Path) -> None:
+    lines = write_jsonl(tmp_path / f"lines.jsonl{suffix}", texts)
+    one = tmp_path / f"one.txt{suffix}"
+    one.write_bytes(compressed(suffix, b"One document.\nIts second line."))
+    out = tmp_path / "out"
+    printed = succeed("docs", lines, one, "--val", write_jsonl(tmp_path / "val.jsonl", texts[:7]),
+                      "--tokenizer", tokenizer, "--out", out)  # fmt: skip
+    assert decoded(out, "train") == texts + ["One document. Its second line."]
+    assert decoded(out, "val") == texts[:7]
+    assert (out / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+    command = f"DATA_PATH={out} TOKENIZER_PATH={out}/tokenizer.model VOCAB_SIZE=400 ./run.sh"
+    assert printed.splitlines()[-1] == command
+
+
+def test_shards_are_full_and_documents_span_them(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    options = ("docs", corpus, "--tokenizer", tokenizer, "--val-fraction", "0.2", "--out")
+    succeed(*options, tmp_path / "one")
+    succeed(*options, tmp_path / "many", "--shard-tokens", 1000)
+    many = sorted((tmp_path / "many").glob("fineweb_train_*.bin"))
+    assert [path.name for path in many] == [f"fineweb_train_{n:06d}.bin" for n in range(len(many))]
+    sizes = [len(shard_tokens(path)) for path in many]
+    assert len(sizes) > 3 and set(sizes[:-1]) == {1000} and 0 < sizes[-1] <= 1000
+    assert any(shard_tokens(path)[0] != BOS for path in many)
+    for split in ("train", "val"):
+        assert split_documents(tmp_path / "many", split) == split_documents(tmp_path / "one", split)
+    figures = manifest_of(tmp_path / "many")["splits"]["train"]
+    assert [file["tokens"] for file in figures["files"]] == sizes
+    assert figures["tokens"] == sum(sizes)
+
+
+def test_batches_join_without_a_seam(texts: list[str], tokenizer: Path, tmp_path: Path) -> None:
+    """More text than is tokenised at a time (4 million characters): batches end in the middle of a shard."""
+    long = [" ".join(texts[n:] * 20) for n in range(12)]
+    assert sum(map(len, long)) > 6_000_000
+    val = write_jsonl(tmp_path / "v.jsonl", texts)
+    succeed("docs", write_jsonl(tmp_path / "t.jsonl", long), "--val", val, "--tokenizer", tokenizer,
+            "--out", tmp_path / "out", "--shard-tokens", 700_000)  # fmt: skip
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    assert split_documents(tmp_path / "out", "train") == pieces.encode(long)
+    sizes = [file["tokens"] for file in manifest_of(tmp_path / "out")["splits"]["train"]["files"]]
+    assert len(sizes) > 3 and set(sizes[:-1]) == {700_000} and sizes[-1] <= 700_000
+
+
+def test_manifest_figures(texts: list[str], tokenizer: Path, tmp_path: Path) -> None:
+    """Documents that normalisation leaves alone: the counted bytes are the bytes of the decoded text."""
+    odd = ["snow \u2603 and \u96ea, na\u00efve", "\U0001f600", "nab \u2603"]  # only in bytes
+    out = tmp_path / "out"
+    train, val = write_jsonl(tmp_path / "t.jsonl", texts + odd), write_jsonl(tmp_path / "v.jsonl", odd)
+    succeed("docs", train, "--val", val, "--tokenizer", tokenizer, "--out", out)
+    manifest = manifest_of(out)
+    for split, expected in (("train", texts + odd), ("val", odd)):
+        figures = manifest["splits"][split]
+        assert decoded(out, split) == expected
+        size = sum(len(text.encode()) for text in expected)
+        # A document may begin with a byte piece: the tokenizer then puts a mark of its own before it,
+        # which follows BOS and so counts nothing.
+        assert figures["counted_bytes"] == figures["raw_bytes"] == size
+        assert figures["documents"] == len(expected)
+        assert figures["tokens"] == sum(len(ids) + 1 for ids in split_documents(out, split))
+        for file in figures["files"]:
+            assert file["sha256"] == hashlib.sha256((out / file["name"]).read_bytes()).hexdigest()
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    assert any(pieces.is_byte(token) for ids in split_documents(out, "val") for token in ids)
+    model_hash = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    assert manifest["tokenizer"] == {"vocab_size": 400, "sha256": model_hash, "source": "byte.model"}
+
+
+def test_unknown_pieces_count_nothing(texts: list[str], tmp_path: Path) -> None:
+    model = make_tokenizer(tmp_path / "unk.model", texts, byte_fallback=False)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    text = "nab \u2603 nab \u96ea\u2603 nab"
+    ids = pieces.encode(text)
+    # Space marks stand before each unknown run and before the "nab" after it. The latter follows a
+    # boundary or not, depending on whether its mark is a piece of its own, so count piece by piece.
+    size, previous = 0, BOS
+    for token in ids:
+        piece = pieces.id_to_piece(token)
+        if token != pieces.unk_id():
+            size += len(piece.replace("\u2581", "").encode())
+            size += piece.startswith("\u2581") and previous not in (BOS, pieces.unk_id())
+        previous = token
+    assert ids.count(pieces.unk_id()) == 2 and 0 < size < len(text.encode())
+    path = write_jsonl(tmp_path / "v.jsonl", [text])
+    succeed("docs", write_jsonl(tmp_path / "t.jsonl", texts), "--val", path, "--tokenizer", model,
+            "--out", tmp_path / "out")  # fmt: skip
+    figures = manifest_of(tmp_path / "out")["splits"]["val"]
+    assert figures["counted_bytes"] == size
+    assert figures["raw_bytes"] == len(text.encode())
+
+
+def test_split_by_hash_is_stable(texts: list[str], tokenizer: Path, tmp_path: Path) -> None:
+    """The same documents land in validation whatever their order, file and company."""
+    shuffled = random.Random(2).sample(texts, len(texts))
+    a = write_jsonl(tmp_path / "a.jsonl", shuffled[:50])
+    b = write_jsonl(tmp_path / "b.jsonl.gz", shuffled[50:])
+    options = ("--tokenizer", tokenizer, "--val-fraction", "0.25", "--out")
+    succeed("docs", write_jsonl(tmp_path / "c.jsonl", texts), *options, tmp_path / "one")
+    succeed("docs", a, b, *options, tmp_path / "two", seed="7")
+    for split in ("train", "val"):
+        assert sorted(decoded(tmp_path / "one", split)) == sorted(decoded(tmp_path / "two", split))
+    held_out = {text for text in texts if hashlib.sha256(text.encode()).digest()[0] < 64}  # a quarter of 256
+    assert set(decoded(tmp_path / "one", "val")) == held_out
+    assert decoded(tmp_path / "two", "train") == [text for text in shuffled if text not in held_out]
+
+
+def test_trained_tokenizer_is_reproducible(corpus: Path, tmp_path: Path) -> None:
+    for name, seed in (("one", "1"), ("two", "2")):
+        succeed("docs", corpus, "--vocab-size", 320, "--out", tmp_path / name, seed=seed)
+    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "one" / "tokenizer.model"))
+    assert pieces.vocab_size() == 320
+    assert (pieces.pad_id(), pieces.bos_id(), pieces.eos_id(), pieces.unk_id()) == (0, 1, 2, 3)
+    assert sum(pieces.is_byte(token) for token in range(320)) == 256
+
+
+@pytest.mark.parametrize("how", ["given", "by hash"])
+def test_tokenizer_learns_nothing_from_validation(how: str, texts: list[str], tmp_path: Path) -> None:
+    """Two corpora that differ in their validation documents only get the same tokenizer."""
+
+    def held_out(text: str) -> bool:
+        return hashlib.sha256(text.encode()).digest()[0] < 64
+
+    train = [text for text in texts if not held_out(text)]
+    models = []
+    for word in ("zzyzx", "qwfpg"):
+        val = next(text for n in range(1000) if held_out(text := f"{word} " * 500 + str(n)))
+        path = write_jsonl(tmp_path / f"{word}.jsonl", [val] if how == "given" else [val, *train])
+        files = [write_jsonl(tmp_path / "t.jsonl", train), "--val", path] if how == "given" else [path]
+        options = [] if how == "given" else ["--val-fraction", "0.25"]
+        succeed("docs", *files, *options, "--vocab-size", 320, "--out", tmp_path / word)
+        assert len(split_documents(tmp_path / word, "val")) == 1
+        models.append((tmp_path / word / "tokenizer.model").read_bytes())
+    assert models[0] == models[1]
+
+
+def test_empty_documents_are_skipped_and_counted(texts: list[str], tokenizer: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", ["", *texts, " \n\t "])
+    path.write_text(path.read_text() + "\n\n")  # blank lines are no documents
+    val = write_jsonl(tmp_path / "v.jsonl", ["", texts[0]])
+    succeed("docs", path, "--val", val, "--tokenizer", tokenizer, "--out", tmp_path / "out")
+    manifest = manifest_of(tmp_path / "out")
+    assert manifest["empty_documents"] == 3
+    assert manifest["splits"]["train"]["documents"] == len(texts)
+
+
+def test_existing_folder_is_refused_or_replaced(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("docs", corpus, "--tokenizer", tokenizer, "--val-fraction", "0.2", "--out", out)
+    succeed(*options, "--shard-tokens", 1000)
+    before = folder_bytes(out)
+    assert "--force" in fail(*options)
+    assert folder_bytes(out) == before
+    succeed(*options, "--force")
+    assert len(folder_bytes(out)) == 4 < len(before)
+    (out / "thesis.tex").write_text("years of work")
+    assert "thesis.tex" in fail(*options, "--force")
+    assert (out / "thesis.tex").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "out"]
+
+
+GOOD = b'{"text": "a good line"}\n'
+RANDOM = random.Random(3).randbytes(4000)
+MANY = b"".join(b'{"text": "%s"}\n' % RANDOM[n : n + 40].hex().encode() for n in range(0, 4000, 40))
+BAD_FILES = {
+    "foreign name": ("a.csv", b"x,y", "a.csv: unknown kind of file"),
+    "binary": ("a.jsonl", b"\x89PNG\r\n" + RANDOM, "a.jsonl line 1: not valid JSON"),
+    "bad line": ("a.jsonl", GOOD * 2 + b"{oops\n" + GOOD, "a.jsonl line 3: not valid JSON"),
+    "array": ("a.jsonl", GOOD + b"[1]\n", "a.jsonl line 2: not a JSON object"),
+    "no key": ("a.jsonl", GOOD + b'{"body": "x"}\n', "a.jsonl line 2: no text under 'text'"),
+    "no string": ("a.jsonl", GOOD + b'{"text": 3}\n', "a.jsonl line 2: no text under 'text'"),
+    "surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl line 1: text with half a surrogate pair"),
+    "not UTF-8": ("a.txt", b"\xff\xfe\x00", "a.txt: not UTF-8"),
+    "not gzip": ("a.jsonl.gz", RANDOM, "a.jsonl.gz: cannot be read"),
+    "not xz": ("a.jsonl.xz", RANDOM, "a.jsonl.xz: cannot be read"),
+    "not zstd": ("a.jsonl.zst", RANDOM, "a.jsonl.zst: cannot be read"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(MANY)[:-900], "a.jsonl.gz: cannot be read"),
+    "cut xz": ("a.txt.xz", lzma.compress(MANY)[:-900], "a.txt.xz: cannot be read"),
+    "cut zstd": ("a.txt.zst", zstandard.compress(MANY)[:-900], "a.txt.zst: cannot be read (the file ends in"),
+    "no document": ("a.jsonl", b"\n", "no document in the train split"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(case: str, corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    name, data, message = BAD_FILES[case]
+    path = tmp_path / name
+    path.write_bytes(data)
+    before = sorted(tmp_path.iterdir())
+    assert message in fail("docs", path, "--val", corpus, "--tokenizer", tokenizer, "--out", tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_bad_arguments(corpus: Path, texts: list[str], tokenizer: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out")
+    use = ("--tokenizer", tokenizer, *out)
+    assert "gone.jsonl: no such file" in fail("docs", tmp_path / "gone.jsonl", *use)
+    assert "both training and validation" in fail("docs", corpus, "--val", corpus, *use)
+    assert "text under 'body'" in fail("docs", corpus, "--text-key", "body", *use)
+    assert "no document in the val split" in fail("docs", corpus, "--val-fraction", "0.000001", *use)
+    assert "not between 0 and 1" in fail("docs", corpus, "--val-fraction", "1.5", *use)
+    assert "required" in fail("docs", corpus, *out)
+    assert "unrecognized arguments: --shards" in fail("docs", corpus, *use, "--shards=5")
+    assert "not at least 264 and at most 65535" in fail("docs", corpus, "--vocab-size", 70000, *out)
+    assert "Vocabulary size too high" in fail("docs", corpus, "--vocab-size", 60000, *out)
+    assert "gone.model" in fail("docs", corpus, "--tokenizer", tmp_path / "gone.model", *out)
+    (tmp_path / "text.model").write_text("not a model")
+    message = fail("docs", corpus, "--tokenizer", tmp_path / "text.model", *out)
+    assert "text.model: not a SentencePiece model" in message
+    other = make_tokenizer(tmp_path / "bos.model", texts, bos_id=2, eos_id=1)
+    assert "BOS id is 2" in fail("docs", corpus, "--tokenizer", other, *out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bos.model", "corpus.jsonl", "text.model"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# embedded
+
+
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None,
+    reason="the embedded corpus is made of torch's docstrings, and torch is not installed",
+)
+
+
+@needs_torch
+def test_embedded_corpus(tmp_path: Path) -> None:
+    """Built, recognised, and built again after a change of versions: the same bytes each time."""
+    out = tmp_path / "corpus"
+    options = ("embedded", "--vocab-size", 400, "--out", out)
+    succeed(*options, seed="1")
+    first = folder_bytes(out)
+    manifest = manifest_of(out)
+    train, val = (manifest["splits"][split] for split in ("train", "val"))
+    assert train["raw_bytes"] > 3_000_000 and val["documents"] > 20
+    assert 0.01 < val["raw_bytes"] / train["raw_bytes"] < 0.15
+    documents = split_documents(out, "train") + split_documents(out, "val")
+    assert len({tuple(ids) for ids in documents}) > 0.99 * len(documents)  # equal only once normalised
+    together = decoded(out, "train") + decoded(out, "val")
+    assert any(text.startswith('The "yield" statement') for text in together)
+
+    assert "up to date" in succeed(*options)
+    changed = manifest | {"versions": manifest["versions"] | {"numpy": "0.0"}}
+    (out / "manifest.json").write_text(json.dumps(changed))
+    assert "up to date" not in succeed(*options, seed="2")
+    assert folder_bytes(out) == first
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+@needs_torch
+def test_embedded_leaves_other_folders_alone(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeed("docs", corpus, "--tokenizer", tokenizer, "--val-fraction", "0.2", "--out", out)
+    before = folder_bytes(out)
+    assert "is no embedded corpus" in fail("embedded", "--out", out)
+    assert folder_bytes(out) == before
+
+
+# ---------------------------------------------------------------------------------------------------
+# fineweb, against a server that answers like the hub
+
+
+def shard(tokens: int, promised: int | None = None) -> bytes:
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, tokens if promised is None else promised
+    return header.tobytes() + np.random.default_rng(tokens).integers(1, 1024, tokens).astype("<u2").tobytes()
+
+
+class Hub(ThreadingHTTPServer):
+    """The hub's download addresses for one dataset repository, on 127.0.0.1."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.files = files
+        self.repo = "willdepueoai/parameter-golf"
+        self.got: list[tuple[str, str]] = []  # (path, Range header) of each GET
+        self.cut: set[str] = set()  # paths whose next GET breaks off half-way
+        self.home = ""  # HF_HOME of the client
+
+    def variables(self) -> dict[str, str]:
+        return {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}", "HF_HOME": self.home}
+
+    def shards_got(self) -> list[str]:
+        """Names of the shards fetched since the last call."""
+        names = [Path(path).name for path, _ in self.got if path.endswith(".bin")]
+        self.got.clear()
+        return names
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(send_body=False)
+
+    def do_GET(self) -> None:
+        self.answer(send_body=True)
+
+    def answer(self, send_body: bool) -> None:
+        start = f"/datasets/{self.server.repo}/resolve/main/"
+        path = self.path.removeprefix(start)
+        data = self.server.files.get(path)
+        if not self.path.startswith(start) or data is None:
+            self.send_response(404)
+            code = "EntryNotFound" if self.path.startswith(start) else "RepoNotFound"
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        asked = self.headers.get("Range", "") if send_body else ""
+        first = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
+        body = data[first:]
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        if send_body:
+            self.server.got.append((path, asked))
+            if path in self.server.cut:
+                self.server.cut.remove(path)
+                body = body[: len(body) // 2]
+                self.close_connection = True
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def hub(texts: list[str], tmp_path: Path) -> Iterator[Hub]:
+    reason = "prepare.py fineweb downloads with huggingface_hub: pip install -r data/requirements.txt"
+    pytest.importorskip("huggingface_hub", reason=reason)
+    model = make_tokenizer(tmp_path / "m.model", texts, vocab_size=1024)
+    dataset = {
+        "name": "fineweb10B_sp1024",
+        "tokenizer_name": "sp_bpe_1024",
+        "stats": {"files_train": 3, "files_val": 1},
+    }
+    pieces = {"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model"}
+    folder = "datasets/datasets/fineweb10B_sp1024"
+    files = {
+        "datasets/manifest.json": json.dumps({"datasets": [dataset], "tokenizers": [pieces]}).encode(),
+        "datasets/tokenizers/fineweb_1024_bpe.model": model.read_bytes(),
+        f"{folder}/fineweb_val_000000.bin": shard(3_000),
+    }
+    files |= {f"{folder}/fineweb_train_{n:06d}.bin": shard(50_000 + n) for n in range(3)}
+    model.unlink()
+    server = Hub(files)
+    server.home = str(tmp_path / "home")
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+SHARD = "datasets/datasets/fineweb10B_sp1024/fineweb_train_00000{}.bin"
+
+
+def test_fineweb_downloads_and_resumes(hub: Hub, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    folder = root / "datasets" / "fineweb10B_sp1024"
+    options = ("fineweb", "--train-shards", 2, "--out", root)
+    printed = succeed(*options, **hub.variables())
+    names = ["fineweb_train_000000.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"]
+    expected = {name: hub.files[f"datasets/datasets/fineweb10B_sp1024/{name}"] for name in names}
+    assert folder_bytes(folder) == expected
+    model = root / "tokenizers" / "fineweb_1024_bpe.model"
+    assert folder_bytes(model.parent) == {model.name: hub.files[f"datasets/tokenizers/{model.name}"]}
+    assert printed.splitlines()[-1] == f"DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE=1024 ./run.sh"
+    cached = [path for path in Path(hub.home).rglob("*") if path.is_file() and path.stat().st_size > 5_000]
+    assert not cached, "the hub client kept a second copy"
+    assert sorted(hub.shards_got()) == names
+
+    succeed(*options, **hub.variables())
+    assert hub.shards_got() == []
+    os.truncate(folder / names[1], 40_000)
+    (folder / names[2]).write_bytes(b"")
+    succeed(*options, **hub.variables())
+    assert sorted(hub.shards_got()) == names[1:]
+    assert folder_bytes(folder) == expected
+    succeed("fineweb", "--train-shards", 3, "--out", root, **hub.variables())
+    assert hub.shards_got() == ["fineweb_train_000002.bin"]
+
+
+def test_fineweb_continues_after_a_broken_connection(hub: Hub, tmp_path: Path) -> None:
+    hub.files[SHARD.format(0)] = shard(12_000_000)  # the client keeps what came in whole blocks of 10 MB
+    hub.cut = {SHARD.format(0)}
+    succeed("fineweb", "--train-shards", 1, "--out", tmp_path / "data", **hub.variables())
+    assert [bool(asked) for path, asked in hub.got if path == SHARD.format(0)] == [False, True]
+    local = tmp_path / "data" / "datasets" / "fineweb10B_sp1024" / "fineweb_train_000000.bin"
+    assert local.read_bytes() == hub.files[SHARD.format(0)]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (shard(1000, promised=2000), "promises 2000 tokens"),
+        (b"\0\0\0\0" + shard(1000)[4:], "header starts with 0, 1"),
+        (b"<html>", "only 6 bytes"),
+    ],
+)
+def test_fineweb_refuses_a_lying_shard(data: bytes, message: str, hub: Hub, tmp_path: Path) -> None:
+    hub.files[SHARD.format(1)] = data
+    line = fail("fineweb", "--train-shards", 2, "--out", tmp_path / "data", **hub.variables())
+    assert "fineweb_train_000001.bin" in line and message in line
+    left = folder_bytes(tmp_path / "data" / "datasets" / "fineweb10B_sp1024")
+    assert sorted(left) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin"]
+
+
+def test_fineweb_errors(hub: Hub, tmp_path: Path) -> None:
+    options = ("fineweb", "--train-shards", 1, "--out", tmp_path / "data")
+    assert "has 3 training shards" in fail("fineweb", "--out", tmp_path / "data", **hub.variables())
+    missing = fail(*options, **hub.variables(), MATCHED_FINEWEB_REPO_ID="some/where")
+    assert "some/where" in missing and "MATCHED_FINEWEB_REPO_ID" in missing
+    missing = fail(*options, **hub.variables(), MATCHED_FINEWEB_REMOTE_ROOT_PREFIX="elsewhere")
+    assert "elsewhere/manifest.json" in missing
+    hub.files["datasets/manifest.json"] = b'{"datasets": 3}'
+    assert "manifest.json does not describe" in fail(*options, **hub.variables())
+    hub.files["datasets/manifest.json"] = b"[]"
+    assert "manifest.json does not describe" in fail(*options, **hub.variables())
+    assert list((tmp_path / "data" / "datasets").iterdir()) == []
+
+
+def test_fineweb_without_network(hub: Hub, tmp_path: Path) -> None:
+    """Offline by setting; a network that is down ends the same way, after half a minute of retries."""
+    variables = hub.variables() | {"HF_HUB_OFFLINE": "1"}
+    assert "check the network" in fail("fineweb", "--out", tmp_path / "data", **variables)
+
+
+def test_fineweb_from_another_repository(hub: Hub, tmp_path: Path) -> None:
+    hub.repo = "my/copy"
+    hub.files = {path.removeprefix("datasets/"): data for path, data in hub.files.items()}
+    variables = {"MATCHED_FINEWEB_REPO_ID": "my/copy", "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX": ""}
+    succeed("fineweb", "--train-shards", 1, "--out", tmp_path / "data", **hub.variables(), **variables)
+    assert len(hub.shards_got()) == 2

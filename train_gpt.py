@@ -1,0 +1,1644 @@
+"""Train a small language model, pack it under 16,000,000 bytes, score it in bits per byte (BPB).
+
+    python train_gpt.py --help                               every variable, by stage
+    python train_gpt.py --check                              what a run would do, without running it
+    python train_gpt.py                                      one process: CPU or one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs
+    TRAIN_ENABLED=0 MODEL_PATH=final_model.int6.ptz python train_gpt.py    score an artifact again
+
+A run is: train -> average (EMA) -> export (int6 + zstd) -> read back -> evaluate -> test-time training, and the
+file reads in that order. Configuration is by environment variables and is checked before anything else.
+Exit codes: 0 a finished run; 1 a finished run whose score is not valid; 2 something the user must mend.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import queue
+import re
+import resource
+import shutil
+import struct
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve()
+
+# ======================================================================================================
+# Configuration: every variable once, with its default, what it accepts and what it is for
+# ======================================================================================================
+
+
+class UserError(Exception):
+    """Something the person who launched the run can mend: one line, exit code 2."""
+
+
+def var(default, accepts: str, text: str, stage: str = ""):
+    """A configuration field. `accepts` is shown in --help and enforced by `parse`; `stage` opens a section."""
+    return dataclasses.field(default=default, metadata={"accepts": accepts, "text": text, "stage": stage})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run's settings. Each field is set by the environment variable of its name in capitals."""
+
+    preset: str = var("auto", "auto|seed|demo", "defaults to start from; auto: seed with a GPU, else demo", "Run")
+    run_id: str = var("", "name", "folder of this run under LOG_DIR; empty: time and seed")
+    seed: int = var(1337, "0..4294967295", "random seed of weights and, with SHUFFLE=1, of the data order")
+    log_dir: str = var("logs", "path", "where runs are kept")
+    train_log_every: int = var(100, ">=0", "steps between train_loss lines, besides the first 10; 0 off")
+    strict_env: bool = var(True, "0|1", "1: a variable that looks misspelt stops the run; 0: it is a warning")
+    env_extra: str = var("", "text", "comma-separated names of your own variables that may look like ours")
+
+    data_path: str = var("./data/datasets/fineweb10B_sp1024", "path", "folder of fineweb_train_*.bin and "
+                         "fineweb_val_*.bin; the default is also looked for above the script", "Data")
+    tokenizer_path: str = var("", "path", "SentencePiece model; empty: DATA_PATH/tokenizer.model, else "
+                              "./data/tokenizers/fineweb_1024_bpe.model")
+    shuffle: bool = var(False, "0|1", "1: the order of sequences within an epoch is drawn from SEED")
+    val_token_limit: int = var(0, ">=0", "score only the first N targets of the validation split; 0 all")
+
+    vocab_size: int = var(1024, "2..65535", "tokens, as in the tokenizer", "Model")
+    num_layers: int = var(11, "1..256", "transformer blocks")
+    model_dim: int = var(512, "2..16384", "width of the residual stream")
+    num_heads: int = var(8, "1..1024", "query heads")
+    num_kv_heads: int = var(4, "1..1024", "key and value heads, shared by groups of query heads")
+    mlp_mult: float = var(3.0, "0.01..64", "MLP hidden width as a multiple of MODEL_DIM")
+    train_seq_len: int = var(2048, "1..1048576", "tokens a training sequence")
+    tie_embeddings: bool = var(True, "0|1", "1: the output layer is the token embedding")
+    rope_base: float = var(10000.0, ">=1", "RoPE base up to length 1024; grows with longer sequences")
+    rope_dims: int = var(16, ">=0", "dimensions of a head that RoPE turns, even; 0 all")
+    qk_gain_init: float = var(1.5, ">=0", "initial gain on normalised queries, one a head")
+    logit_softcap: float = var(30.0, ">0", "logits are squashed into +-this by tanh")
+    ln_scale: bool = var(True, "0|1", "1: the inputs of layer i are divided by sqrt(i+1)")
+    xsa_last_n: int = var(0, ">=0", "exclusive self-attention on the last N layers; 0 off")
+    bigram_vocab_size: int = var(2048, "0..1048576", "buckets of the hashed bigram embedding; 0 off")
+    bigram_dim: int = var(96, "1..16384", "width of a bigram embedding")
+    sparse_start_layer: int = var(8, "-1..256", "first layer followed by the shared sidecar; below 0 off")
+    sparse_end_layer: int = var(-1, ">=-1", "last one; -1 the last layer, larger numbers are clipped")
+    sparse_every: int = var(1, ">=1", "every how many layers between them")
+    sparse_max_sites: int = var(0, ">=0", "at most this many sites; 0 no limit")
+    sparse_hidden_dim: int = var(48, "0..16384", "hidden width of the sidecar; 0 off")
+    bos_mask: bool = var(True, "0|1", "1: SmearGate, bigram and sidecar stop at document starts; 0: as published")
+
+    train_enabled: bool = var(True, "0|1", "0: no training, start from MODEL_PATH", "Training")
+    model_path: str = var("", "path", "artifact to evaluate when TRAIN_ENABLED=0")
+    train_batch_tokens: int = var(786432, ">=1", "tokens a step over all ranks, a multiple of TRAIN_SEQ_LEN")
+    micro_batch_seqs: int = var(0, ">=0", "sequences a forward pass of one rank; 0: from the device's memory")
+    iterations: int = var(9000, ">=1", "steps at most")
+    max_wallclock_seconds: float = var(596.0, ">=0", "training seconds at most; 0 no cap")
+    warmdown_iters: int = var(3000, ">=0", "final steps of linear decay to 0, in their measured time under a cap")
+    warmup_steps: int = var(20, ">=0", "steps that prime compilation on random tokens and are undone")
+    val_loss_every: int = var(0, ">=0", "steps between validations of the raw weights, off the clock; 0 off")
+    use_compile: str = var("auto", "auto|0|1", "torch.compile; auto: on CUDA")
+    compute_dtype: str = var("auto", "auto|bf16|fp32", "auto: bf16 on GPUs and CPUs with bf16 instructions")
+
+    matrix_lr: float = var(0.025, ">=0", "Muon's rate, for matrices", "Optimizers")
+    tied_embed_lr: float = var(0.035, ">=0", "AdamW's rate for token and bigram embeddings when tied")
+    embed_lr: float = var(0.6, ">=0", "the same when untied")
+    head_lr: float = var(0.008, ">=0", "Adam's rate for the untied output layer")
+    scalar_lr: float = var(0.025, ">=0", "AdamW's rate for vectors, scalars and the sidecar's kernel")
+    tied_embed_init_std: float = var(0.005, ">0", "standard deviation of initial tied embeddings")
+    muon_momentum: float = var(0.99, "0..<1", "Muon's momentum after its warm-up")
+    muon_momentum_warmup_start: float = var(0.92, "0..<1", "Muon's momentum at step 0")
+    muon_momentum_warmup_steps: int = var(1500, ">=0", "steps of that warm-up")
+    muon_backend_steps: int = var(5, "1..100", "Newton-Schulz iterations")
+    muon_wd: float = var(0.04, ">=0", "Muon's decoupled weight decay")
+    adam_wd: float = var(0.04, ">=0", "AdamW's weight decay")
+    beta1: float = var(0.9, "0..<1", "Adam's first beta")
+    beta2: float = var(0.95, "0..<1", "Adam's second beta")
+    adam_eps: float = var(1e-8, ">0", "Adam's epsilon")
+    grad_clip_norm: float = var(0.3, ">=0", "global gradient norm at most; 0 off")
+    ema_enabled: bool = var(True, "0|1", "1: export the exponential moving average of the weights")
+    ema_decay: float = var(0.997, "0..<1", "its decay a step")
+
+    export_enabled: bool = var(True, "0|1", "0: evaluate the averaged weights without an artifact", "Export")
+    artifact_limit_bytes: int = var(16_000_000, ">=1", "code + model bytes at most")
+    quant_min_numel: int = var(65536, ">=0", "tensors up to this many elements are kept in fp16")
+
+    final_eval_enable: bool = var(True, "0|1", "1: score float and int6 weights without overlap", "Evaluation")
+    final_sliding_eval_enable: bool = var(True, "0|1", "1: score the artifact in sliding windows")
+    eval_stride: int = var(64, ">=0", "tokens between sliding windows; 0: no sliding evaluation")
+    eval_seq_len: int = var(0, "0..1048576", "tokens an evaluation window; 0: as TRAIN_SEQ_LEN")
+    val_batch_size: int = var(524288, ">=1", "tokens a validation batch over all ranks, at most")
+    nll_dump: str = var("", "path", "write the nats of every target behind val_bpb to this .npy file")
+
+    ttt_enabled: bool = var(False, "0|1", "1: score-first test-time training", "Test-time training")
+    ttt_chunk_tokens: int = var(32768, ">=1", "targets scored, then learnt from, at a time")
+    ttt_optimizer: str = var("sgd", "adamw|sgd", "optimizer that adapts the weights")
+    ttt_lr: float = var(0.002, ">=0", "its rate")
+    ttt_lr_min: float = var(0.0, ">=0", "where TTT_COSINE ends within a chunk")
+    ttt_cosine: bool = var(False, "0|1", "1: the rate falls by a cosine within a chunk")
+    ttt_epochs: int = var(3, ">=0", "passes over each scored chunk")
+    ttt_warmup_epochs: int = var(0, ">=0", "passes of linear warm-up under TTT_COSINE")
+    ttt_wd: float = var(0.0, ">=0", "its weight decay")
+    ttt_momentum: float = var(0.9, "0..<1", "momentum of sgd")
+    ttt_batch_seqs: int = var(32, ">=1", "sequences a step of one rank")
+    ttt_freeze_blocks: int = var(0, ">=0", "first blocks that do not adapt")
+    ttt_grad_clip: float = var(1.0, ">=0", "gradient norm at most; 0 off")
+
+    explicit: frozenset = frozenset()  # names of the fields that the environment set
+
+    @property
+    def eval_len(self) -> int:
+        return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def sparse_sites(self) -> tuple[int, ...]:
+        """Layers followed by the shared sidecar."""
+        if self.sparse_start_layer < 0 or self.sparse_hidden_dim == 0:
+            return ()
+        end = self.num_layers if self.sparse_end_layer < 0 else min(self.sparse_end_layer + 1, self.num_layers)
+        sites = tuple(range(self.sparse_start_layer, end, self.sparse_every))
+        return sites[: self.sparse_max_sites] if self.sparse_max_sites else sites
+
+    def settings(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in VARIABLES}
+
+    def overrides(self) -> dict:
+        return {n.upper(): getattr(self, n) for n in sorted(self.explicit) if n != "preset"}
+
+
+PRESETS = {
+    "seed": {},  # the defaults above are the published ones
+    "demo": {  # a few minutes on two CPU cores, on the embedded corpus
+        "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "sparse_start_layer": 2,
+        "train_seq_len": 256, "train_batch_tokens": 4096, "iterations": 3000, "max_wallclock_seconds": 120.0,
+        "warmdown_iters": 250, "warmup_steps": 0, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 100,
+        "ema_decay": 0.97, "train_log_every": 50, "val_token_limit": 131072, "quant_min_numel": 4096,
+    },
+}
+
+# Switches of this field's other scripts that are not implemented here: harmless when off, an error when on.
+NOT_IMPLEMENTED = ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS", "LAWA_ENABLED", "DTG_ENABLED",
+                   "VE_ENABLED", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM")
+COMPANIONS = ("SWA_", "QAT_", "MTP_", "LAWA_", "DTG_", "VE_", "MUON_BETA2")  # settings of those: no effect
+# A name with a prefix of the first group was meant for us, one of the second never was.
+FAMILIES = ("ADAM_", "ARTIFACT_", "BIGRAM_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "ROPE_",
+            "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "XSA_")
+FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH", "PET_", "CUDA_", "NVIDIA_",
+           "NCCL_", "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MATCHED_")
+
+VARIABLES = [f for f in dataclasses.fields(Config) if "accepts" in f.metadata]
+_stages = list(itertools.accumulate((f.metadata["stage"] for f in VARIABLES), lambda old, new: new or old))
+MODEL_FIELDS = [f for f, stage in zip(VARIABLES, _stages, strict=True) if stage == "Model"]  # stored in artifacts
+
+
+def parse(kind: type, accepts: str, raw: str):
+    """A variable's value from its text. Raises ValueError when `accepts` does not admit it."""
+    if kind is bool:
+        ok, value = raw in ("0", "1"), raw == "1"
+    elif kind is str:
+        ok = "\n" not in raw and "\0" not in raw and ("|" not in accepts or raw in accepts.split("|"))
+        ok, value = ok and (accepts != "name" or raw not in (".", "..") and "/" not in raw and len(raw) < 200), raw
+    else:
+        value = kind(raw)
+        if accepts[0] == ">":
+            ok = value >= float(accepts[2:]) if accepts[1] == "=" else value > float(accepts[1:])
+        else:
+            low, high = accepts.split("..")
+            ok = float(low) <= value and (value < float(high[1:]) if high[0] == "<" else value <= float(high))
+        ok = ok and abs(value) <= 1e15  # also refuses nan and inf
+    if not ok:
+        raise ValueError
+    return value
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance: insertions, deletions and substitutions that turn `a` into `b`."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
+def misspelt(names, extra: set[str]) -> list[str]:
+    """A line for each environment name that looks meant for this script but is not one of its variables."""
+    ours, lines = [f.name.upper() for f in VARIABLES], []
+    for name in sorted(set(names) - {*ours, *NOT_IMPLEMENTED, *extra}):
+        if name.startswith(FOREIGN) or name.startswith(COMPANIONS):
+            continue
+        near = min(ours, key=lambda o: edit_distance(name.upper(), o))
+        typo = edit_distance(name.upper(), near) <= 2
+        if typo or name.upper().startswith(FAMILIES):
+            likely = near if typo else (difflib.get_close_matches(name.upper(), ours, 1, 0) or [near])[0]
+            lines.append(f"{name}: no such variable; did you mean {likely}? (ENV_EXTRA={name} lets it pass)")
+    return lines
+
+
+def has_gpu() -> bool:
+    """Whether this machine shows a GPU, told without importing torch."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "any").strip() in ("", "-1")
+    return not hidden and any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
+
+
+def load_config(environ) -> tuple[Config, list[str], list[str]]:
+    """The configuration that the environment asks for, all problems and all warnings, a line each."""
+    problems, values = [], {}
+    for f in VARIABLES:
+        name, raw = f.name.upper(), environ.get(f.name.upper())
+        if raw is None or (raw == "" and f.type is str):
+            continue
+        try:
+            values[f.name] = parse(f.type, f.metadata["accepts"], raw)
+        except (ValueError, OverflowError):
+            problems.append(f"{name}={raw[:80]!r}: accepts {f.type.__name__} {f.metadata['accepts']}")
+    for name in NOT_IMPLEMENTED:
+        if environ.get(name, "0") not in ("0", "", "0.0"):
+            problems.append(f"{name}={environ[name][:80]!r}: not implemented in this script; unset it or set it to 0")
+    preset = values.get("preset", "auto")
+    preset = ("seed" if has_gpu() else "demo") if preset == "auto" else preset
+    cfg = Config(**{**PRESETS[preset], **values, "preset": preset, "explicit": frozenset(values)})
+    typos = misspelt(environ, {n.strip() for n in cfg.env_extra.split(",")})
+    problems += [] if problems else conflicts(cfg)
+    return (cfg, problems + typos, []) if cfg.strict_env else (cfg, problems, typos)
+
+
+def conflicts(cfg: Config) -> list[str]:
+    """A line for each group of settings that cannot go together."""
+    heads, head_dim = cfg.num_heads, cfg.model_dim // cfg.num_heads
+    world, seqs = int(os.environ.get("WORLD_SIZE", "1")), cfg.train_batch_tokens // cfg.train_seq_len
+    slides, trains = cfg.final_sliding_eval_enable or cfg.ttt_enabled, cfg.train_enabled
+    rules = [  # (what must hold, what to say where it does not)
+        (cfg.model_dim % heads == 0, f"MODEL_DIM={cfg.model_dim}: must be a multiple of NUM_HEADS={heads}"),
+        (heads % cfg.num_kv_heads == 0, f"NUM_KV_HEADS={cfg.num_kv_heads}: must divide NUM_HEADS={heads}"),
+        (head_dim % 2 == 0, f"MODEL_DIM={cfg.model_dim}: must give each head an even width for RoPE, not {head_dim}"),
+        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim,
+         f"ROPE_DIMS={cfg.rope_dims}: must be even and at most the head's {head_dim} dimensions"),
+        (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: must be 0 (off) or at least 2"),
+        (cfg.mlp_dim > 0, f"MLP_MULT={cfg.mlp_mult}: leaves no hidden unit at MODEL_DIM={cfg.model_dim}"),
+        (not slides or cfg.eval_stride <= cfg.eval_len,
+         f"EVAL_STRIDE={cfg.eval_stride}: must not exceed the evaluation window of {cfg.eval_len} tokens"),
+        (not cfg.ttt_enabled or cfg.eval_stride > 0, "EVAL_STRIDE=0: TTT_ENABLED=1 scores in windows; give a stride"),
+        (not cfg.ttt_enabled or cfg.ttt_chunk_tokens >= cfg.eval_stride,
+         f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens}: must be at least EVAL_STRIDE={cfg.eval_stride}"),
+        (not cfg.ttt_enabled or cfg.ttt_freeze_blocks <= cfg.num_layers,
+         f"TTT_FREEZE_BLOCKS={cfg.ttt_freeze_blocks}: the model has {cfg.num_layers} blocks"),
+        (trains or cfg.model_path, "MODEL_PATH: TRAIN_ENABLED=0 needs the artifact to start from"),
+        (not trains or cfg.train_batch_tokens % cfg.train_seq_len == 0,
+         f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}"),
+        (not trains or seqs % world == 0, f"WORLD_SIZE={world}: must divide the {seqs} sequences of a step "
+         "(TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN); launch another number of ranks or change the batch"),
+        (not trains or seqs % world or not cfg.micro_batch_seqs or seqs // world % cfg.micro_batch_seqs == 0,
+         f"MICRO_BATCH_SEQS={cfg.micro_batch_seqs}: must divide the {seqs // world} sequences of a rank's step"),
+    ]
+    return [text for ok, text in rules if not ok]
+
+
+def help_text() -> str:
+    """All variables by stage: name, default (and the demo preset's where it differs), accepted values, meaning."""
+    lines = [__doc__.strip(), "", "Options: --help, --check [--step-ms MS] (steps that the budget allows at MS a step)"]
+    for f in VARIABLES:
+        demo = PRESETS["demo"].get(f.name)
+        default = str(int(f.default) if f.type is bool else f.default) + (f" (demo: {demo})" if demo else "")
+        lines += ["", f.metadata["stage"]] if f.metadata["stage"] else []
+        lines.append(f"  {f.name.upper():26} {default or 'empty'}; {f.metadata['accepts']}")
+        lines.append(f"  {'':28} {f.metadata['text']}")
+    return "\n".join(lines)
+
+
+def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
+    """Configuration and options of this launch. Ends the process for --help (0) and for bad values (2)."""
+    parser = argparse.ArgumentParser(add_help=False, usage="[VARIABLE=VALUE ...] train_gpt.py [--help | --check]")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--step-ms", type=float, default=106.0)
+    options = parser.parse_args(argv)
+    if options.help:
+        print(help_text())
+        sys.exit(0)
+    cfg, problems, warnings = load_config(os.environ)
+    if os.environ.get("RANK", "0") == "0":
+        print("".join(f"error: {line}\n" for line in problems) + "".join(f"warning: {line}\n" for line in warnings),
+              end="", file=sys.stderr)
+    if problems:
+        sys.exit(2)
+    return cfg, options
+
+
+if __name__ == "__main__":  # here, so that a typo is answered before the seconds that importing torch takes
+    LAUNCH = read_launch(sys.argv[1:])
+
+import numpy as np  # noqa: E402
+import sentencepiece  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import zstandard  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+try:  # Hopper's FlashAttention-3, where someone has installed it
+    from flash_attn_interface import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+# ======================================================================================================
+# Process and log: this rank among the others, its device, and what it tells people
+# ======================================================================================================
+
+
+class Process:
+    """This rank, its device and the few ways it talks to the other ranks; with one rank nothing is sent.
+
+    Raises UserError when the machine has fewer GPUs than ranks.
+    """
+
+    def __init__(self, compute_dtype: str = "auto"):
+        self.rank, self.world, local = (int(os.environ.get(n, d)) for n, d in
+                                        (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        self.main, self.cuda = self.rank == 0, torch.cuda.is_available()
+        if self.cuda and local >= torch.cuda.device_count():
+            raise UserError(f"local rank {local} has no GPU of its own, this machine shows "
+                            f"{torch.cuda.device_count()}; launch with --nproc_per_node at most that")
+        self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo")
+        cpuinfo = Path("/proc/cpuinfo")
+        self.cpuinfo = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
+        if compute_dtype == "auto":  # from features, never from a timing, so that a run is repeatable
+            bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if self.cuda else
+                    re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", self.cpuinfo))
+            compute_dtype = "bf16" if bf16 else "fp32"
+        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[compute_dtype]
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, value):
+        """Rank 0's `value` on every rank, by way of the CPU so that no device is waited for."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        return box[0]
+
+    def together(self, action):
+        """Run `action` on every rank and return its result; a UserError on any rank is raised on all."""
+        result, message = None, None
+        try:
+            result = action()
+        except UserError as error:
+            message = str(error)
+        messages = [message] * self.world
+        if self.world > 1:
+            dist.all_gather_object(messages, message)
+        for message in filter(None, messages):
+            raise UserError(message)
+        return result
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of memory of the device, and the most held so far (on a GPU by torch, on a CPU by the process)."""
+        if self.cuda:
+            return torch.cuda.get_device_properties(self.device).total_memory, torch.cuda.max_memory_allocated()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), peak
+
+    def hardware(self) -> dict:
+        """What this run runs on, for the log and the summary."""
+        cpu = re.search(r"model name\s*:\s*(.+)", self.cpuinfo)
+        name = cpu.group(1).strip() if cpu else platform.processor() or platform.machine()
+        return {"device": self.device.type, "name": torch.cuda.get_device_name() if self.cuda else name,
+                "world_size": self.world, "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(),
+                "memory_bytes": self.memory()[0]}
+
+
+class Log:
+    """Rank 0's voice: stdout, train.log and metrics.jsonl in `folder`. Other ranks are silent.
+
+    On a terminal progress is one live line, rewritten in place; elsewhere a plain line now and then.
+    """
+
+    def __init__(self, process: Process, folder: Path):
+        self.main, self.folder, self.terminal, self._live_at = process.main, folder, sys.stdout.isatty(), 0.0
+
+    def __call__(self, text: str, console: bool = True, file: str = "train.log"):
+        """A line for people and for the field's log parsers."""
+        if not self.main:
+            return
+        if console:
+            print(("\r\033[K" if self.terminal else "") + text, flush=True)
+        with open(self.folder / file, "a", encoding="utf-8") as out:
+            out.write(text + "\n")
+
+    def metric(self, **values):
+        """A line of metrics.jsonl."""
+        self(json.dumps(values), console=False, file="metrics.jsonl")
+
+    def live(self, text: str, done: float, seconds: float, every: float = 15.0):
+        """Progress: the share `done` of the work after `seconds`, with the time left."""
+        now = time.monotonic()
+        if self.main and done > 0 and now - self._live_at >= (0.2 if self.terminal else every):
+            self._live_at = now
+            text += f": {done:4.0%}, {duration(seconds)} elapsed, {duration(seconds / done - seconds)} left"
+            width = shutil.get_terminal_size().columns - 1
+            print("\r\033[K" + text[:width] if self.terminal else text, end="" if self.terminal else "\n", flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42s, 3m05s, 2h10m."""
+    s = round(seconds)
+    return f"{s}s" if s < 60 else f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+
+
+# ======================================================================================================
+# Data: shards of tokens, the bytes that each target stands for, batches
+# ======================================================================================================
+
+BOS_ID = 1  # opens every document
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+
+
+def find_path(value: str, default: str) -> Path:
+    """`value` as given; a relative default is also looked for beside and above the script, so that a copy in a
+    records folder finds the project's data."""
+    if value == default and not Path(value).exists():
+        return next((p / value for p in SCRIPT.parents if (p / value).exists()), Path(value))
+    return Path(value)
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Memory-map a shard's tokens (uint16). Raises UserError naming the file when it is not a whole shard."""
+    try:
+        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend its permissions or fetch it again") from None
+    if header.size < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path}: not a token shard, its header does not begin {SHARD_MAGIC}, {SHARD_VERSION}; make "
+                        "shards with data/prepare.py")
+    count = int(header[2])
+    if count <= 0 or size != HEADER_BYTES + 2 * count:
+        raise UserError(f"{path}: its header promises {count} tokens in {HEADER_BYTES + 2 * max(count, 0)} bytes, the "
+                        f"file has {size}; fetch or make it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+class Tokens:
+    """The shards of one split in order of name, read as one long array of tokens.
+
+    Raises UserError for missing or broken shards and for ids at or above `vocab_size`: at once in up to 2^28
+    tokens, beyond that in each shard's first million and then as `read` meets them.
+    """
+
+    def __init__(self, folder: Path, split: str, vocab_size: int):
+        self.paths, self.vocab_size = sorted(folder.glob(f"fineweb_{split}_*.bin")), vocab_size
+        if not self.paths:
+            raise UserError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; run ./run.sh data, make shards with "
+                            "data/prepare.py, or set DATA_PATH")
+        self.shards = [open_shard(p) for p in self.paths]
+        self.ends = np.cumsum([len(s) for s in self.shards])
+        for index, shard in enumerate(self.shards):
+            for begin in range(0, len(shard) if len(self) <= 2**28 else min(len(shard), 2**20), 2**24):
+                self._check(index, shard[begin : begin + 2**24])
+
+    def _check(self, index: int, tokens: np.ndarray):
+        if int(tokens.max()) >= self.vocab_size:
+            raise UserError(f"{self.paths[index]}: holds token id {int(tokens.max())}, beyond VOCAB_SIZE="
+                            f"{self.vocab_size}; the data and the tokenizer do not belong together")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, begin: int, count: int) -> np.ndarray:
+        """`count` tokens from position `begin`, starting over at the end of the last shard. uint16 [count]"""
+        parts, begin = [], begin % len(self)
+        while count:
+            index = int(np.searchsorted(self.ends, begin, side="right"))
+            offset = begin - int(self.ends[index] - len(self.shards[index]))
+            part = self.shards[index][offset : offset + count]
+            self._check(index, part)
+            parts.append(part)
+            count, begin = count - len(part), (begin + len(part)) % len(self)
+        return np.concatenate(parts)
+
+
+class Tokenizer:
+    """The SentencePiece model, known here only by what each id adds to the byte count.
+
+    `piece_bytes[id]`: UTF-8 length of the piece without its leading word mark, 1 for a byte piece, 0 for control,
+    unknown and unused ids; `spaced[id]`: the piece opens a word; `boundary[id]`: control, unknown or unused, after
+    which no space is counted. Raises UserError for a file of another kind or size.
+    """
+
+    def __init__(self, path: Path, vocab_size: int):
+        if not path.is_file():
+            raise UserError(f"TOKENIZER_PATH={path}: no such file; run ./run.sh data or set TOKENIZER_PATH")
+        try:
+            sp = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            size = sp.vocab_size()
+        except Exception:  # the library raises RuntimeError, TypeError and others on foreign bytes
+            size = 0
+        if size == 0:
+            raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model; give the .model file of the data")
+        if size != vocab_size:
+            raise UserError(f"VOCAB_SIZE={vocab_size}: the tokenizer {path} has {size}; set VOCAB_SIZE={size}")
+        if sp.bos_id() != BOS_ID:
+            raise UserError(f"TOKENIZER_PATH={path}: its BOS id is {sp.bos_id()} where shards need {BOS_ID}; make data "
+                            "and tokenizer with data/prepare.py")
+        pieces = [sp.id_to_piece(i) for i in range(size)]
+        self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)])
+        self.spaced = np.array([p.startswith("\u2581") for p in pieces]) & ~self.boundary
+        self.piece_bytes = np.array([0 if self.boundary[i] else 1 if sp.is_byte(i) else
+                                     len(p.removeprefix("\u2581").encode()) for i, p in enumerate(pieces)])
+
+    def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
+        """Canonical bytes of each target: of token i+1 after token i. int64 [len(tokens) - 1]"""
+        previous, target = tokens[:-1], tokens[1:]
+        return self.piece_bytes[target] + (self.spaced[target] & ~self.boundary[previous])
+
+
+class Stream:
+    """A validation stream: `tokens` int32 [n+1] on the device and the canonical `bytes` of its n targets.
+
+    Raises UserError when nothing in it can be scored.
+    """
+
+    def __init__(self, tokens: Tokens, tokenizer: Tokenizer, limit: int, device: torch.device):
+        self.complete = limit == 0 or limit >= len(tokens) - 1
+        ids = tokens.read(0, len(tokens) if self.complete else limit + 1)
+        self.targets, self.bytes = len(ids) - 1, int(tokenizer.target_bytes(ids).sum())
+        if self.bytes == 0:
+            raise UserError(f"{tokens.paths[0]}: validation needs at least 2 tokens and a byte of text, this split's "
+                            f"{len(ids)} tokens have none; give a longer one")
+        self.tokens = torch.from_numpy(ids.astype(np.int32)).to(device)
+
+
+class Loader:
+    """Training batches, prepared by a background thread and handed out in order.
+
+    The global batches depend on the data alone (and on SEED when shuffled): sequence g of the run starts at token
+    g * seq_len of the endless repetition of the split, so each token is a target once an epoch; shuffling permutes
+    the sequences within an epoch. A rank takes its contiguous share of a batch.
+    """
+
+    def __init__(self, cfg: Config, tokens: Tokens, process: Process):
+        self.cfg, self.tokens, self.process, self.seq_len = cfg, tokens, process, cfg.train_seq_len
+        self.batch_seqs, self.epoch_seqs = cfg.train_batch_tokens // self.seq_len, max(len(tokens) // self.seq_len, 1)
+        self._epoch, self._order = -1, np.empty(0)
+        self._ready: queue.Queue = queue.Queue(maxsize=2)
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def start_of(self, g: int) -> int:
+        """Position of the first input token of sequence `g` of the run."""
+        if self.cfg.shuffle:
+            epoch, i = divmod(g, self.epoch_seqs)
+            if epoch != self._epoch:
+                self._order = np.random.default_rng((self.cfg.seed, epoch)).permutation(self.epoch_seqs)
+                self._epoch = epoch
+            g = epoch * self.epoch_seqs + int(self._order[i])
+        return g * self.seq_len
+
+    def batch(self, step: int) -> np.ndarray:
+        """This rank's tokens of one step: int32 [sequences, seq_len + 1], inputs and targets overlapping."""
+        share = self.batch_seqs // self.process.world
+        first = step * self.batch_seqs + self.process.rank * share
+        rows = [self.tokens.read(self.start_of(g), self.seq_len + 1) for g in range(first, first + share)]
+        return np.stack(rows).astype(np.int32)
+
+    def _work(self):
+        try:
+            for step in itertools.count():
+                batch = torch.from_numpy(self.batch(step))
+                self._ready.put(batch.pin_memory() if self.process.cuda else batch)
+        except Exception as error:  # raised again in the training loop, which is where people look
+            self._ready.put(error)
+
+    def next(self) -> Tensor:
+        """The next step's tokens of this rank, on the device: int32 [sequences, seq_len + 1]."""
+        batch = self._ready.get()
+        if isinstance(batch, Exception):
+            raise batch
+        return batch.to(self.process.device, non_blocking=True)
+
+
+# ======================================================================================================
+# Model: one forward pass for loss and logits
+# ======================================================================================================
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, without a weight. https://arxiv.org/abs/1910.07467"""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, kept in fp32 and used in the input's type."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rope_tables(length: int, dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, 1, dims/2] of rotary embeddings (https://arxiv.org/abs/2104.09864); beyond 1024
+    tokens the base grows with the window (NTK-aware scaling)."""
+    if length > 1024 and dims > 2:
+        base = base * (length / 1024) ** (dims / (dims - 2))
+    speed = base ** (-torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / dims)
+    angle = torch.outer(torch.arange(length, device=like.device, dtype=torch.float32), speed)[:, None, :]
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + dims/2) of the first dims of each head of x [B, T, H, D] by minus their angle."""
+    half = cos.size(-1)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention, scale 1/sqrt(D). q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]"""
+    if flash_attn_func is not None and q.is_cuda and q.dtype == torch.bfloat16:
+        return flash_attn_func(q, k, v, causal=True)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised q and k, partial RoPE and a learned gain a head. [B, T, C]"""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.model_dim // cfg.num_heads
+        self.q = Linear(cfg.model_dim, cfg.model_dim)
+        self.k, self.v = (Linear(cfg.model_dim, self.kv_heads * self.head_dim) for _ in "kv")
+        self.proj = Linear(cfg.model_dim, cfg.model_dim)
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q = norm(self.q(x).view(b, t, self.heads, self.head_dim))
+        k, v = (matrix(x).view(b, t, self.kv_heads, self.head_dim) for matrix in (self.k, self.v))
+        y = attend(rotate(q, cos, sin) * self.q_gain.to(x.dtype)[:, None], rotate(norm(k), cos, sin), v)
+        if self.exclusive:  # XSA: take out what the token's own value says
+            own = F.normalize(v, dim=-1)[:, :, :, None]  # [B, T, H_kv, 1, D]
+            y = y.reshape(b, t, self.kv_heads, -1, self.head_dim)
+            y = y - (y * own).sum(-1, keepdim=True) * own
+        return self.proj(y.reshape(b, t, c))
+
+
+class MLP(nn.Module):
+    """Two matrices around a squared ReLU (https://arxiv.org/abs/2109.08668). [B, T, C]"""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.fc, self.proj = Linear(cfg.model_dim, cfg.mlp_dim), Linear(cfg.mlp_dim, cfg.model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.relu(self.fc(x)).square())
+
+
+class Block(nn.Module):
+    """Residual mix with the model's input x0, attention, MLP. [B, T, C]"""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.attn, self.mlp = Attention(cfg, layer), MLP(cfg)
+        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(cfg.model_dim)) for _ in range(2))
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
+        self.input_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
+
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x) * self.input_scale, cos, sin)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.input_scale)
+
+
+def shift(x: Tensor, keep: Tensor) -> Tensor:
+    """Each position's predecessor: x[:, i-1] at i, zero at the start and where `keep` [B, T, 1] is zero."""
+    return F.pad(x[:, :-1], (0, 0, 1, 0)) * keep
+
+
+class Bigram(nn.Module):
+    """Embedding of the hashed pair (previous token, token); zero when training starts. ids [B, T] -> [B, T, C]"""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.buckets = cfg.bigram_vocab_size
+        self.embed = nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
+        self.proj = Linear(cfg.bigram_dim, cfg.model_dim) if cfg.bigram_dim != cfg.model_dim else nn.Identity()
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def hash(self, ids: Tensor, starts: Tensor) -> Tensor:
+        """Bucket of each position, int32; the last bucket is for first positions and where `starts` is true."""
+        t, last = ids.to(torch.int32), self.buckets - 1
+        pair = torch.bitwise_xor(36313 * t, 27191 * F.pad(t[:, :-1], (1, 0))) % last
+        return torch.where(starts | (torch.arange(t.size(1), device=t.device) == 0), last, pair)
+
+    def forward(self, ids: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.proj(self.embed(self.hash(ids, starts)).to(dtype)) * self.scale.to(dtype)
+
+
+class Sidecar(nn.Module):
+    """One gated causal convolution shared by several layers ("sites"), each with its own gate bias. [B, T, C]"""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        hidden = cfg.sparse_hidden_dim
+        self.gate, self.value = Linear(cfg.model_dim, hidden), Linear(cfg.model_dim, hidden)
+        self.kernel = nn.Parameter(torch.empty(hidden, 3).uniform_(-(3**-0.5), 3**-0.5))
+        self.proj = Linear(hidden, cfg.model_dim)
+        self.site = nn.Parameter(torch.zeros(len(cfg.sparse_sites), hidden))
+
+    def forward(self, x: Tensor, site: int, keep: Tensor) -> Tensor:
+        gate = F.silu(self.gate(x) + self.site[site].to(x.dtype))
+        v, w = self.value(x), self.kernel.to(x.dtype)
+        before = shift(v, keep)
+        return self.proj(gate * (w[:, 2] * v + w[:, 1] * before + w[:, 0] * shift(before, keep)))
+
+
+class GPT(nn.Module):
+    """The whole model. Weights are fp32; activations are of type `dtype`."""
+
+    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.cfg, self.dtype, self.skips = cfg, dtype, cfg.num_layers // 2
+        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
+        self.bigram = Bigram(cfg) if cfg.bigram_vocab_size else None
+        self.smear = nn.Parameter(torch.zeros(cfg.model_dim))
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
+        self.skip_weights = nn.Parameter(torch.ones(self.skips, cfg.model_dim))
+        if cfg.sparse_sites:
+            self.sidecar = Sidecar(cfg)
+            self.sidecar_scale = nn.Parameter(torch.zeros(len(cfg.sparse_sites), cfg.model_dim))
+        self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self):
+        """Zero output projections, so that a block starts as the identity; other large matrices orthogonal."""
+        if self.cfg.tie_embeddings:
+            nn.init.normal_(self.tok_emb.weight, std=self.cfg.tied_embed_init_std)
+        if self.bigram is not None:
+            nn.init.zeros_(self.bigram.embed.weight)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                if name == "lm_head" or re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.proj", name):
+                    nn.init.zeros_(module.weight)
+                elif min(module.weight.shape) >= 64:
+                    nn.init.orthogonal_(module.weight)
+                    if name.endswith(".proj"):  # muP-style: outputs into the residual stream shrink with depth
+                        module.weight.mul_(1 / math.sqrt(2 * self.cfg.num_layers))
+
+    def role(self, name: str) -> str:
+        """How a parameter is trained and stored: matrix (Muon, int6), embed, head (int8) or vector (fp16)."""
+        if name in ("tok_emb.weight", "bigram.embed.weight"):
+            return "embed"
+        if name == "lm_head.weight":
+            return "head"
+        return "matrix" if name.endswith(".weight") or name == "sidecar.site" else "vector"
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """ids int [B, T] -> fp32 nats of `targets` [B, S], or without targets fp32 logits [B, S, V].
+
+        `rows` int64 [B, S] picks the positions that go through the output layer; without it all T do.
+        """
+        cfg, starts = self.cfg, (ids == BOS_ID) & self.cfg.bos_mask
+        keep = (~starts)[:, :, None].to(self.dtype)
+        x = self.tok_emb(ids).to(self.dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(ids, starts, self.dtype)
+        x, g = norm(x), torch.sigmoid(self.smear.to(x.dtype))
+        x = x0 = (1 - g) * x + g * shift(x, keep)  # SmearGate
+        cos, sin = rope_tables(ids.size(1), cfg.rope_dims or cfg.model_dim // cfg.num_heads, cfg.rope_base, x)
+        stack = []  # U-Net: the first half of the layers hands its outputs to the second, last to first
+        for i, block in enumerate(self.blocks):
+            if i >= self.skips and stack:
+                x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
+            x = block(x, x0, cos, sin)
+            if i in cfg.sparse_sites:
+                site = cfg.sparse_sites.index(i)
+                x = x + self.sidecar_scale[site].to(x.dtype) * self.sidecar(norm(x), site, keep)
+            if i < self.skips:
+                stack.append(x)
+        if rows is not None:
+            x = x.gather(1, rows[:, :, None].expand(-1, -1, x.size(-1)))
+        head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
+        logits = F.linear(norm(x), head.to(x.dtype))
+        logits = (cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap)).float()
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none").view(targets.shape)
+
+
+def tokens_per_pass(cfg: Config, process: Process, training: bool) -> int:
+    """Tokens that one forward pass of a rank should hold, from the device's total memory.
+
+    The activations kept for the backward pass are estimated at 2 bytes x (16 C + 2 H) a layer and 10 V for the
+    logits, and may take half of the memory; evaluation keeps none of them, so it takes four times as many. On a
+    CPU more than a few thousand tokens only leave the caches.
+    """
+    per_token = 2 * cfg.num_layers * (16 * cfg.model_dim + 2 * cfg.mlp_dim) + 10 * cfg.vocab_size
+    room = process.memory()[0] // 2 // per_token * (1 if training else 4)
+    return room if process.cuda else min(room, 4096 if training else 8192)
+
+
+def compiled(model: GPT, cfg: Config, process: Process):
+    """The model's forward pass, compiled without graph breaks where that is wanted."""
+    torch._dynamo.config.cache_size_limit = 64  # one entry each for training, scoring, and their last batches
+    wanted = process.cuda if cfg.use_compile == "auto" else cfg.use_compile == "1"
+    return torch.compile(model, dynamic=False, fullgraph=True) if wanted else model
+
+
+# ======================================================================================================
+# Optimizers: one flat vector of weights, Muon for matrices, AdamW for the rest, EMA
+# ======================================================================================================
+
+
+class FlatWeights:
+    """All weights as views of one fp32 vector, and all gradients of another.
+
+    Matrices come first, those of one shape side by side: Muon's batch, the reduction over ranks, clipping and the
+    EMA are then each one operation on a view. `buffer` has one more element than `grads`, the loss, which so travels
+    with them. `spans` lists (role, shape, first element, number of tensors).
+    """
+
+    def __init__(self, model: GPT, device: torch.device):
+        order = {"matrix": 0, "embed": 1, "head": 2, "vector": 3}
+        rank = {name: (order[model.role(name)], tuple(p.shape)) for name, p in model.named_parameters()}
+        named = sorted(model.named_parameters(), key=lambda item: rank[item[0]])
+        total = sum(p.numel() for _, p in named)
+        self.weights, self.buffer = torch.empty(total, device=device), torch.zeros(total + 1, device=device)
+        self.grads, self.loss = self.buffer[:total], self.buffer[total]
+        self.spans: list[tuple[str, torch.Size, int, int]] = []
+        begin = 0
+        for (role, shape), group in itertools.groupby(named, lambda item: (model.role(item[0]), item[1].shape)):
+            params = [p for _, p in group]
+            self.spans.append((role, shape, begin, len(params)))
+            for p in params:
+                part = slice(begin, begin := begin + p.numel())
+                self.weights[part].copy_(p.data.flatten())
+                p.data, p.grad = self.weights[part].view(shape), self.grads[part].view(shape)
+
+    def extent(self, role: str) -> slice:
+        """Where the weights of a role lie."""
+        ends = [(begin, begin + n * shape.numel()) for r, shape, begin, n in self.spans if r == role]
+        return slice(ends[0][0], ends[-1][1]) if ends else slice(0, 0)
+
+    def clip_(self, limit: float):
+        """Scale the gradients down to a global norm of `limit`, without waiting for the device; 0 is off."""
+        if limit > 0:
+            self.grads.mul_((limit / (torch.linalg.vector_norm(self.grads) + 1e-6)).clamp(max=1.0))
+
+
+def newton_schulz(g: Tensor, steps: int) -> Tensor:
+    """Push the singular values of each matrix of g [n, rows, cols] towards 1 by a quintic iteration; they land
+    within about 0.7 to 1.2. (Muon, https://kellerjordan.github.io/posts/muon/)"""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.mT if g.size(-2) > g.size(-1) else g
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        s = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
+    return x.mT if g.size(-2) > g.size(-1) else x
+
+
+class Optimizers:
+    """Muon for matrices and AdamW for the rest, over the flat weights, and the weights' moving average.
+
+    Muon takes the matrices of one shape as one batch, of which each rank treats its share and holds the momentum;
+    the sum over ranks gives everyone the whole update.
+    """
+
+    def __init__(self, cfg: Config, flat: FlatWeights, process: Process):
+        self.cfg, self.flat, self.process = cfg, flat, process
+        compiles = process.cuda and cfg.use_compile != "0"
+        self.orthogonalise = torch.compile(newton_schulz, dynamic=False) if compiles else newton_schulz
+        self.average = flat.weights.clone() if cfg.ema_enabled else None
+        self.update = torch.zeros(flat.extent("matrix").stop, device=process.device, dtype=process.dtype)
+        self.reset()
+
+    def reset(self):
+        """Fresh state, as before the first step."""
+        cfg, flat, (rank, world) = self.cfg, self.flat, (self.process.rank, self.process.world)
+        self.shares = []  # (gradient, momentum, update), each [n, rows, cols]
+        for role, shape, begin, n in flat.spans:
+            low, high = n * rank // world, n * (rank + 1) // world
+            if role == "matrix" and low < high:
+                part = slice(begin + low * shape.numel(), begin + high * shape.numel())
+                grad, update = (t[part].view(high - low, *shape) for t in (flat.grads, self.update))
+                self.shares.append((grad, torch.zeros_like(grad), update))
+        embed_lr, groups = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr, []
+        for role, lr, decay in (("embed", embed_lr, cfg.adam_wd), ("head", cfg.head_lr, 0.0),
+                                ("vector", cfg.scalar_lr, cfg.adam_wd)):
+            weights = nn.Parameter(flat.weights[flat.extent(role)])
+            weights.grad = flat.grads[flat.extent(role)]
+            groups += [{"params": [weights], "lr": lr, "base_lr": lr, "weight_decay": decay}] if len(weights) else []
+        self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+
+    @torch.no_grad()
+    def step(self, step: int, factor: float):
+        """Update all weights at `factor` times their rates; `step` counts from 0 and sets Muon's momentum."""
+        cfg = self.cfg
+        warm = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+        momentum = (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
+        self.flat.clip_(cfg.grad_clip_norm)
+        self.update.zero_()
+        for grad, buffer, update in self.shares:
+            buffer.mul_(momentum).add_(grad)
+            nesterov = grad.add(buffer, alpha=momentum).to(update.dtype)
+            stretch = max(1.0, grad.size(1) / grad.size(2)) ** 0.5
+            update.copy_(self.orthogonalise(nesterov, cfg.muon_backend_steps) * stretch)
+        self.process.sum_(self.update)
+        rate = cfg.matrix_lr * factor
+        self.flat.weights[: len(self.update)].mul_(1 - rate * cfg.muon_wd).add_(self.update, alpha=-rate)
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.adam.step()
+
+    @torch.no_grad()
+    def track_average(self):
+        if self.average is not None:
+            self.average.lerp_(self.flat.weights, 1 - self.cfg.ema_decay)
+
+    @torch.no_grad()
+    def apply_average(self):
+        if self.average is not None:
+            self.flat.weights.copy_(self.average)
+
+
+# ======================================================================================================
+# Export: quantised rows, one compressed file that rebuilds the model by itself
+#
+#   bytes 0-7    magic "GPT16MB" and format version
+#   bytes 8-11   length of the compressed header, little-endian
+#   then         zstd(header): JSON {"config": {...}, "tensors": [[name, shape, kind], ...]}
+#   then         zstd(payload): each tensor in header order; fp16 values, or for int6 and int8 one fp16 scale
+#                a row followed by one int8 a value
+#   last 32      sha256 of everything before
+# ======================================================================================================
+
+ARTIFACT_NAME, ARTIFACT_MAGIC = "final_model.int6.ptz", b"GPT16MB\x01"
+ARTIFACT_MOST = 1 << 32  # bytes that a frame may promise, so that a broken header cannot ask for everything
+
+
+def quantize_rows(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Round w [rows, cols] to the published grid of "int6" or "int8". Returns int8 values and fp16 scales [rows].
+
+    The floor under the scale gives every row whose weights stay below 1 the same coarse step, which costs loss
+    and saves bytes: the values of small rows stay near zero, and zstd takes it from there.
+    """
+    if kind == "int6":
+        reach, low, high = w.abs().amax(1), -32, 31
+    else:  # clipped at a quantile; in pieces, since torch.quantile takes at most 16 M values
+        reach, low, high = torch.cat([p.abs().quantile(0.9999984, dim=1) for p in w.split(1024)]), -127, 127
+    scale = (reach.clamp(min=1.0) / high).to(torch.float16)
+    return (w / scale.float()[:, None]).round().clamp(low, high).to(torch.int8), scale
+
+
+def tensor_kind(role: str, shape: tuple[int, ...], min_numel: int) -> str:
+    """How a tensor is stored: large matrices int6, large embeddings and heads int8, all else fp16."""
+    if role == "vector" or len(shape) != 2 or math.prod(shape) <= min_numel:
+        return "fp16"
+    return "int6" if role == "matrix" else "int8"
+
+
+def pack(model: GPT, min_numel: int) -> bytes:
+    """The model as the bytes of an artifact. The same weights give the same bytes."""
+    table, payload = [], []
+    for name, p in model.named_parameters():
+        w = p.detach().float().cpu()
+        table.append([name, list(w.shape), kind := tensor_kind(model.role(name), w.shape, min_numel)])
+        values, scale = (w.to(torch.float16), w.new_empty(0)) if kind == "fp16" else quantize_rows(w, kind)
+        payload += [scale.numpy().tobytes(), values.numpy().tobytes()]
+    config = {f.name: getattr(model.cfg, f.name) for f in MODEL_FIELDS}
+    header = json.dumps({"config": config, "tensors": table}, separators=(",", ":")).encode()
+    header, body = (zstandard.ZstdCompressor(level=22).compress(part) for part in (header, b"".join(payload)))
+    blob = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + body
+    return blob + hashlib.sha256(blob).digest()
+
+
+def decompress(data: bytes) -> bytes:
+    """One zstd frame, whose promised size is checked before anything is allocated. Raises ValueError, ZstdError."""
+    size = zstandard.frame_content_size(data)
+    if not 0 <= size <= ARTIFACT_MOST:
+        raise ValueError(f"a frame of {size} bytes")
+    return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+
+
+def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Tensor]]:
+    """An artifact's configuration (checked like environment variables) and its tensors in fp32.
+
+    Raises UserError, naming `source`, for anything that is not a whole, consistent artifact.
+    """
+    if len(blob) < 44 or blob[:8] != ARTIFACT_MAGIC:
+        raise UserError(f"{source}: not an artifact of this script; give the {ARTIFACT_NAME} of a run")
+    if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
+        raise UserError(f"{source}: damaged, its checksum does not match; copy or export it again")
+    cut = 12 + struct.unpack("<I", blob[8:12])[0]
+    try:
+        header, payload = json.loads(decompress(blob[12:cut])), decompress(blob[cut:-32])
+        config = {f.name: header["config"][f.name] for f in MODEL_FIELDS}
+        config = {f.name: parse(f.type, f.metadata["accepts"], str(f.type(config[f.name])).replace("True", "1")
+                                .replace("False", "0")) for f in MODEL_FIELDS}
+        tensors, offset = {}, 0
+        for name, shape, kind in header["tensors"]:
+            rows = 0 if kind == "fp16" else shape[0]
+            scale = np.frombuffer(payload, "<f2", rows, offset).astype(np.float32)
+            values = np.frombuffer(payload, "<f2" if kind == "fp16" else np.int8, math.prod(shape), offset + 2 * rows)
+            offset += 2 * rows + values.nbytes
+            values = values.astype(np.float32).reshape(shape)
+            tensors[name] = torch.from_numpy(values * scale[:, None] if rows else values)
+        if offset != len(payload):
+            raise ValueError("a payload longer than its table")
+    except (KeyError, TypeError, ValueError, zstandard.ZstdError) as error:
+        raise UserError(f"{source}: its header and payload do not agree ({error}); export it again") from None
+    return config, tensors
+
+
+def build_model(cfg: Config, tensors: dict[str, Tensor], process: Process, source: str) -> GPT:
+    """A model on the device with an artifact's weights. Raises UserError where they do not fit the configuration."""
+    model = GPT(cfg, process.dtype)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError:
+        raise UserError(f"{source}: its tensors do not fit the model that its header describes") from None
+    return model.to(process.device)
+
+
+def write_atomically(path: Path, data: bytes):
+    """Write a file whole or not at all. Raises UserError naming the path and the bytes needed."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: its {len(data)} bytes cannot be written ({error.strerror}); make room") from None
+
+
+# ======================================================================================================
+# Evaluation: every target once, with up to a full window before it
+# ======================================================================================================
+
+
+@dataclass
+class Score:
+    """One evaluation: mean nats a target, bits a canonical byte, and what they were measured over."""
+
+    val_loss: float
+    val_bpb: float
+    seconds: float
+    tokens: int
+    bytes: int
+    once: bool  # every target was scored exactly once
+    nats: np.ndarray  # float32 [tokens], in stream order
+
+    def summary(self) -> dict:
+        return {k: getattr(self, k) for k in ("val_loss", "val_bpb", "seconds", "tokens", "bytes")}
+
+
+class Evaluator:
+    """Scores parts of a stream and keeps, for each target, its nats and how often it was scored.
+
+    A window is EVAL_SEQ_LEN inputs; windows stand `stride` apart and each scores its last `stride` targets, the
+    first all of its own. A target's window follows from its position alone, not from the batch or number of ranks.
+    """
+
+    def __init__(self, cfg: Config, process: Process, forward, stream: Stream, stride: int):
+        self.cfg, self.process, self.forward, self.stream = cfg, process, forward, stream
+        self.window, self.stride, self.started = cfg.eval_len, stride, time.perf_counter()
+        self.nats = torch.zeros(stream.targets, device=process.device)
+        self.count = torch.zeros(stream.targets, dtype=torch.int32, device=process.device)
+
+    def blocks(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Blocks that cover targets [begin, end): first target, end, and first input of each one's window."""
+        w, s = self.window, self.stride
+        low = np.concatenate((np.arange(begin, min(w, end), s), np.arange(max(begin, w), end, s)))
+        high = np.minimum(low + s, np.where(low < w, min(w, end), end))
+        return low, high, np.where(low < w, 0, low + s - w)
+
+    @torch.no_grad()
+    def score(self, begin: int, end: int, tick=lambda done: None):
+        """Score targets [begin, end), blocks shared out over the ranks. `tick` hears how much is done, 0 to 1."""
+        rank, world, device = self.process.rank, self.process.world, self.process.device
+        blocks = np.stack(self.blocks(begin, end))
+        mine = torch.from_numpy(blocks[:, blocks.shape[1] * rank // world : blocks.shape[1] * (rank + 1) // world])
+        mine, n = mine.to(device), mine.size(1)
+        most = min(self.cfg.val_batch_size // world, tokens_per_pass(self.cfg, self.process, False)) // self.window
+        batches = -(-n // max(most, 1))
+        for i in range(batches):  # of equal size, so that a compiled model sees one shape
+            pick = torch.arange(-(-n // batches), device=device) + i * -(-n // batches)
+            low, high, start = mine[:, pick.clamp(max=n - 1)]
+            self._batch(low, torch.where(pick < n, high, 0), start)
+            tick((i + 1) / batches)
+
+    def _batch(self, low: Tensor, high: Tensor, start: Tensor):
+        """Score one batch of blocks; the places from `high` on are computed for the shape and not recorded."""
+        tokens, last = self.stream.tokens, self.stream.targets - 1
+        inputs = start[:, None] + torch.arange(self.window, device=low.device)
+        targets = low[:, None] + torch.arange(self.stride, device=low.device)
+        rows, scored = (targets - start[:, None]).clamp(max=self.window - 1), (targets < high[:, None]).flatten()
+        inputs, targets = inputs.clamp(max=last), targets.clamp(max=last)
+        nats = self.forward(tokens[inputs], tokens[targets + 1], rows).flatten()
+        self.nats.index_add_(0, targets.flatten(), torch.where(scored, nats, 0.0))
+        self.count.index_add_(0, targets.flatten(), scored.int())
+
+    def result(self) -> Score:
+        """Gather all ranks' shares into the score. Call once, when everything has been scored."""
+        nats = self.process.sum_(self.nats).cpu()
+        once, total = bool((self.process.sum_(self.count) == 1).all()), float(nats.double().sum())
+        return Score(total / len(nats), total / math.log(2) / self.stream.bytes, time.perf_counter() - self.started,
+                     len(nats), self.stream.bytes, once, nats.numpy())
+
+
+def evaluate(cfg: Config, process: Process, log: Log, forward, stream: Stream, stride: int, label: str) -> Score:
+    """Score the whole stream; stride = EVAL_SEQ_LEN gives non-overlapping windows."""
+    evaluator = Evaluator(cfg, process, forward, stream, stride)
+    evaluator.score(0, stream.targets,
+                    lambda done: log.live(label, done, time.perf_counter() - evaluator.started))
+    return evaluator.result()
+
+
+# ======================================================================================================
+# Test-time training: score a chunk for good, only then learn from it
+# ======================================================================================================
+
+
+def ttt_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
+    """The rate at a step within a chunk, as a share of TTT_LR."""
+    warm, total = cfg.ttt_warmup_epochs * steps_per_epoch, cfg.ttt_epochs * steps_per_epoch
+    if not cfg.ttt_cosine or cfg.ttt_lr == 0:
+        return 1.0
+    if step < warm:
+        return (step + 1) / warm
+    least = cfg.ttt_lr_min / cfg.ttt_lr
+    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+
+
+class Adapter:
+    """Full-weight adaptation to targets that have been scored; ranks share a step's sequences and stay identical."""
+
+    def __init__(self, cfg: Config, process: Process, model: GPT, forward, stream: Stream):
+        self.cfg, self.process, self.forward, self.stream, self.steps = cfg, process, forward, stream, 0
+        self.flat = FlatWeights(model, process.device)
+        frozen = {p for block in model.blocks[: cfg.ttt_freeze_blocks] for p in block.parameters()}
+        adapted = [p for p in model.parameters() if p not in frozen]
+        if cfg.ttt_optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(adapted, cfg.ttt_lr, cfg.ttt_momentum, weight_decay=cfg.ttt_wd)
+        else:
+            self.optimizer = torch.optim.AdamW(adapted, cfg.ttt_lr, weight_decay=cfg.ttt_wd)
+
+    def learn(self, begin: int, end: int):
+        """TTT_EPOCHS passes over targets [begin, end), all of them already scored."""
+        length = min(self.cfg.train_seq_len, end)
+        starts = torch.arange(begin, end, length, device=self.process.device).clamp(max=end - length)
+        group = self.cfg.ttt_batch_seqs * self.process.world
+        per_epoch = -(-len(starts) // group)
+        for step in range(self.cfg.ttt_epochs * per_epoch):
+            for settings in self.optimizer.param_groups:
+                settings["lr"] = self.cfg.ttt_lr * ttt_factor(self.cfg, step, per_epoch)
+            batch = starts[step % per_epoch * group :][:group]
+            tokens = self.stream.tokens[batch[:, None] + torch.arange(length + 1, device=batch.device)]
+            self.flat.buffer.zero_()
+            size = max(tokens_per_pass(self.cfg, self.process, True) // length, 1)
+            for part in tokens[self.process.rank :: self.process.world].split(size):
+                (self.forward(part[:, :-1], part[:, 1:]).mean() * (len(part) / len(tokens))).backward()
+            self.process.sum_(self.flat.buffer)
+            self.flat.clip_(self.cfg.ttt_grad_clip)
+            self.optimizer.step()
+            self.steps += 1
+
+
+def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream) -> tuple[Score, dict]:
+    """Walk the stream once in chunks: sliding windows score a chunk, its losses stay, then the weights learn from
+    it; the last chunk is only scored. Changes `model`."""
+    forward = compiled(model, cfg, process)
+    evaluator = Evaluator(cfg, process, forward, stream, cfg.eval_stride)
+    adapter = Adapter(cfg, process, model, forward, stream)
+    edges = [*range(0, stream.targets, cfg.ttt_chunk_tokens), stream.targets]
+    for begin, end in itertools.pairwise(edges):
+        evaluator.score(begin, end)
+        if end < stream.targets:
+            adapter.learn(begin, end)
+        log.live("test-time training", end / stream.targets, time.perf_counter() - evaluator.started)
+    chunks = len(edges) - 1
+    return evaluator.result(), {"chunks": chunks, "mode": "full", "adapted_chunks": chunks - 1}
+
+
+# ======================================================================================================
+# Training
+# ======================================================================================================
+
+
+def rate_factor(cfg: Config, step: int, seconds: float) -> float:
+    """Learning rates at a step, as a share of their full values: 1, then a linear warmdown to 0.
+
+    Under a wall-clock cap the warmdown is the time that WARMDOWN_ITERS steps take at the speed measured so far.
+    """
+    if cfg.warmdown_iters == 0:
+        return 1.0
+    if cfg.max_wallclock_seconds == 0:
+        return min((cfg.iterations - step) / cfg.warmdown_iters, 1.0)
+    warmdown = cfg.warmdown_iters * seconds / max(step, 1)
+    left = max(cfg.max_wallclock_seconds - seconds, 0.0)
+    return left / max(warmdown, 1e-9) if left <= warmdown else 1.0
+
+
+class Trainer:
+    """One rank's training: its share of each batch, the step and the clock."""
+
+    def __init__(self, cfg: Config, process: Process, model: GPT):
+        self.cfg, self.process, self.started, self._event = cfg, process, 0.0, None
+        self.flat, self.forward = FlatWeights(model, process.device), compiled(model, cfg, process)
+        self.optimizers = Optimizers(cfg, self.flat, process)
+        self.share = cfg.train_batch_tokens // cfg.train_seq_len // process.world
+        most = cfg.micro_batch_seqs or max(tokens_per_pass(cfg, process, True) // cfg.train_seq_len, 1)
+        self.micro = max(n for n in range(1, self.share + 1) if self.share % n == 0 and n <= most)
+
+    def step(self, tokens: Tensor, step: int, factor: float):
+        """One update from this rank's tokens [sequences, seq_len + 1]; leaves the mean loss in `flat.loss`."""
+        self.flat.buffer.zero_()
+        for part in tokens.split(self.micro):
+            loss = self.forward(part[:, :-1], part[:, 1:]).mean() * (len(part) / (self.share * self.process.world))
+            loss.backward()
+            self.flat.loss.add_(loss.detach())
+        self.process.sum_(self.flat.buffer)
+        self.optimizers.step(step, factor)
+        self.optimizers.track_average()
+        if self.process.cuda:  # wait for the step before this one: the clock stays true and the device never idles
+            previous, self._event = self._event, torch.cuda.Event()
+            self._event.record()
+            if previous:
+                previous.synchronize()
+
+    def warm_up(self):
+        """Prime compilation on random tokens at rate 0, which leaves the weights as they are; start the clock."""
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(self.cfg.warmup_steps):
+            tokens = torch.randint(self.cfg.vocab_size, (self.share, self.cfg.train_seq_len + 1), generator=generator)
+            self.step(tokens.to(self.process.device, torch.int32), 0, 0.0)
+        self.optimizers.reset()
+        self.synchronize()
+        self.started = time.perf_counter()
+
+    def synchronize(self):
+        if self.process.cuda:
+            torch.cuda.synchronize()
+
+    def seconds(self) -> float:
+        """Training seconds so far, the same on every rank."""
+        return self.process.agree(time.perf_counter() - self.started)
+
+    @contextlib.contextmanager
+    def off_the_clock(self):
+        self.synchronize()
+        begin = time.perf_counter()
+        yield
+        self.synchronize()
+        self.started += time.perf_counter() - begin
+
+
+def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, stream: Stream) -> dict:
+    """Train `model` in place and leave the averaged weights in it. Returns the summary's `train` entry.
+
+    Raises UserError when the loss stops being finite.
+    """
+    trainer = Trainer(cfg, process, model)
+    log(f"world_size:{process.world} grad_accum_steps:{trainer.share // trainer.micro} "
+        f"micro_batch_seqs:{trainer.micro} compute_dtype:{str(process.dtype)[6:]} warmup_steps:{cfg.warmup_steps}")
+    trainer.warm_up()
+    loader, step, seconds, stop = Loader(cfg, tokens, process), 0, 0.0, ""
+    while True:
+        stop = stop or ("iterations" if step == cfg.iterations else "")
+        clock = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
+        if (cfg.val_loss_every and step % cfg.val_loss_every == 0) or (stop and cfg.final_eval_enable):
+            with trainer.off_the_clock():
+                raw = evaluate(cfg, process, log, trainer.forward, stream, cfg.eval_len, "validation")
+            log(f"step:{step}/{cfg.iterations} val_loss:{raw.val_loss:.4f} val_bpb:{raw.val_bpb:.4f} {clock}")
+            log.metric(step=step, val_loss=raw.val_loss, val_bpb=raw.val_bpb, train_seconds=seconds)
+        if stop:
+            break
+        factor = rate_factor(cfg, step, seconds)
+        trainer.step(loader.next(), step, factor)
+        step, seconds = step + 1, trainer.seconds()
+        speed = step * cfg.train_batch_tokens / seconds
+        if cfg.max_wallclock_seconds and seconds >= cfg.max_wallclock_seconds:
+            stop = "wallclock_cap"
+        if cfg.train_log_every and (step <= 10 or step % cfg.train_log_every == 0 or stop):
+            loss = trainer.flat.loss.item()
+            if not math.isfinite(loss):
+                raise UserError(f"step {step}: the training loss is {loss}; lower MATRIX_LR, SCALAR_LR, TIED_EMBED_LR")
+            log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
+                f"step_avg:{1000 * seconds / step:.2f}ms")
+            log.metric(step=step, train_loss=loss, train_seconds=seconds, rate_factor=factor, tokens_per_second=speed)
+        done = max(step / cfg.iterations, seconds / (cfg.max_wallclock_seconds or math.inf))
+        log.live(f"step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s" if cfg.train_log_every else f"step {step}",
+                 done, seconds, every=60.0)
+    if stop == "wallclock_cap":
+        log(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{cfg.iterations}")
+    log(f"peak memory allocated: {process.memory()[1] // 2**20} MiB")
+    trainer.optimizers.apply_average()
+    if not bool(torch.isfinite(trainer.flat.weights).all()):
+        raise UserError("training ended with weights that are not finite; lower the learning rates")
+    return {"steps": step, "tokens": step * cfg.train_batch_tokens, "seconds": seconds,
+            "step_ms": 1000 * seconds / step, "stop": stop}
+
+
+# ======================================================================================================
+# Main: open and check, run the stages, leave a record
+# ======================================================================================================
+
+
+@dataclass
+class Inputs:
+    """What a run reads, opened and checked before any training time is spent."""
+
+    cfg: Config
+    tokenizer_path: Path
+    train_tokens: Tokens | None
+    stream: Stream
+    artifact: tuple[bytes, dict[str, Tensor]] | None  # MODEL_PATH's bytes and tensors
+    code: bytes  # this script as it was when it started, for the log and the byte count
+
+
+def open_artifact(cfg: Config) -> tuple[Config, tuple[bytes, dict[str, Tensor]]]:
+    """The artifact at MODEL_PATH and the configuration with its model. Raises UserError."""
+    try:
+        blob = Path(cfg.model_path).read_bytes()
+    except OSError as error:
+        raise UserError(f"MODEL_PATH={cfg.model_path}: cannot be read ({error.strerror}); give an artifact") from None
+    stored, tensors = unpack(blob, cfg.model_path)
+    for name in cfg.explicit & stored.keys():
+        if getattr(cfg, name) != stored[name]:
+            raise UserError(f"{name.upper()}={getattr(cfg, name)}: the artifact {cfg.model_path} was made with "
+                            f"{stored[name]}; unset it")
+    cfg = dataclasses.replace(cfg, **stored)
+    for line in conflicts(cfg):
+        raise UserError(line)
+    return cfg, (blob, tensors)
+
+
+def open_inputs(cfg: Config, process: Process) -> Inputs:
+    """Open data, tokenizer and MODEL_PATH, try the output folders. Raises UserError for the first that fails."""
+    artifact = None
+    if not cfg.train_enabled:
+        cfg, artifact = open_artifact(cfg)
+    folder, usual = find_path(cfg.data_path, Config.data_path), "./data/tokenizers/fineweb_1024_bpe.model"
+    path = Path(cfg.tokenizer_path or folder / "tokenizer.model")
+    path = path if cfg.tokenizer_path or path.exists() else find_path(usual, usual)
+    if not folder.is_dir():
+        raise UserError(f"DATA_PATH={folder}: no such folder; run ./run.sh data, make shards with data/prepare.py, or "
+                        "set DATA_PATH")
+    tokenizer = Tokenizer(path, cfg.vocab_size)
+    train_tokens = Tokens(folder, "train", cfg.vocab_size) if cfg.train_enabled else None
+    stream = Stream(Tokens(folder, "val", cfg.vocab_size), tokenizer, cfg.val_token_limit, process.device)
+    for name, where in (("LOG_DIR", Path(cfg.log_dir, cfg.run_id)), ("NLL_DUMP", Path(cfg.nll_dump).parent)):
+        where = where.absolute()
+        if name == "LOG_DIR" and cfg.run_id and where.exists():
+            raise UserError(f"RUN_ID={cfg.run_id}: {where} exists and no run is overwritten; choose another RUN_ID or "
+                            "move that folder away")
+        here = next(p for p in (where, *where.parents) if p.exists() or name == "NLL_DUMP")
+        if not here.is_dir() or not os.access(here, os.W_OK):
+            raise UserError(f"{name}={getattr(cfg, name.lower())}: {here} is not a folder that can be written to")
+    return Inputs(cfg, path, train_tokens, stream, artifact, SCRIPT.read_bytes())
+
+
+def check(inputs: Inputs, process: Process, step_ms: float):
+    """Print what a run would do. The bytes are predicted from the published model's: its int6 values took 4.6
+    bits each after zstd, its int8 values about 6.5, so a model trained otherwise will differ."""
+    cfg, code, counts = inputs.cfg, len(inputs.code), {"fp16": 0, "int6": 0, "int8": 0}
+    with torch.device("meta"):
+        model = GPT(cfg)
+    for name, p in model.named_parameters():
+        counts[tensor_kind(model.role(name), p.shape, cfg.quant_min_numel)] += p.numel()
+    total = sum(counts.values())
+    predicted = code + int(counts["fp16"] * 2 + counts["int6"] * 4.6 / 8 + counts["int8"] * 6.5 / 8)
+    print(f"preset:     {cfg.preset} {json.dumps(cfg.overrides())}")
+    print(f"machine:    {process.world} x {process.hardware()['name']}, {str(process.dtype)[6:]}")
+    if inputs.train_tokens:
+        print(f"training:   {len(inputs.train_tokens):,} tokens in {len(inputs.train_tokens.paths)} shards of "
+              f"{cfg.data_path}")
+    print(f"validation: {inputs.stream.targets:,} targets, {inputs.stream.bytes:,} bytes")
+    print(f"tokenizer:  {inputs.tokenizer_path}, {cfg.vocab_size} pieces")
+    print(f"parameters: {total:,} ({counts['int6']:,} int6, {counts['int8']:,} int8, {counts['fp16']:,} fp16)")
+    print(f"artifact:   about {predicted:,} bytes with code, limit {cfg.artifact_limit_bytes:,}"
+          + (": predicted to be over" if predicted > cfg.artifact_limit_bytes else ""))
+    if cfg.train_enabled:
+        most = tokens_per_pass(cfg, process, True)
+        tokens = min(cfg.micro_batch_seqs * cfg.train_seq_len or max(most, cfg.train_seq_len),
+                     cfg.train_batch_tokens // process.world)
+        per_token = 2 * cfg.num_layers * (16 * cfg.model_dim + 2 * cfg.mlp_dim) + 10 * cfg.vocab_size
+        print(f"memory:     about {(20 * total + tokens * per_token) / 2**30:.1f} GiB of "
+              f"{process.memory()[0] / 2**30:.1f} GiB a rank")
+        cap = cfg.max_wallclock_seconds
+        steps = min(int(cap * 1000 / step_ms), cfg.iterations) if cap else cfg.iterations
+        print(f"steps:      {steps:,} of {cfg.train_batch_tokens:,} tokens"
+              + (f" in {cap:g} s at {step_ms:g} ms a step (--step-ms)" if cap else ", no time cap"))
+
+
+def make_run_folder(cfg: Config, process: Process) -> Path:
+    """Rank 0 names and makes LOG_DIR/RUN_ID; every rank learns its path. Raises UserError."""
+    name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"_seed{cfg.seed}"
+    folder = Path(cfg.log_dir) / process.agree(name)
+
+    def make():
+        try:
+            if process.main:
+                folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror}); change LOG_DIR or RUN_ID") from None
+
+    process.together(make)
+    return folder
+
+
+def log_start(cfg: Config, process: Process, log: Log, inputs: Inputs):
+    """What someone needs who reads the log a year from now: the script, versions, hardware, configuration."""
+    versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
+    log(inputs.code.decode() + "=" * 100, console=False)
+    log(f"python {platform.python_version()} {versions}\nhardware {process.hardware()}", console=False)
+    log(f"config {json.dumps(cfg.settings())}", console=False)
+    log(f"preset:{cfg.preset} seed:{cfg.seed} overrides:{json.dumps(cfg.overrides())}")
+    log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={inputs.tokenizer_path}")
+    if inputs.train_tokens:
+        log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(inputs.train_tokens.paths)} "
+            f"tokens:{len(inputs.train_tokens)}")
+    log(f"val_loader:tokens:{inputs.stream.targets} bytes:{inputs.stream.bytes}")
+
+
+class Run:
+    """One run's stages, in order, and the summary that they fill."""
+
+    def __init__(self, inputs: Inputs, process: Process, log: Log):
+        self.inputs, self.process, self.log, cfg = inputs, process, log, inputs.cfg
+        self.cfg, self.stream = cfg, inputs.stream
+        self.summary = {
+            "run_id": log.folder.name, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
+            "overrides": cfg.overrides(), "hardware": process.hardware(), "train": None, "artifact": None,
+            "eval": {"float": None, "int6": None, "sliding": None, "ttt": None}, "val_bpb": None, "valid": False,
+            "reasons": [], "caveats": [], "seconds": {}}
+
+    def stages(self):
+        """Train, average, export, read back, evaluate: each if its switch is on."""
+        cfg, inputs = self.cfg, self.inputs
+        if inputs.artifact:
+            blob, tensors = inputs.artifact
+            model = build_model(cfg, tensors, self.process, cfg.model_path)
+            self.describe(Path(cfg.model_path), blob)
+        else:
+            torch.manual_seed(cfg.seed)
+            model = GPT(cfg, self.process.dtype).to(self.process.device)
+            self.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+            with self.timed("train"):
+                self.summary["train"] = train(cfg, self.process, self.log, model, inputs.train_tokens, self.stream)
+            if cfg.final_eval_enable:
+                self.score("float", "final_float", model, cfg.eval_len)
+            if cfg.export_enabled:
+                with self.timed("export"):
+                    model = self.export(model)
+        last = self.final_scores(model)
+        self.summary["val_bpb"] = last and last.val_bpb
+        if last and cfg.nll_dump and self.process.main:
+            with open(cfg.nll_dump, "wb") as file:
+                np.save(file, last.nats)
+
+    def final_scores(self, model: GPT) -> Score | None:
+        """Score the read-back model: int6, sliding window, test-time training. Returns the last, the run's score."""
+        cfg, last = self.cfg, None
+        if cfg.final_eval_enable:
+            last = self.score("int6", "final_int6_roundtrip", model, cfg.eval_len)
+        if cfg.final_sliding_eval_enable and cfg.eval_stride:
+            last = self.score("sliding", "final_int6_sliding_window", model, cfg.eval_stride)
+        if cfg.ttt_enabled:
+            last, details = test_time_train(cfg, self.process, self.log, model, self.stream)
+            self.report("ttt", "legal_ttt", last, **details)
+        return last
+
+    def score(self, key: str, tag: str, model: GPT, stride: int) -> Score:
+        forward = compiled(model, self.cfg, self.process)
+        score = evaluate(self.cfg, self.process, self.log, forward, self.stream, stride, key)
+        self.report(key, tag, score, **({"stride": stride} if key == "sliding" else {}))
+        return score
+
+    def report(self, key: str, tag: str, score: Score, **details):
+        """Log a score in the field's form and put it into the summary."""
+        self.summary["eval"][key] = {**score.summary(), **details}
+        self.summary["seconds"][key] = score.seconds
+        if not score.once:
+            self.summary["reasons"].append(f"{key}: not every target was scored exactly once")
+        more = "".join(f"{k}:{v} " for k, v in details.items())
+        self.log(f"{tag} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} {more}"
+                 f"eval_time:{1000 * score.seconds:.0f}ms")
+        self.log(f"{tag}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
+
+    def export(self, model: GPT) -> GPT:
+        """Write the artifact and read it back on every rank, from rank 0's disk: nodes need not share one."""
+        path = self.log.folder / ARTIFACT_NAME
+        if self.process.main:
+            write_atomically(path, pack(model, self.cfg.quant_min_numel))
+        blob = self.process.agree(path.read_bytes() if self.process.main else None)
+        self.describe(path, blob)
+        return build_model(self.cfg, unpack(blob, str(path))[1], self.process, str(path))
+
+    def describe(self, path: Path, blob: bytes):
+        """Count an artifact's bytes and hold them against the limit. Over it the run goes on, to end not valid."""
+        code, limit = len(self.inputs.code), self.cfg.artifact_limit_bytes
+        total = len(blob) + code
+        self.log(f"Code size: {code} bytes\nSerialized model int6+zstd: {len(blob)} bytes")
+        self.log(f"Total submission size int6+zstd: {total} bytes")
+        if total > limit:
+            self.summary["reasons"].append(f"artifact over the limit: {total} > {limit} bytes")
+            self.log(f"over the limit by {total - limit} bytes; all files are kept, the score is not valid")
+        self.summary["artifact"] = {"path": str(path), "bytes_model": len(blob), "bytes_code": code,
+                                    "bytes_total": total, "limit": limit, "sha256": hashlib.sha256(blob).hexdigest()}
+
+    def judge(self) -> bool:
+        """Fill `valid`, `reasons` and `caveats`. Returns `valid`."""
+        summary, hardware = self.summary, self.summary["hardware"]
+        if summary["artifact"] is None:
+            summary["reasons"].append("no artifact: EXPORT_ENABLED=0, the scores are of the averaged float weights")
+        if summary["val_bpb"] is None:
+            summary["reasons"].append("no final evaluation ran")
+        if not self.stream.complete:
+            summary["caveats"].append(f"partial split: its first {self.stream.targets} targets (VAL_TOKEN_LIMIT)")
+        if not Path(self.cfg.data_path).name.startswith("fineweb10B"):
+            summary["caveats"].append(f"not the challenge's data: {Path(self.cfg.data_path).name}")
+        if hardware["world_size"] != 8 or "H100" not in hardware["name"]:
+            summary["caveats"].append(f"not 8 x H100: {hardware['world_size']} x {hardware['name']}")
+        summary["valid"] = not summary["reasons"]
+        return summary["valid"]
+
+    @contextlib.contextmanager
+    def timed(self, name: str):
+        begin = time.perf_counter()
+        yield
+        self.summary["seconds"][name] = time.perf_counter() - begin
+
+    def table(self) -> str:
+        """The result in one short table."""
+        names = {"float": "float, averaged", "int6": "int6, read back", "sliding": "sliding window",
+                 "ttt": "test-time training"}
+        lines = ["", f"{'score':20}{'nats/token':>12}{'BPB':>10}{'tokens':>12}{'seconds':>10}"]
+        for key, s in self.summary["eval"].items():
+            if s:
+                lines.append(f"{names[key]:20}{s['val_loss']:12.4f}{s['val_bpb']:10.4f}{s['tokens']:12,}"
+                             f"{s['seconds']:10.1f}")
+        if a := self.summary["artifact"]:
+            lines.append(f"bytes: {a['bytes_total']:,} of {a['limit']:,} ({a['bytes_total'] / a['limit']:.1%}): model "
+                         f"{a['bytes_model']:,} + code {a['bytes_code']:,}")
+        if t := self.summary["train"]:
+            lines.append(f"trained: {t['steps']:,} steps, {t['tokens']:,} tokens, {t['step_ms']:.1f} ms a step")
+        lines.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.summary["seconds"].items()))
+        lines.append("valid: yes" if self.summary["valid"] else "valid: NO, " + "; ".join(self.summary["reasons"]))
+        return "\n".join(lines + [f"note: {caveat}" for caveat in self.summary["caveats"]])
+
+
+def main(cfg: Config, options: argparse.Namespace) -> int:
+    """One launch on one rank. Returns the exit code; raises UserError."""
+    started = time.perf_counter()
+    process = Process(cfg.compute_dtype)
+    inputs = process.together(lambda: open_inputs(cfg, process))
+    if options.check:
+        if process.main:
+            check(inputs, process, options.step_ms)
+        return 0
+    log = Log(process, make_run_folder(cfg, process))
+    log_start(inputs.cfg, process, log, inputs)
+    run = Run(inputs, process, log)
+    run.stages()
+    valid = run.judge()
+    run.summary["memory_peak_bytes"] = process.memory()[1]
+    run.summary["seconds"]["total"] = time.perf_counter() - started
+    log(run.table())
+    if process.main:
+        write_atomically(log.folder / "summary.json", (json.dumps(run.summary, indent=1) + "\n").encode())
+    log(f"summary: {log.folder / 'summary.json'}")
+    if process.world > 1:
+        dist.destroy_process_group()
+    return 0 if valid or not cfg.export_enabled else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(*LAUNCH))
+    except UserError as problem:
+        # an error that all ranks share is rank 0's to tell; one met alone, in the middle of a run, is this rank's
+        if os.environ.get("RANK", "0") == "0" or problem.__context__ is not None:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+        sys.exit(2)
