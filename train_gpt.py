@@ -14,7 +14,6 @@ Exit codes: 0 a finished run; 1 a finished run whose score is not valid; 2 somet
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -233,11 +232,12 @@ def misspelt(names, extra: set[str]) -> list[str]:
     for name in sorted(set(names) - {*ours, *NOT_IMPLEMENTED, *extra}):
         if name.startswith(FOREIGN) or name.startswith(COMPANIONS):
             continue
-        near = min(ours, key=lambda o: edit_distance(name.upper(), o))
-        typo = edit_distance(name.upper(), near) <= 2
-        if typo or name.upper().startswith(FAMILIES):
-            likely = near if typo else (difflib.get_close_matches(name.upper(), ours, 1, 0) or [near])[0]
-            lines.append(f"{name}: no such variable; did you mean {likely}? (ENV_EXTRA={name} lets it pass)")
+        family = next((prefix for prefix in FAMILIES if name.upper().startswith(prefix)), None)
+        far, near = min((edit_distance(name.upper(), o), o) for o in ours)
+        if far > 2 and family:
+            near = min((edit_distance(name.upper(), o), o) for o in ours if o.startswith(family))[1]
+        if far <= 2 or family:
+            lines.append(f"{name}: no such variable; did you mean {near}? (ENV_EXTRA={name} lets it pass)")
     return lines
 
 
@@ -247,7 +247,7 @@ def has_gpu() -> bool:
     return not hidden and any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
 
 
-def load_config(environ) -> tuple[Config, list[str], list[str]]:
+def load_config(environ, ranks: int = 1) -> tuple[Config, list[str], list[str]]:
     """The configuration that the environment asks for, all problems and all warnings, a line each."""
     problems, values = [], {}
     for f in VARIABLES:
@@ -265,14 +265,14 @@ def load_config(environ) -> tuple[Config, list[str], list[str]]:
     preset = ("seed" if has_gpu() else "demo") if preset == "auto" else preset
     cfg = Config(**{**PRESETS[preset], **values, "preset": preset, "explicit": frozenset(values)})
     typos = misspelt(environ, {n.strip() for n in cfg.env_extra.split(",")})
-    problems += [] if problems else conflicts(cfg)
+    problems += [] if problems else conflicts(cfg, ranks)
     return (cfg, problems + typos, []) if cfg.strict_env else (cfg, problems, typos)
 
 
-def conflicts(cfg: Config) -> list[str]:
+def conflicts(cfg: Config, ranks: int) -> list[str]:
     """A line for each group of settings that cannot go together."""
     heads, head_dim = cfg.num_heads, cfg.model_dim // cfg.num_heads
-    world, seqs = int(os.environ.get("WORLD_SIZE", "1")), cfg.train_batch_tokens // cfg.train_seq_len
+    seqs = cfg.train_batch_tokens // cfg.train_seq_len
     slides, trains = cfg.final_sliding_eval_enable or cfg.ttt_enabled, cfg.train_enabled
     rules = [  # (what must hold, what to say where it does not)
         (cfg.model_dim % heads == 0, f"MODEL_DIM={cfg.model_dim}: must be a multiple of NUM_HEADS={heads}"),
@@ -292,17 +292,17 @@ def conflicts(cfg: Config) -> list[str]:
         (trains or cfg.model_path, "MODEL_PATH: TRAIN_ENABLED=0 needs the artifact to start from"),
         (not trains or cfg.train_batch_tokens % cfg.train_seq_len == 0,
          f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}"),
-        (not trains or seqs % world == 0, f"WORLD_SIZE={world}: must divide the {seqs} sequences of a step "
+        (not trains or seqs % ranks == 0, f"WORLD_SIZE={ranks}: must divide the {seqs} sequences of a step "
          "(TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN); launch another number of ranks or change the batch"),
-        (not trains or seqs % world or not cfg.micro_batch_seqs or seqs // world % cfg.micro_batch_seqs == 0,
-         f"MICRO_BATCH_SEQS={cfg.micro_batch_seqs}: must divide the {seqs // world} sequences of a rank's step"),
+        (not trains or seqs % ranks or not cfg.micro_batch_seqs or seqs // ranks % cfg.micro_batch_seqs == 0,
+         f"MICRO_BATCH_SEQS={cfg.micro_batch_seqs}: must divide the {seqs // ranks} sequences of a rank's step"),
     ]
     return [text for ok, text in rules if not ok]
 
 
 def help_text() -> str:
     """All variables by stage: name, default (and the demo preset's where it differs), accepted values, meaning."""
-    lines = [__doc__.strip(), "", "Options: --help, --check [--step-ms MS] (steps that the budget allows at MS a step)"]
+    lines = [__doc__.strip(), "", "Options: --help; --check [--step-ms MS] [--ranks N]: for N ranks at MS a step"]
     for f in VARIABLES:
         demo = PRESETS["demo"].get(f.name)
         default = str(int(f.default) if f.type is bool else f.default) + (f" (demo: {demo})" if demo else "")
@@ -318,11 +318,12 @@ def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--step-ms", type=float, default=106.0)
+    parser.add_argument("--ranks", type=int, default=int(os.environ.get("WORLD_SIZE", "1")))
     options = parser.parse_args(argv)
     if options.help:
         print(help_text())
         sys.exit(0)
-    cfg, problems, warnings = load_config(os.environ)
+    cfg, problems, warnings = load_config(os.environ, max(options.ranks, 1))
     if os.environ.get("RANK", "0") == "0":
         print("".join(f"error: {line}\n" for line in problems) + "".join(f"warning: {line}\n" for line in warnings),
               end="", file=sys.stderr)
@@ -575,9 +576,9 @@ class Stream:
         self.complete = limit == 0 or limit >= len(tokens) - 1
         ids = tokens.read(0, len(tokens) if self.complete else limit + 1)
         self.targets, self.bytes = len(ids) - 1, int(tokenizer.target_bytes(ids).sum())
-        if self.bytes == 0:
-            raise UserError(f"{tokens.paths[0]}: validation needs at least 2 tokens and a byte of text, this split's "
-                            f"{len(ids)} tokens have none; give a longer one")
+        if self.targets < 1 or self.bytes == 0:
+            raise UserError(f"{tokens.paths[0]}: validation needs at least 2 tokens and a byte of text to score, this "
+                            f"split has {len(ids)} tokens and {self.bytes} bytes; give a longer one")
         self.tokens = torch.from_numpy(ids.astype(np.int32)).to(device)
 
 
@@ -843,15 +844,15 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none").view(targets.shape)
 
 
-def tokens_per_pass(cfg: Config, process: Process, training: bool) -> int:
-    """Tokens that one forward pass of a rank should hold, from the device's total memory.
+def activation_bytes(cfg: Config) -> int:
+    """Estimated bytes that a token keeps for the backward pass: 2 x (16 C + 2 H) a layer and 10 V for its logits."""
+    return 2 * cfg.num_layers * (16 * cfg.model_dim + 2 * cfg.mlp_dim) + 10 * cfg.vocab_size
 
-    The activations kept for the backward pass are estimated at 2 bytes x (16 C + 2 H) a layer and 10 V for the
-    logits, and may take half of the memory; evaluation keeps none of them, so it takes four times as many. On a
-    CPU more than a few thousand tokens only leave the caches.
-    """
-    per_token = 2 * cfg.num_layers * (16 * cfg.model_dim + 2 * cfg.mlp_dim) + 10 * cfg.vocab_size
-    room = process.memory()[0] // 2 // per_token * (1 if training else 4)
+
+def tokens_per_pass(cfg: Config, process: Process, training: bool) -> int:
+    """Tokens that one forward pass of a rank should hold: activations may take half of the device's memory, and
+    evaluation, which keeps none, takes four times as many. On a CPU more than a few thousand only leave the caches."""
+    room = process.memory()[0] // 2 // activation_bytes(cfg) * (1 if training else 4)
     return room if process.cuda else min(room, 4096 if training else 8192)
 
 
@@ -1389,7 +1390,7 @@ def open_artifact(cfg: Config) -> tuple[Config, tuple[bytes, dict[str, Tensor]]]
             raise UserError(f"{name.upper()}={getattr(cfg, name)}: the artifact {cfg.model_path} was made with "
                             f"{stored[name]}; unset it")
     cfg = dataclasses.replace(cfg, **stored)
-    for line in conflicts(cfg):
+    for line in conflicts(cfg, 1):
         raise UserError(line)
     return cfg, (blob, tensors)
 
@@ -1419,18 +1420,20 @@ def open_inputs(cfg: Config, process: Process) -> Inputs:
     return Inputs(cfg, path, train_tokens, stream, artifact, SCRIPT.read_bytes())
 
 
-def check(inputs: Inputs, process: Process, step_ms: float):
-    """Print what a run would do. The bytes are predicted from the published model's: its int6 values took 4.6
-    bits each after zstd, its int8 values about 6.5, so a model trained otherwise will differ."""
+def check(inputs: Inputs, process: Process, ranks: int, step_ms: float):
+    """Print what a run would do; UserError for more ranks than GPUs. The bytes are predicted from the published
+    model's: its int6 values took 4.6 bits each after zstd, its int8 values about 6.5; other training will differ."""
     cfg, code, counts = inputs.cfg, len(inputs.code), {"fp16": 0, "int6": 0, "int8": 0}
     with torch.device("meta"):
         model = GPT(cfg)
     for name, p in model.named_parameters():
         counts[tensor_kind(model.role(name), p.shape, cfg.quant_min_numel)] += p.numel()
+    if process.cuda and ranks > torch.cuda.device_count() * int(os.environ.get("GROUP_WORLD_SIZE", "1")):
+        raise UserError(f"{ranks} ranks: this machine shows {torch.cuda.device_count()} GPUs; launch at most that many")
     total = sum(counts.values())
     predicted = code + int(counts["fp16"] * 2 + counts["int6"] * 4.6 / 8 + counts["int8"] * 6.5 / 8)
     print(f"preset:     {cfg.preset} {json.dumps(cfg.overrides())}")
-    print(f"machine:    {process.world} x {process.hardware()['name']}, {str(process.dtype)[6:]}")
+    print(f"machine:    {ranks} x {process.hardware()['name']}, {str(process.dtype)[6:]}")
     if inputs.train_tokens:
         print(f"training:   {len(inputs.train_tokens):,} tokens in {len(inputs.train_tokens.paths)} shards of "
               f"{cfg.data_path}")
@@ -1442,9 +1445,8 @@ def check(inputs: Inputs, process: Process, step_ms: float):
     if cfg.train_enabled:
         most = tokens_per_pass(cfg, process, True)
         tokens = min(cfg.micro_batch_seqs * cfg.train_seq_len or max(most, cfg.train_seq_len),
-                     cfg.train_batch_tokens // process.world)
-        per_token = 2 * cfg.num_layers * (16 * cfg.model_dim + 2 * cfg.mlp_dim) + 10 * cfg.vocab_size
-        print(f"memory:     about {(20 * total + tokens * per_token) / 2**30:.1f} GiB of "
+                     cfg.train_batch_tokens // ranks)
+        print(f"memory:     about {(20 * total + tokens * activation_bytes(cfg)) / 2**30:.1f} GiB of "
               f"{process.memory()[0] / 2**30:.1f} GiB a rank")
         cap = cfg.max_wallclock_seconds
         steps = min(int(cap * 1000 / step_ms), cfg.iterations) if cap else cfg.iterations
@@ -1616,7 +1618,7 @@ def main(cfg: Config, options: argparse.Namespace) -> int:
     inputs = process.together(lambda: open_inputs(cfg, process))
     if options.check:
         if process.main:
-            check(inputs, process, options.step_ms)
+            check(inputs, process, options.ranks, options.step_ms)
         return 0
     log = Log(process, make_run_folder(cfg, process))
     log_start(inputs.cfg, process, log, inputs)

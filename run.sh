@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# One command for everything:
+#   ./run.sh               train, export, read back and evaluate on whatever machine this is
+#   ./run.sh test [...]    the tests; arguments go to pytest
+#   ./run.sh data [...]    the published FineWeb shards; arguments go to data/prepare.py fineweb
+# Variables of train_gpt.py pass through: SEED=7 ITERATIONS=500 ./run.sh
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+# The Python to use: .venv if we made one, else the one on the PATH.
+py=${PYTHON:-python3}
+[ -x "$here/.venv/bin/python" ] && py=$here/.venv/bin/python
+command -v "$py" >/dev/null || fail "no $py on the PATH; install Python 3.10 or newer, or set PYTHON"
+"$py" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$py is older than Python 3.10; set PYTHON"
+
+# Whether every module given can be found. Nothing is imported, so it costs no time.
+has() { "$py" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@"; }
+
+# Whether pip may write into this Python's environment.
+writable() {
+  "$py" -c 'import os, sys, sysconfig as s
+ours = os.access(s.get_path("purelib"), os.W_OK)
+managed = sys.prefix == sys.base_prefix and os.path.exists(os.path.join(s.get_path("stdlib"), "EXTERNALLY-MANAGED"))
+sys.exit(not ours or managed)' && "$py" -m pip --version >/dev/null 2>&1
+}
+
+make_venv() {
+  echo "making $here/.venv" >&2
+  "$py" -m venv "$@" "$here/.venv" || { rm -rf "$here/.venv"; fail "$py cannot make a virtual environment; install its venv module"; }
+  py=$here/.venv/bin/python
+}
+
+# Make the modules "$2 ..." importable, from the pinned list in file $1. A torch that is there is kept.
+need() {
+  local list=$1 module missing=(); shift
+  for module in "$@"; do has "$module" || missing+=("$module"); done
+  [ ${#missing[@]} -eq 0 ] && return
+  if ! has torch; then
+    [ "$py" = "$here/.venv/bin/python" ] || make_venv
+    echo "installing requirements.txt" >&2
+    "$py" -m pip install -q -r "$here/requirements.txt" || fail "installation failed; see above"
+    need "$list" "$@"
+    return
+  fi
+  writable || make_venv --system-site-packages
+  local lines=()
+  for module in "${missing[@]}"; do
+    while read -r line; do lines+=("$line"); done < <(grep -E "^$module\b" "$list")
+  done
+  echo "installing ${missing[*]}" >&2
+  "$py" -m pip install -q "${lines[@]}" || fail "installing ${missing[*]} failed; see above"
+}
+
+job=${1:-train}
+[ $# -gt 0 ] && shift
+need "$here/requirements.txt" torch numpy sentencepiece zstandard
+
+case $job in
+  train)
+    gpus=$("$py" -c 'import torch; print(torch.cuda.device_count())')
+    [ "$gpus" -gt 0 ] || export PRESET=${PRESET:-demo}
+    if [ -n "${DATA_PATH:-}" ]; then
+      [ -d "$DATA_PATH" ] || fail "DATA_PATH=$DATA_PATH: no such folder; unset it or make it with data/prepare.py"
+    elif [ ! -d data/datasets/fineweb10B_sp1024 ] && [ ! -d "$here/data/datasets/fineweb10B_sp1024" ]; then
+      echo "no FineWeb shards here (./run.sh data fetches them): using the embedded corpus"
+      export DATA_PATH=$here/data/datasets/embedded_sp${VOCAB_SIZE:-1024}
+      "$py" "$here/data/prepare.py" embedded --vocab-size "${VOCAB_SIZE:-1024}" --out "$DATA_PATH"
+    fi
+    ranks=$((gpus > 0 ? gpus : 1))
+    "$py" "$here/train_gpt.py" --check --ranks "$ranks"
+    exec "$py" -m torch.distributed.run --standalone --nproc_per_node="$ranks" "$here/train_gpt.py" "$@" ;;
+  test)
+    need "$here/tests/requirements.txt" pytest huggingface_hub
+    cd "$here" && exec "$py" -m pytest -q "$@" tests ;;
+  data)
+    need "$here/data/requirements.txt" huggingface_hub
+    exec "$py" "$here/data/prepare.py" fineweb "$@" ;;
+  *) fail "no job named $job; the jobs are: (none), test, data" ;;
+esac

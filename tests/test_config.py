@@ -1,0 +1,130 @@
+"""Configuration: what is accepted, what is refused, and how it is said."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import SCRIPT, TINY, clean_environment
+
+import train_gpt
+
+
+def problems(**variables) -> list[str]:
+    return train_gpt.load_config(TINY | {k: str(v) for k, v in variables.items()})[1]
+
+
+def test_published_defaults():
+    cfg = train_gpt.load_config({"PRESET": "seed"})[0]
+    published = {  # FIELD's published model and training
+        "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 3.0, "vocab_size": 1024,
+        "train_seq_len": 2048, "bigram_vocab_size": 2048, "bigram_dim": 96, "rope_dims": 16, "qk_gain_init": 1.5,
+        "logit_softcap": 30.0, "train_batch_tokens": 786432, "iterations": 9000, "warmdown_iters": 3000,
+        "max_wallclock_seconds": 596.0, "warmup_steps": 20, "matrix_lr": 0.025, "tied_embed_lr": 0.035,
+        "scalar_lr": 0.025, "muon_momentum": 0.99, "muon_momentum_warmup_start": 0.92, "beta2": 0.95,
+        "muon_momentum_warmup_steps": 1500, "muon_wd": 0.04, "adam_wd": 0.04, "grad_clip_norm": 0.3,
+        "ema_decay": 0.997, "eval_stride": 64, "seed": 1337, "sparse_sites": (8, 9, 10), "sparse_hidden_dim": 48,
+        "artifact_limit_bytes": 16_000_000,
+    }
+    assert {name: getattr(cfg, name) for name in published} == published
+
+
+def test_explicit_variables_win_over_the_preset():
+    cfg = train_gpt.load_config({"PRESET": "demo", "NUM_LAYERS": "7"})[0]
+    assert (cfg.num_layers, cfg.model_dim) == (7, train_gpt.PRESETS["demo"]["model_dim"])
+
+
+def test_all_bad_values_are_reported_at_once():
+    env = clean_environment() | {"SEED": "x", "EMA_DECAY": "1.0", "TTT_OPTIMIZER": "adm", "TIE_EMBEDDINGS": "yes",
+                                 "MLP_MULT": "nan", "TRAIN_SEQ_LEN": "", "VOCAB_SIZ": "9", "SWA_ENABLED": "1"}
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=env, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stdout == "" and len(lines) == 8, done.stderr
+    for name, word in (("SEED", "0..4294967295"), ("EMA_DECAY", "0..<1"), ("TTT_OPTIMIZER", "adamw|sgd"),
+                       ("TIE_EMBEDDINGS", "0|1"), ("MLP_MULT", "0.01..64"), ("TRAIN_SEQ_LEN", "int"),
+                       ("VOCAB_SIZ:", "VOCAB_SIZE"), ("SWA_ENABLED", "not implemented")):
+        assert any(line.startswith(f"error: {name}") and word in line for line in lines), (name, lines)
+
+
+def test_only_rank_0_speaks():
+    env = clean_environment() | {"SEED": "x", "RANK": "1", "WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [("TTT_LERNING_RATE", "TTT_"), ("MATRIX_RL", "MATRIX_LR"), ("ITERATION", "ITERATIONS"), ("Seed", "SEED"),
+     ("EVAL_STIDE", "EVAL_STRIDE"), ("SPARSE_FOO", "SPARSE_"), ("QUANT_BITS_EVERYWHERE", "QUANT_")],
+)
+def test_typos_name_the_nearest_variable(name, near):
+    (line,) = problems(**{name: "1"})
+    assert line.startswith(f"{name}: ") and f"did you mean {near}" in line
+
+
+def test_names_of_others_pass():
+    foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES", "NCCL_DEBUG",
+               "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "PATH", "HOME", "TERM", "EDITOR", "LD_PRELOAD")
+    assert problems(**dict.fromkeys(foreign, "1")) == []
+
+
+def test_typo_can_be_a_warning_or_let_pass():
+    cfg, errors, warnings = train_gpt.load_config(TINY | {"STRICT_ENV": "0", "TTT_LERNING": "1"})
+    assert errors == [] and len(warnings) == 1
+    assert problems(ENV_EXTRA="TTT_LERNING, OTHER", TTT_LERNING="1") == []
+
+
+def test_unimplemented_switches_pass_when_off():
+    off = {"SWA_ENABLED": 0, "SWA_EVERY": 200, "QAT_ENABLED": 0, "LATE_QAT": 0, "QAT_THRESHOLD": 0.1,
+           "MTP_NUM_HEADS": 0, "MTP_LOSS_WEIGHT": 0.2, "MUON_BETA2": 0.95}
+    assert problems(**off) == []
+    for name in ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS"):
+        (line,) = problems(**{name: 1})
+        assert name in line and "not implemented" in line
+
+
+@pytest.mark.parametrize(
+    "variables, name",
+    [({"NUM_HEADS": 5, "NUM_KV_HEADS": 5}, "MODEL_DIM"), ({"NUM_KV_HEADS": 3}, "NUM_KV_HEADS"), ({"MODEL_DIM": 36}, "MODEL_DIM"),
+     ({"ROPE_DIMS": 10}, "ROPE_DIMS"), ({"ROPE_DIMS": 3}, "ROPE_DIMS"), ({"BIGRAM_VOCAB_SIZE": 1}, "BIGRAM_VOCAB_SIZE"),
+     ({"EVAL_STRIDE": 33}, "EVAL_STRIDE"), ({"TRAIN_BATCH_TOKENS": 250}, "TRAIN_BATCH_TOKENS"),
+     ({"MICRO_BATCH_SEQS": 3}, "MICRO_BATCH_SEQS"), ({"TRAIN_ENABLED": 0}, "MODEL_PATH"),
+     ({"TTT_ENABLED": 1, "TTT_CHUNK_TOKENS": 4}, "TTT_CHUNK_TOKENS"), ({"RUN_ID": "a/b"}, "RUN_ID"),
+     ({"RUN_ID": ".."}, "RUN_ID"), ({"LOG_DIR": "a\nb"}, "LOG_DIR"), ({"TRAIN_BATCH_TOKENS": 10**30}, "TRAIN_BATCH"),
+     ({"MATRIX_LR": "inf"}, "MATRIX_LR"), ({"MATRIX_LR": "-1"}, "MATRIX_LR"), ({"SEED": "1.5"}, "SEED")],
+)
+def test_values_that_cannot_work(variables, name):
+    (line,) = problems(**variables)
+    assert line.startswith(name), line
+
+
+def test_world_size_must_divide_the_sequences():
+    assert train_gpt.load_config(TINY, ranks=4)[1] == []
+    (line,) = train_gpt.load_config(TINY, ranks=3)[1]
+    assert line.startswith("WORLD_SIZE=3") and "8 sequences" in line
+
+
+def test_sidecar_sites():
+    def sites(**v):
+        return train_gpt.load_config({"PRESET": "seed"} | {k: str(x) for k, x in v.items()})[0].sparse_sites
+
+    assert sites() == (8, 9, 10)
+    assert sites(SPARSE_END_LAYER=99) == (8, 9, 10) and sites(SPARSE_END_LAYER=9) == (8, 9)
+    assert sites(SPARSE_START_LAYER=0, SPARSE_EVERY=4) == (0, 4, 8) and sites(SPARSE_MAX_SITES=2) == (8, 9)
+    assert sites(SPARSE_START_LAYER=-1) == () == sites(SPARSE_HIDDEN_DIM=0)
+
+
+def test_help_lists_every_variable_without_importing_torch(tmp_path):
+    blocker = tmp_path / "torch.py"
+    blocker.write_text("raise ImportError('torch must not be imported for --help')")
+    env = clean_environment() | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for f in train_gpt.VARIABLES:
+        assert f"  {f.name.upper()} " in done.stdout and f.metadata["text"] in done.stdout
+
+
+def test_import_has_no_side_effects(tmp_path):
+    env = clean_environment() | {"PYTHONPATH": str(SCRIPT.parent), "CUDA_VISIBLE_DEVICES": "", "SEED": "not read"}
+    command = [sys.executable, "-c", "import train_gpt"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])

@@ -1,0 +1,418 @@
+"""The parts one by one: bytes, model, optimizers, schedule, loader, windows, artifact."""
+
+import math
+import struct
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+import train_gpt as t
+
+
+class Lone:
+    """A process of one rank (or a pretended share of several) on the CPU, in fp32."""
+
+    def __init__(self, rank=0, world=1):
+        self.rank, self.world, self.main, self.cuda = rank, world, rank == 0, False
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+
+    def sum_(self, tensor):
+        return tensor
+
+    def memory(self):
+        return 2**33, 0
+
+
+def model_of(cfg, seed=0, noise=0.0):
+    torch.manual_seed(seed)
+    model = t.GPT(cfg)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(noise * torch.randn_like(p))
+    return model
+
+
+def stream_of(ids, **more):
+    stream = object.__new__(t.Stream)
+    stream.tokens, stream.targets = torch.tensor(ids, dtype=torch.int32), len(ids) - 1
+    stream.bytes, stream.complete = len(ids) - 1, True
+    return stream
+
+
+# ---- bytes ----
+
+
+def test_counted_bytes_equal_decoded_text(corpus):
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(corpus / "tokenizer.model"))
+    tokenizer = t.Tokenizer(corpus / "tokenizer.model", sp.vocab_size())
+    texts = ["One two  three", "caf\u00e9 \u4e16\u754c \U0001f600 end", "x", "def f(a, b):\n    return a", "\u2581odd"]
+    assert any(sp.is_byte(i) for i in sp.encode(texts[1])), "the test needs byte-fallback pieces"
+    for text in texts:
+        ids = np.array([t.BOS_ID, *sp.encode(text)])
+        assert tokenizer.target_bytes(ids).sum() == len(sp.decode(ids[1:].tolist()).encode())
+    # over several documents the BOS between them is worth nothing and takes the next piece's space with it
+    stream = np.concatenate([[t.BOS_ID, *sp.encode(text)] for text in texts])
+    assert tokenizer.target_bytes(stream).sum() == sum(len(sp.decode(sp.encode(x)).encode()) for x in texts)
+
+
+def test_unknown_and_control_count_nothing(corpus):
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(corpus / "tokenizer.model"))
+    tokenizer = t.Tokenizer(corpus / "tokenizer.model", sp.vocab_size())
+    the = next(i for i in range(400) if sp.id_to_piece(i) == "\u2581the")
+    ids = np.array([the, the, sp.unk_id(), the, t.BOS_ID, the])
+    assert tokenizer.target_bytes(ids).tolist() == [4, 0, 3, 0, 3]
+
+
+# ---- model ----
+
+
+def test_parameter_count_at_the_published_shape():
+    with torch.device("meta"):
+        model = t.GPT(t.load_config({"PRESET": "seed"})[0])
+    assert sum(p.numel() for p in model.parameters()) == 26_823_545
+
+
+def test_sidecar_and_bigram_do_nothing_at_initialisation(tiny):
+    ids = torch.randint(2, 400, (2, 32))
+    full, bare = tiny(), tiny(SPARSE_HIDDEN_DIM=0, BIGRAM_VOCAB_SIZE=0)
+    a, b = model_of(full), model_of(bare)
+    b.load_state_dict(a.state_dict(), strict=False)
+    assert torch.equal(a(ids), b(ids))
+    with torch.no_grad():
+        a.sidecar_scale.fill_(1.0)
+    assert not torch.equal(a(ids), b(ids))
+
+
+def test_loss_and_logits_come_from_one_pass(tiny):
+    model, ids = model_of(tiny(), noise=0.05), torch.randint(2, 400, (3, 33))
+    logits = model(ids[:, :-1])
+    nats = model(ids[:, :-1], ids[:, 1:])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    assert torch.allclose(nats.flatten(), expected) and logits.abs().max() <= 30
+    rows = torch.tensor([[0, 5], [31, 2], [7, 7]])
+    assert torch.allclose(model(ids[:, :-1], rows=rows), logits[torch.arange(3)[:, None], rows], atol=1e-5)
+
+
+def test_model_is_causal(tiny):
+    model = model_of(tiny(XSA_LAST_N=1), noise=0.05)
+    ids = torch.randint(2, 400, (1, 32))
+    changed = ids.clone()
+    changed[0, 20:] = torch.randint(2, 400, (12,))
+    assert torch.allclose(model(ids)[:, :20], model(changed)[:, :20], atol=1e-5)
+    assert not torch.allclose(model(ids)[:, 20:], model(changed)[:, 20:], atol=1e-3)
+
+
+@pytest.mark.parametrize("mask", [0, 1])
+def test_document_boundary(tiny, mask):
+    """With attention and MLP silent, only smear, bigram and sidecar could reach over a BOS."""
+    model = model_of(tiny(BOS_MASK=mask), noise=0.2)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.proj.weight.zero_()
+            block.mlp.proj.weight.zero_()
+    ids = torch.randint(2, 400, (1, 32))
+    ids[0, 16] = t.BOS_ID
+    changed = ids.clone()
+    changed[0, :16] = torch.randint(2, 400, (16,))
+    same = [bool(torch.allclose(model(ids)[0, i], model(changed)[0, i], atol=1e-5)) for i in range(16, 20)]
+    assert all(same) if mask else not any(same[:2]), same
+    # a document reads the same wherever it lies
+    if mask:
+        assert torch.allclose(model(ids[:, 16:])[0], model(ids)[0, 16:], atol=1e-5)
+
+
+def test_bigram_hash_is_int32(tiny):
+    bigram = t.Bigram(tiny(BIGRAM_VOCAB_SIZE=2048))
+    ids = torch.tensor([[5, 1023, 65535, 60000]])
+    got = bigram.hash(ids, torch.zeros_like(ids, dtype=torch.bool))[0].tolist()
+
+    def int32(x):
+        return (x + 2**31) % 2**32 - 2**31
+
+    pairs = [(1023, 5), (65535, 1023), (60000, 65535)]
+    expected = [2047] + [int32(int32(36313 * b) ^ int32(27191 * a)) % 2047 for b, a in pairs]
+    assert got == expected
+
+
+def test_rope_turns_half_split_pairs_by_minus_the_angle():
+    x = torch.zeros(1, 3, 1, 6)
+    x[..., 0] = 1.0  # pair (0, 2) of four turned dimensions, two pass
+    x[..., 5] = 7.0
+    y = t.rotate(x, *t.rope_tables(3, 4, 100.0, x))
+    for pos in range(3):
+        assert y[0, pos, 0].tolist() == pytest.approx([math.cos(pos), 0, -math.sin(pos), 0, 0, 7], abs=1e-6)
+    cos, _ = t.rope_tables(2048, 16, 10000.0, torch.zeros(1))
+    base = 10000 * 2 ** (16 / 14)
+    assert round(base) == 22082 and cos[5, 0, 1].item() == pytest.approx(math.cos(5 * base ** (-2 / 16)), abs=1e-6)
+
+
+def test_initialisation(tiny):
+    model = model_of(tiny(MODEL_DIM=128, NUM_HEADS=2, BIGRAM_DIM=64))
+    w = model.blocks[0].attn.q.weight
+    assert torch.allclose(w @ w.T, torch.eye(128), atol=1e-4)
+    assert model.blocks[1].mlp.proj.weight.abs().max() == 0
+    bigram = model.bigram.proj.weight
+    assert torch.allclose(bigram.T @ bigram, torch.eye(64) / 6, atol=1e-4)  # 1 / (2 x 3 layers)
+    assert model.tok_emb.weight.std().item() == pytest.approx(0.005, rel=0.05)
+    assert model.sidecar_scale.abs().max() == 0 and model.sidecar.site.abs().max() == 0
+
+
+@pytest.mark.parametrize("variables", [{}, {"XSA_LAST_N": 2, "TIE_EMBEDDINGS": 0}, {"NUM_LAYERS": 1, "BIGRAM_DIM": 32}])
+def test_compiles_without_graph_breaks(tiny, variables):
+    torch._dynamo.reset()
+    model, ids = model_of(tiny(**variables)), torch.randint(2, 400, (2, 33), dtype=torch.int32)
+    compiled = torch.compile(model, backend="eager", dynamic=False, fullgraph=True)
+    compiled(ids[:, :-1], ids[:, 1:]).mean().backward()
+    with torch.no_grad():
+        rows = torch.zeros(2, 4, dtype=torch.int64)
+        compiled(ids[:, :-1], ids[:, :4], rows)
+
+
+# ---- optimizers, schedule ----
+
+
+def test_newton_schulz_approaches_the_orthogonal_factor():
+    """It keeps the singular vectors and sends each singular value through the published quintic, five times."""
+    torch.manual_seed(0)
+    for shape in ((3, 24, 24), (2, 16, 40), (2, 40, 16)):
+        u, _, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+        sigma = torch.linspace(0.2, 1.0, 16 if 40 in shape else 24).expand(shape[0], -1)
+        got = t.newton_schulz(u * sigma[:, None] @ vh, 5)
+        expected = sigma / sigma.norm(dim=1, keepdim=True)
+        for _ in range(5):
+            expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+        assert torch.allclose(got, u * expected[:, None] @ vh, atol=1e-3)
+        assert 0.6 < torch.linalg.svdvals(got).min() and torch.linalg.svdvals(got).max() < 1.25
+
+
+def test_flat_weights_are_the_models(tiny):
+    model = model_of(tiny(), noise=0.1)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    flat = t.FlatWeights(model, torch.device("cpu"))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    ids = torch.randint(2, 400, (2, 33))
+    model(ids[:, :-1], ids[:, 1:]).mean().backward()
+    assert flat.grads.abs().sum() > 0
+    for name, p in model.named_parameters():
+        assert p.data_ptr() >= flat.weights.data_ptr() and p.grad.data_ptr() >= flat.grads.data_ptr(), name
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    flat.clip_(float(norm) / 2)
+    assert torch.linalg.vector_norm(flat.grads).item() == pytest.approx(float(norm) / 2, rel=1e-4)
+
+
+def test_muon_step_against_the_formula_and_over_ranks(tiny):
+    """One rank's update is the published formula; the shares of three ranks add up to it."""
+    cfg = tiny(GRAD_CLIP_NORM=0)
+    updates = []
+    for world in (1, 3):
+        total = 0
+        for rank in range(world):
+            model = model_of(cfg)
+            flat = t.FlatWeights(model, torch.device("cpu"))
+            torch.manual_seed(5)
+            flat.grads.normal_()
+            optimizers = t.Optimizers(cfg, flat, Lone(rank, world))
+            optimizers.step(0, 0.5)
+            total = total + optimizers.update.clone()
+        updates.append(total)
+    assert torch.allclose(updates[0], updates[1], atol=1e-5)
+    model = model_of(cfg)
+    flat = t.FlatWeights(model, torch.device("cpu"))
+    torch.manual_seed(5)
+    flat.grads.normal_()
+    w, g = model.blocks[1].mlp.fc.weight.detach().clone(), model.blocks[1].mlp.fc.weight.grad.clone()
+    t.Optimizers(cfg, flat, Lone()).step(0, 0.5)
+    rate = 0.025 * 0.5
+    direction = t.newton_schulz((g + 0.92 * g)[None], 5)[0] * math.sqrt(64 / 32)  # Nesterov from an empty buffer
+    assert torch.allclose(model.blocks[1].mlp.fc.weight, w * (1 - rate * 0.04) - rate * direction, atol=1e-5)
+
+
+def test_adam_groups_and_average(tiny):
+    cfg = tiny(TIE_EMBEDDINGS=0, EMA_DECAY=0.75)
+    model = model_of(cfg)
+    flat = t.FlatWeights(model, torch.device("cpu"))
+    optimizers = t.Optimizers(cfg, flat, Lone())
+    rates = [(g["lr"], g["weight_decay"]) for g in optimizers.adam.param_groups]
+    assert rates == [(0.6, 0.04), (0.008, 0.0), (0.025, 0.04)]
+    sizes = [g["params"][0].numel() for g in optimizers.adam.param_groups]
+    assert sizes[0] == 400 * 32 + 64 * 8 and sizes[1] == 400 * 32
+    start = flat.weights.clone()
+    flat.weights.add_(1.0)
+    optimizers.track_average()
+    optimizers.apply_average()
+    assert torch.allclose(flat.weights, start + 0.25, atol=1e-6)
+
+
+def test_warm_up_leaves_the_weights(tiny):
+    cfg = tiny(WARMUP_STEPS=2)
+    model = model_of(cfg)
+    trainer = t.Trainer(cfg, Lone(), model)
+    before = trainer.flat.weights.clone()
+    trainer.process.agree = lambda value: value
+    trainer.warm_up()
+    assert torch.equal(before, trainer.flat.weights)
+    assert all(not momentum.any() for _, momentum, _ in trainer.optimizers.shares)
+    assert trainer.optimizers.adam.state_dict()["state"] == {}
+
+
+def test_schedule_by_steps_and_by_time(tiny):
+    by_steps = tiny(ITERATIONS=100, WARMDOWN_ITERS=40)
+    assert [t.rate_factor(by_steps, s, 0.0) for s in (0, 60, 80, 99)] == pytest.approx([1, 1, 0.5, 0.025])
+    by_time = tiny(ITERATIONS=10000, WARMDOWN_ITERS=30, MAX_WALLCLOCK_SECONDS=100)
+    # half a second a step: the warmdown takes 15 s, so it starts at 85 s
+    assert [t.rate_factor(by_time, int(2 * s), s) for s in (10, 84, 85, 92.5, 100, 101)] == pytest.approx(
+        [1, 1, 1, 0.5, 0, 0])
+    assert t.rate_factor(tiny(WARMDOWN_ITERS=0), 11, 0.0) == 1.0
+
+
+# ---- loader ----
+
+
+def test_batches_do_not_depend_on_the_world_size(tiny, corpus):
+    cfg, tokens = tiny(), t.Tokens(corpus, "train", 400)
+    alone = t.Loader(cfg, tokens, Lone())
+    for world in (2, 8):
+        ranks = [t.Loader(cfg, tokens, Lone(r, world)) for r in range(world)]
+        for step in (0, 3):
+            assert np.array_equal(alone.batch(step), np.concatenate([r.batch(step) for r in ranks]))
+    assert torch.equal(alone.next(), torch.from_numpy(alone.batch(0)))
+
+
+@pytest.mark.parametrize("shuffle", [0, 1])
+def test_each_token_is_a_target_once_an_epoch(tiny, corpus, shuffle):
+    tokens = t.Tokens(corpus, "train", 400)
+    loader = t.Loader(tiny(SHUFFLE=shuffle), tokens, Lone())
+    seen = np.zeros(len(tokens), dtype=int)
+    for g in range(loader.epoch_seqs):
+        seen[(loader.start_of(g) + 1 + np.arange(32)) % len(tokens)] += 1
+    assert seen.max() == 1 and (seen == 0).sum() == len(tokens) % 32
+    order = [loader.start_of(g) for g in range(loader.epoch_seqs)]
+    assert (order == sorted(order)) != bool(shuffle)
+
+
+def test_stream_goes_on_over_shards_and_epochs(tmp_path):
+    for i, values in enumerate(([1, 2, 3], [4, 5])):
+        header = struct.pack("<256i", 20240520, 1, len(values), *[0] * 253)
+        (tmp_path / f"fineweb_train_{i:06d}.bin").write_bytes(header + struct.pack(f"<{len(values)}H", *values))
+    tokens = t.Tokens(tmp_path, "train", 10)
+    assert len(tokens) == 5 and tokens.read(1, 9).tolist() == [2, 3, 4, 5, 1, 2, 3, 4, 5]
+
+
+# ---- windows ----
+
+
+def brute_force(model, ids, window, stride):
+    """One target at a time: each from a window cut off just after the target's predecessor."""
+    nats = []
+    for target in range(len(ids) - 1):
+        first = 0 if target < window else window + (target - window) // stride * stride + stride - window
+        context = torch.tensor([ids[first : target + 1]])
+        with torch.no_grad():
+            nats.append(model(context, torch.tensor([[ids[target + 1]]]), torch.tensor([[target - first]])).item())
+    return np.array(nats)
+
+
+@pytest.mark.parametrize("length, window, stride", [
+    (101, 16, 16), (101, 16, 4), (97, 16, 5), (64, 16, 16), (17, 16, 16), (16, 16, 8), (18, 16, 3), (2, 16, 8),
+    (40, 16, 1), (33, 32, 32), (50, 13, 7),
+])
+def test_windows_equal_brute_force_for_any_world_size(tiny, length, window, stride):
+    cfg = tiny(EVAL_SEQ_LEN=window, EVAL_STRIDE=stride, VAL_BATCH_SIZE=5 * window)
+    model = model_of(cfg, noise=0.05)
+    ids = np.random.default_rng(length).integers(1, 400, length).tolist()
+    expected = brute_force(model, ids, window, stride)
+    for world in (1, 3):
+        nats, count = torch.zeros(length - 1), torch.zeros(length - 1, dtype=torch.int32)
+        for rank in range(world):
+            evaluator = t.Evaluator(cfg, Lone(rank, world), model, stream_of(ids), stride)
+            evaluator.score(0, length - 1)
+            nats, count = nats + evaluator.nats, count + evaluator.count
+        assert (count == 1).all()
+        assert np.allclose(nats.numpy(), expected, atol=1e-4)
+
+
+def test_windows_in_chunks_score_every_target_once(tiny):
+    cfg = tiny(EVAL_SEQ_LEN=16, EVAL_STRIDE=4)
+    evaluator = t.Evaluator(cfg, Lone(), model_of(cfg), stream_of(list(range(1, 120))), 4)
+    for begin, end in ((0, 7), (7, 30), (30, 31), (31, 118)):
+        evaluator.score(begin, end)
+    assert (evaluator.count == 1).all()
+
+
+def test_only_scored_positions_reach_the_output_layer(tiny):
+    cfg = tiny(EVAL_SEQ_LEN=32, EVAL_STRIDE=8)
+    model, seen = model_of(cfg), []
+    norm = t.norm
+    evaluator = t.Evaluator(cfg, Lone(), model, stream_of(list(range(1, 300))), 8)
+    try:
+        t.norm = lambda x: seen.append(x.shape) or norm(x)
+        evaluator.score(0, 299)
+    finally:
+        t.norm = norm
+    assert seen[-1][1] == 8 and seen[0][1] == 32  # the last norm before the logits, the first after the embedding
+
+
+def test_score_before_update(tiny):
+    """Nothing after a chunk's end can change its losses, though the weights learn in between."""
+    cfg = tiny(TTT_ENABLED=1, TTT_CHUNK_TOKENS=40, EVAL_STRIDE=8, TTT_LR=0.1)
+    ids = np.random.default_rng(0).integers(2, 400, 200).tolist()
+    other = ids[:121] + np.random.default_rng(1).integers(2, 400, 79).tolist()
+
+    class Quiet:
+        def live(self, *args):
+            pass
+
+    (a, details), (b, _) = (t.test_time_train(cfg, Lone(), Quiet(), model_of(cfg, noise=0.05), stream_of(x))
+                            for x in (ids, other))
+    plain = t.Evaluator(cfg, Lone(), model_of(cfg, noise=0.05), stream_of(ids), 8)
+    plain.score(0, 199)
+    assert np.array_equal(a.nats[:120], b.nats[:120]) and a.once
+    assert np.array_equal(a.nats[:40], plain.nats[:40].numpy()) and not np.allclose(a.nats[40:], plain.nats[40:])
+    assert details["chunks"] == 5 and details["adapted_chunks"] == 4
+
+
+# ---- artifact ----
+
+
+def test_rounding_follows_the_published_rule():
+    w = torch.tensor([[0.5, -0.2, 0.016, 0.017], [2.0, -2.2, 0.0, 1.0]])
+    values, scale = t.quantize_rows(w, "int6")
+    assert scale.tolist() == [np.float16(1 / 31), np.float16(2.2 / 31)] and scale.dtype == torch.float16
+    assert values[0].tolist() == [round(x / float(scale[0])) for x in w[0].tolist()] and values[1, 1] == -31
+    w = torch.randn(5, 3000)
+    w[0, 0] = 40.0
+    values, scale = t.quantize_rows(w, "int8")
+    clip = np.quantile(w.abs().numpy(), 0.9999984, axis=1)
+    assert np.allclose(scale.numpy(), np.maximum(clip, 1) / 127, rtol=1e-3) and values.abs().max() == 127
+
+
+def test_artifact_round_trip(tiny):
+    cfg = tiny(TIE_EMBEDDINGS=0)
+    model = model_of(cfg, noise=0.3)
+    blob = t.pack(model, cfg.quant_min_numel)
+    assert blob == t.pack(model, cfg.quant_min_numel), "the same weights must give the same bytes"
+    config, tensors = t.unpack(blob, "it")
+    assert all(config[f.name] == getattr(cfg, f.name) for f in t.MODEL_FIELDS)
+    kinds = {"int6": 0, "int8": 0, "fp16": 0}
+    for name, p in model.named_parameters():
+        kind = t.tensor_kind(model.role(name), tuple(p.shape), cfg.quant_min_numel)
+        kinds[kind] += 1
+        most = max(float(p.detach().abs().max()), 1.0)
+        step = {"int6": most / 31, "int8": most / 127, "fp16": most / 1000}[kind]
+        assert (tensors[name] - p).abs().max() <= step * 0.51, name
+    assert min(kinds.values()) > 0 and b"pickle" not in blob
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "magic", "shard", "header"])
+def test_damaged_artifacts_are_refused(tiny, corpus, damage):
+    cfg = tiny()
+    good = t.pack(model_of(cfg), 100)
+    bad = {"cut": good[: len(good) // 2], "flip": good[:200] + bytes([good[200] ^ 1]) + good[201:], "empty": b"",
+           "magic": b"X" + good[1:], "shard": (corpus / "fineweb_val_000000.bin").read_bytes(),
+           "header": good[:8] + struct.pack("<I", 2**31) + good[12:]}[damage]
+    if damage == "header":
+        bad = bad[:-32] + t.hashlib.sha256(bad[:-32]).digest()
+    with pytest.raises(t.UserError, match="it: "):
+        t.unpack(bad, "it")

@@ -1,0 +1,308 @@
+"""Whole runs through the command line: stages, records, ranks, bad input."""
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPT, TINY, clean_environment
+
+
+def train_losses(text: str) -> list[float]:
+    return [float(x) for x in re.findall(r"step:\d+/\d+ train_loss:(\S+)", text)]
+
+
+def test_a_run_and_its_record(launch, tmp_path):
+    dump = tmp_path / "nats.npy"
+    run = launch(VAL_LOSS_EVERY=6, NLL_DUMP=dump, ITERATIONS=40, TRAIN_LOG_EVERY=10)
+    assert run.code == 0, run.err
+    assert sorted(p.name for p in run.folder.iterdir()) == ["final_model.int6.ptz", "metrics.jsonl", "summary.json",
+                                                            "train.log"]
+    s, log = run.summary, (run.folder / "train.log").read_text()
+    losses = train_losses(run.out)
+    assert losses[0] > 5.5 and losses[-1] < losses[0] - 0.5, "the loss must fall"
+    for pattern in (
+        r"model_params:\d+", r"step:10/40 train_loss:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
+        r"step:40/40 val_loss:\d\.\d{4} val_bpb:\d\.\d{4} train_time", r"Code size: \d+ bytes",
+        r"Total submission size int6\+zstd: \d+ bytes", r"final_int6_roundtrip val_loss:\d\.\d{4} val_bpb:\d\.\d{4}",
+        r"final_int6_roundtrip_exact val_loss:\d\.\d{8} val_bpb:\d\.\d{8}",
+        r"final_int6_sliding_window val_loss:.* stride:8 eval_time:\d+ms", r"final_int6_sliding_window_exact val_loss",
+    ):
+        assert re.search("^" + pattern, log, re.M), pattern
+    assert SCRIPT.read_text() in log and "torch" in log and '"num_layers": 3' in log
+    artifact = run.folder / "final_model.int6.ptz"
+    assert s["artifact"]["path"] == str(artifact)
+    assert s["artifact"]["bytes_model"] == artifact.stat().st_size
+    assert s["artifact"]["bytes_code"] == SCRIPT.stat().st_size
+    assert s["artifact"]["bytes_total"] == artifact.stat().st_size + SCRIPT.stat().st_size
+    assert s["valid"] is True and s["reasons"] == [] and len(s["caveats"]) == 3
+    assert s["train"]["steps"] == 40 and s["train"]["tokens"] == 40 * 256 and s["train"]["stop"] == "iterations"
+    assert s["val_bpb"] == s["eval"]["sliding"]["val_bpb"] and s["eval"]["ttt"] is None
+    assert s["preset"] == "demo" and s["config"]["model_dim"] == 32 and s["overrides"]["MODEL_DIM"] == 32
+    for key in ("float", "int6", "sliding"):
+        assert s["eval"][key]["tokens"] == 1001 and s["eval"][key]["bytes"] == s["eval"]["int6"]["bytes"]
+    assert s["eval"]["sliding"]["val_loss"] < s["eval"]["int6"]["val_loss"], "more context must help"
+    nats = np.load(dump)
+    assert nats.dtype == np.float32 and nats.shape == (1001,)
+    bpb = nats.astype(np.float64).sum() / np.log(2) / s["eval"]["sliding"]["bytes"]
+    assert bpb == pytest.approx(s["val_bpb"], rel=1e-9)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "val_loss" in x] == [0, 6, 12, 18, 24, 30, 36, 40]
+    assert "sliding window" in run.out and "bytes:" in run.out and "seconds:" in run.out
+
+
+def test_artifact_scores_the_same_in_a_fresh_process(launch):
+    first = launch(run_id="first", TTT_ENABLED=1, TTT_CHUNK_TOKENS=300)
+    assert first.code == 0, first.err
+    path = first.summary["artifact"]["path"]
+    model = ("NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "ROPE_DIMS", "BIGRAM_VOCAB_SIZE",
+             "BIGRAM_DIM", "SPARSE_START_LAYER", "SPARSE_HIDDEN_DIM", "VOCAB_SIZE", "TRAIN_SEQ_LEN")
+    fresh = {"TRAIN_ENABLED": 0, "MODEL_PATH": path, "TTT_ENABLED": 1, "TTT_CHUNK_TOKENS": 300, "PRESET": "seed"}
+    again = launch(run_id="again", **fresh, **dict.fromkeys(model, "UNSET"))
+    assert again.code == 0, again.err
+    a, b = first.summary, again.summary
+    for key in ("int6", "sliding", "ttt"):
+        assert a["eval"][key]["val_bpb"] == b["eval"][key]["val_bpb"]
+        assert a["eval"][key]["val_loss"] == b["eval"][key]["val_loss"]
+    assert a["val_bpb"] == b["val_bpb"] == a["eval"]["ttt"]["val_bpb"] and b["train"] is None
+    assert a["artifact"]["sha256"] == b["artifact"]["sha256"]
+    launch(run_id="other", **fresh, MODEL_DIM=64).refused("MODEL_DIM=64", "was made with 32")
+
+
+def test_same_seed_same_run_and_other_seed_other_run(launch):
+    a, b, c = (launch(run_id=r, SEED=s, FINAL_EVAL_ENABLE=0, FINAL_SLIDING_EVAL_ENABLE=0) for r, s in
+               (("a", 7), ("b", 7), ("c", 8)))
+    hashes = [x.summary["artifact"]["sha256"] for x in (a, b, c)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert a.summary["valid"] is False and "no final evaluation" in a.summary["reasons"][0]
+
+
+def test_two_ranks_equal_one(launch, tmp_path):
+    runs = {}
+    for ranks in (1, 2):
+        run = launch(ranks=ranks, run_id=f"r{ranks}", NLL_DUMP=tmp_path / f"{ranks}.npy", TTT_ENABLED=1,
+                     MICRO_BATCH_SEQS=2, TTT_CHUNK_TOKENS=300, TRAIN_LOG_EVERY=1)
+        assert run.code == 0, run.err
+        runs[ranks] = run
+    a, b = (np.array(train_losses(runs[r].out)) for r in (1, 2))
+    assert len(a) == len(b) == 12 and np.abs(a - b).max() <= 1e-4 + 1e-9
+    a, b = np.load(tmp_path / "1.npy"), np.load(tmp_path / "2.npy")
+    assert a.shape == b.shape == (1001,) and abs(a.mean() - b.mean()) < 1e-4
+    assert runs[2].summary["hardware"]["world_size"] == 2 and runs[2].summary["eval"]["ttt"]["tokens"] == 1001
+
+
+def test_two_ranks_score_an_artifact_like_one(launch, tmp_path):
+    path = launch(run_id="train").summary["artifact"]["path"]
+    nats = []
+    for ranks in (1, 2):
+        run = launch(ranks=ranks, run_id=f"score{ranks}", TRAIN_ENABLED=0, MODEL_PATH=path, TTT_ENABLED=1,
+                     TTT_CHUNK_TOKENS=300, NLL_DUMP=tmp_path / f"{ranks}.npy")
+        assert run.code == 0, run.err
+        nats.append(np.load(tmp_path / f"{ranks}.npy"))
+    assert np.abs(nats[0] - nats[1]).max() < 1e-4
+
+
+def test_bad_world_size_is_one_line(launch):
+    run = launch(ranks=3)
+    assert run.code != 0 and len(run.error_lines()) == 1 and "WORLD_SIZE=3" in run.err and "Error:" not in run.out
+
+
+def test_switches(launch):
+    run = launch(EXPORT_ENABLED=0, EMA_ENABLED=0)
+    assert run.code == 0 and run.summary["artifact"] is None and run.summary["valid"] is False
+    assert not (run.folder / "final_model.int6.ptz").exists() and run.summary["eval"]["float"] is not None
+    run = launch(run_id="two", FINAL_EVAL_ENABLE=0)
+    assert run.summary["eval"]["int6"] is None and run.summary["val_bpb"] == run.summary["eval"]["sliding"]["val_bpb"]
+    run = launch(run_id="three", EVAL_STRIDE=0)
+    assert run.summary["eval"]["sliding"] is None and run.summary["val_bpb"] == run.summary["eval"]["int6"]["val_bpb"]
+
+
+def test_wallclock_cap(launch):
+    run = launch(ITERATIONS=100000, MAX_WALLCLOCK_SECONDS=2, WARMDOWN_ITERS=20)
+    train = run.summary["train"]
+    assert train["stop"] == "wallclock_cap" and 2 <= train["seconds"] < 4
+    assert "stopping_early: wallclock_cap train_time:" in run.out
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["rate_factor"] for line in lines if "rate" in line]
+    assert rates[0] == 1.0 and rates[-1] < 0.5
+
+
+def test_over_the_limit_keeps_everything_and_is_not_valid(launch):
+    run = launch(ARTIFACT_LIMIT_BYTES=1000)
+    s = run.summary
+    assert run.code == 1 and s["valid"] is False and "over the limit" in s["reasons"][0]
+    assert (run.folder / "final_model.int6.ptz").exists() and s["eval"]["sliding"] and "over the limit" in run.out
+
+
+def test_run_id_is_never_overwritten(launch):
+    launch(run_id="mine", FINAL_EVAL_ENABLE=0, FINAL_SLIDING_EVAL_ENABLE=0)
+    launch(run_id="mine").refused("RUN_ID=mine", "choose another")
+    launch(run_id="mine", options=["--check"]).refused("RUN_ID=mine")
+
+
+def test_runs_from_a_copy_in_a_records_folder(launch, tmp_path, corpus):
+    """The default data folder is found above the script, from any working directory."""
+    home = tmp_path / "project"
+    record = home / "records" / "track" / "2026-01-01_x"
+    record.mkdir(parents=True)
+    (home / "data" / "datasets").mkdir(parents=True)
+    shutil.copytree(corpus, home / "data" / "datasets" / "fineweb10B_sp1024")
+    shutil.copy(SCRIPT, record)
+    run = launch(script=record / "train_gpt.py", cwd=record, DATA_PATH="UNSET", ITERATIONS=3)
+    assert run.code == 0, run.err
+    assert "not the challenge's data" not in run.out
+
+
+def test_check_predicts_and_leaves_nothing(launch, tmp_path):
+    run = launch(options=["--check", "--ranks", "4", "--step-ms", "50"], MAX_WALLCLOCK_SECONDS=1, ITERATIONS=1000)
+    assert run.code == 0, run.err
+    assert "steps:      20 of 256 tokens in 1 s at 50 ms" in run.out and not (tmp_path / "logs").exists()
+    predicted = int(re.search(r"about ([\d,]+) bytes", run.out).group(1).replace(",", ""))
+    launch(options=["--check", "--ranks", "3"]).refused("WORLD_SIZE=3")
+    real = launch().summary
+    assert int(re.search(r"model_params:(\d+)", (tmp_path / "logs/run/train.log").read_text()).group(1)) == int(
+        re.search(r"parameters: ([\d,]+)", run.out).group(1).replace(",", ""))
+    assert predicted == pytest.approx(real["artifact"]["bytes_total"], rel=0.15)
+
+
+def test_two_tokens_are_enough_and_one_is_not(launch, tmp_path, corpus):
+    shutil.copytree(corpus, tmp_path / "short")
+    tokens = np.fromfile(corpus / "fineweb_val_000000.bin", dtype="<u2")[514:]
+    shard = tmp_path / "short" / "fineweb_val_000000.bin"
+    for count in (2, 1):
+        shard.write_bytes(struct.pack("<256i", 20240520, 1, count, *[0] * 253) + tokens[:count].tobytes())
+        run = launch(run_id=f"n{count}", DATA_PATH=tmp_path / "short", ITERATIONS=2)
+        if count == 2:
+            assert run.code == 0 and run.summary["eval"]["sliding"]["tokens"] == 1, run.err
+        else:
+            run.refused(str(shard), "at least 2 tokens")
+
+
+def damage(name: str, folder):
+    """Break a copy of the corpus in one way; returns variables to launch with and words the error must hold."""
+    val, train = folder / "fineweb_val_000000.bin", folder / "fineweb_train_000000.bin"
+    model = folder / "tokenizer.model"
+    if name == "missing shards":
+        train.unlink()
+        return {}, ("fineweb_train_",)
+    if name == "missing folder":
+        return {"DATA_PATH": folder / "nowhere"}, ("DATA_PATH=", "nowhere")
+    if name == "empty":
+        val.write_bytes(b"")
+    if name == "truncated":
+        train.write_bytes(train.read_bytes()[:-1000])
+        return {}, (str(train), "promises")
+    if name == "foreign":
+        val.write_bytes(b"\x89PNG" * 2000)
+    if name == "lying header":
+        data = val.read_bytes()
+        val.write_bytes(data[:8] + struct.pack("<i", -5) + data[12:])
+        return {}, (str(val), "promises")
+    if name == "ids beyond the vocabulary":
+        data = train.read_bytes()
+        train.write_bytes(data[:-2] + struct.pack("<H", 400))
+        return {}, (str(train), "400", "VOCAB_SIZE=400")
+    if name == "tokenizer of another size":
+        return {"VOCAB_SIZE": 512}, ("VOCAB_SIZE=512", "has 400")
+    if name == "tokenizer of another kind":
+        model.write_text('{"model": {"type": "BPE"}}')
+        return {}, (str(model), "SentencePiece")
+    if name == "missing tokenizer":
+        return {"TOKENIZER_PATH": folder / "no.model"}, ("TOKENIZER_PATH=", "no.model")
+    if name == "LOG_DIR is a file":
+        return {"LOG_DIR": train}, ("LOG_DIR=", "not a folder")
+    if name == "NLL_DUMP nowhere":
+        return {"NLL_DUMP": folder / "a" / "b.npy"}, ("NLL_DUMP=",)
+    if name == "MODEL_PATH nowhere":
+        return {"TRAIN_ENABLED": 0, "MODEL_PATH": folder / "x.ptz"}, ("MODEL_PATH=", "x.ptz")
+    if name == "MODEL_PATH foreign":
+        return {"TRAIN_ENABLED": 0, "MODEL_PATH": model}, (str(model), "not an artifact")
+    return {}, (str(val), "not a token shard")
+
+
+@pytest.mark.parametrize("name", [
+    "missing shards", "missing folder", "empty", "truncated", "foreign", "lying header", "ids beyond the vocabulary",
+    "tokenizer of another size", "tokenizer of another kind", "missing tokenizer", "LOG_DIR is a file",
+    "NLL_DUMP nowhere", "MODEL_PATH nowhere", "MODEL_PATH foreign",
+])
+def test_bad_input_is_one_line(launch, corpus, tmp_path, name):
+    shutil.copytree(corpus, tmp_path / "data")
+    variables, words = damage(name, tmp_path / "data")
+    launch(**{"DATA_PATH": tmp_path / "data"} | variables).refused(*words)
+    assert not (tmp_path / "logs").exists(), "nothing may be left of a run that could not start"
+
+
+def test_a_diverging_run_says_so(launch):
+    run = launch(MATRIX_LR=1e12, SCALAR_LR=1e12, TIED_EMBED_LR=1e12, GRAD_CLIP_NORM=0)
+    run.refused("lower")
+    assert not (run.folder / "final_model.int6.ptz").exists()
+
+
+def shell(command: str, cwd, **variables) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in clean_environment().items()} | {"PYTHON": sys.executable} | variables
+    return subprocess.run(command, shell=True, env=env, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def test_the_demo_runs_end_to_end(tmp_path):
+    """./run.sh on the embedded corpus, cut short."""
+    done = shell(f"{ROOT}/run.sh", tmp_path, ITERATIONS="30", VAL_TOKEN_LIMIT="8192", MAX_WALLCLOCK_SECONDS="20",
+                 RUN_ID="demo", LOG_DIR=str(tmp_path / "logs"), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "logs" / "demo" / "summary.json").read_text())
+    assert summary["valid"] and summary["preset"] == "demo" and summary["eval"]["sliding"]["tokens"] == 8192
+    for word in ("embedded corpus", "float, averaged", "int6, read back", "sliding window", "bytes:", "seconds:"):
+        assert word in done.stdout, word
+
+
+def test_run_sh_refuses_a_missing_data_path(tmp_path):
+    done = shell(f"{ROOT}/run.sh", tmp_path, DATA_PATH="nowhere")
+    assert done.returncode == 2 and done.stderr.strip().startswith("error: DATA_PATH=nowhere")
+    done = shell(f"{ROOT}/run.sh dance", tmp_path)
+    assert done.returncode == 2 and "no job named dance" in done.stderr
+
+
+def readme_commands() -> list[str]:
+    """Command lines of the README's ```sh blocks that do not download, test or need more machines."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [line.split("  #")[0].strip() for b in blocks for line in b.replace("\\\n", " ").splitlines()]
+    skip = ("./run.sh data", "./run.sh test", "git ", "cd ", "#", "pip ", "nproc_per_node=8")
+    return [line for line in lines if line and not any(s in line for s in skip)]
+
+
+def test_the_readme_has_commands():
+    assert len(readme_commands()) >= 4
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands_run(command, corpus, tmp_path):
+    """Each in a copy of the project, on the tiny corpus and with the tiny model."""
+    for name in ("train_gpt.py", "run.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("datasets", "tokenizers"))
+    tiny = TINY | {"DATA_PATH": str(corpus), "RUN_ID": "first", "CUDA_VISIBLE_DEVICES": ""}
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    documents = [json.dumps({"text": f"Document {i} of mine. " * 40}) for i in range(60)]
+    (tmp_path / "my.jsonl").write_text("\n".join(documents))
+    if "MODEL_PATH" in command or "first" in command:
+        assert shell("./run.sh", tmp_path, PATH=path, **tiny).returncode == 0
+        tiny["RUN_ID"] = "second"
+    names = re.findall(r"\b([A-Z][A-Z_]+)=", command)
+    tiny = {k: v for k, v in tiny.items() if k not in names and not (k == "DATA_PATH" and "prepare" in command)}
+    done = shell(command.replace("python ", f"{sys.executable} ", 1), tmp_path, PATH=path, **tiny)
+    assert done.returncode == 0, (command, done.stdout, done.stderr)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_same_run_on_a_gpu(launch):
+    run = launch(COMPUTE_DTYPE="auto", USE_COMPILE="auto", WARMUP_STEPS=2, TTT_ENABLED=1, TTT_CHUNK_TOKENS=300,
+                 ITERATIONS=40)
+    assert run.code == 0, run.err
+    s = run.summary
+    assert s["hardware"]["device"] == "cuda" and s["eval"]["sliding"]["val_loss"] < 5.5
+    assert abs(s["eval"]["float"]["val_loss"] - s["eval"]["int6"]["val_loss"]) < 0.3
