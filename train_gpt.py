@@ -12,6 +12,7 @@ Exit codes: 0 a finished run; 1 a finished run whose score is not valid; 2 somet
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -20,26 +21,28 @@ import json
 import math
 import os
 import platform
-import queue
 import re
 import resource
 import shutil
 import struct
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve()
+DEFAULT_DATA, DEFAULT_TOKENIZER = "./data/datasets/fineweb10B_sp1024", "./data/tokenizers/fineweb_1024_bpe.model"
 
-# ======================================================================================================
-# Configuration: every variable once, with its default, what it accepts and what it is for
-# ======================================================================================================
+# ==== Configuration: every variable once, with its default, what it accepts and what it is for ========================
 
 
 class UserError(Exception):
-    """Something the person who launched the run can mend: one line, exit code 2."""
+    """Something the person who launched the run can mend: one line, exit code 2. `shared`: all ranks raise it alike."""
+
+    def __init__(self, message: str, shared: bool = False):
+        super().__init__(message)
+        self.shared = shared
 
 
 def var(default, accepts: str, text: str, stage: str = ""):
@@ -59,10 +62,8 @@ class Config:
     strict_env: bool = var(True, "0|1", "1: a variable that looks misspelt stops the run; 0: it is a warning")
     env_extra: str = var("", "text", "comma-separated names of your own variables that may look like ours")
 
-    data_path: str = var("./data/datasets/fineweb10B_sp1024", "path", "folder of fineweb_train_*.bin and "
-                         "fineweb_val_*.bin; the default is also looked for above the script", "Data")
-    tokenizer_path: str = var("", "path", "SentencePiece model; empty: DATA_PATH/tokenizer.model, else "
-                              "./data/tokenizers/fineweb_1024_bpe.model")
+    data_path: str = var(DEFAULT_DATA, "path", "folder of shards; the default is sought above the script too", "Data")
+    tokenizer_path: str = var("", "path", f"SentencePiece; empty: DATA_PATH/tokenizer.model or {DEFAULT_TOKENIZER}")
     shuffle: bool = var(False, "0|1", "1: the order of sequences within an epoch is drawn from SEED")
     val_token_limit: int = var(0, ">=0", "score only the first N targets of the validation split; 0 all")
 
@@ -312,6 +313,17 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def leave(code: int, silent: bool = False):
+    """End this rank. A silent one waits, since a launcher kills all ranks as soon as one has failed."""
+    if silent:
+        time.sleep(3)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(code)  # gloo's threads may outlive the interpreter and then abort the process
+    sys.exit(code)
+
+
 def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """Configuration and options of this launch. Ends the process for --help (0) and for bad values (2)."""
     parser = argparse.ArgumentParser(add_help=False, usage="[VARIABLE=VALUE ...] train_gpt.py [--help | --check]")
@@ -324,11 +336,11 @@ def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
         print(help_text())
         sys.exit(0)
     cfg, problems, warnings = load_config(os.environ, max(options.ranks, 1))
-    if os.environ.get("RANK", "0") == "0":
-        print("".join(f"error: {line}\n" for line in problems) + "".join(f"warning: {line}\n" for line in warnings),
-              end="", file=sys.stderr)
+    silent = os.environ.get("RANK", "0") != "0"
+    lines = [f"error: {problem}\n" for problem in problems] + [f"warning: {warning}\n" for warning in warnings]
+    sys.stderr.writelines([] if silent else lines)
     if problems:
-        sys.exit(2)
+        leave(2, silent)
     return cfg, options
 
 
@@ -348,9 +360,7 @@ try:  # Hopper's FlashAttention-3, where someone has installed it
 except ImportError:
     flash_attn_func = None
 
-# ======================================================================================================
-# Process and log: this rank among the others, its device, and what it tells people
-# ======================================================================================================
+# ==== Process and log: this rank among the others, its device, and what it tells people ===============================
 
 
 class Process:
@@ -402,8 +412,8 @@ class Process:
         messages = [message] * self.world
         if self.world > 1:
             dist.all_gather_object(messages, message)
-        for message in filter(None, messages):
-            raise UserError(message)
+        if any(messages):
+            raise UserError(next(filter(None, messages)), shared=True)
         return result
 
     def memory(self) -> tuple[int, int]:
@@ -460,20 +470,16 @@ def duration(seconds: float) -> str:
     return f"{s}s" if s < 60 else f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
 
 
-# ======================================================================================================
-# Data: shards of tokens, the bytes that each target stands for, batches
-# ======================================================================================================
+# ==== Data: shards of tokens, the bytes that each target stands for, batches ==========================================
 
 BOS_ID = 1  # opens every document
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 
-def find_path(value: str, default: str) -> Path:
-    """`value` as given; a relative default is also looked for beside and above the script, so that a copy in a
-    records folder finds the project's data."""
-    if value == default and not Path(value).exists():
-        return next((p / value for p in SCRIPT.parents if (p / value).exists()), Path(value))
-    return Path(value)
+def find_path(value: str) -> Path:
+    """`value`; the defaults are also sought above the script, so that a copy in a records folder finds the data."""
+    above = SCRIPT.parents if value in (DEFAULT_DATA, DEFAULT_TOKENIZER) else ()
+    return next((p for p in (Path(value), *(folder / value for folder in above)) if p.exists()), Path(value))
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -594,8 +600,8 @@ class Loader:
         self.cfg, self.tokens, self.process, self.seq_len = cfg, tokens, process, cfg.train_seq_len
         self.batch_seqs, self.epoch_seqs = cfg.train_batch_tokens // self.seq_len, max(len(tokens) // self.seq_len, 1)
         self._epoch, self._order = -1, np.empty(0)
-        self._ready: queue.Queue = queue.Queue(maxsize=2)
-        threading.Thread(target=self._work, daemon=True).start()
+        self._pool, self._steps = ThreadPoolExecutor(1), itertools.count()
+        self._ahead = collections.deque(self._pool.submit(self.batch, next(self._steps)) for _ in range(2))
 
     def start_of(self, g: int) -> int:
         """Position of the first input token of sequence `g` of the run."""
@@ -607,32 +613,21 @@ class Loader:
             g = epoch * self.epoch_seqs + int(self._order[i])
         return g * self.seq_len
 
-    def batch(self, step: int) -> np.ndarray:
+    def batch(self, step: int) -> Tensor:
         """This rank's tokens of one step: int32 [sequences, seq_len + 1], inputs and targets overlapping."""
         share = self.batch_seqs // self.process.world
         first = step * self.batch_seqs + self.process.rank * share
         rows = [self.tokens.read(self.start_of(g), self.seq_len + 1) for g in range(first, first + share)]
-        return np.stack(rows).astype(np.int32)
-
-    def _work(self):
-        try:
-            for step in itertools.count():
-                batch = torch.from_numpy(self.batch(step))
-                self._ready.put(batch.pin_memory() if self.process.cuda else batch)
-        except Exception as error:  # raised again in the training loop, which is where people look
-            self._ready.put(error)
+        batch = torch.from_numpy(np.stack(rows).astype(np.int32))
+        return batch.pin_memory() if self.process.cuda else batch
 
     def next(self) -> Tensor:
         """The next step's tokens of this rank, on the device: int32 [sequences, seq_len + 1]."""
-        batch = self._ready.get()
-        if isinstance(batch, Exception):
-            raise batch
-        return batch.to(self.process.device, non_blocking=True)
+        self._ahead.append(self._pool.submit(self.batch, next(self._steps)))
+        return self._ahead.popleft().result().to(self.process.device, non_blocking=True)
 
 
-# ======================================================================================================
-# Model: one forward pass for loss and logits
-# ======================================================================================================
+# ==== Model: one forward pass for loss and logits =====================================================================
 
 
 def norm(x: Tensor) -> Tensor:
@@ -863,9 +858,7 @@ def compiled(model: GPT, cfg: Config, process: Process):
     return torch.compile(model, dynamic=False, fullgraph=True) if wanted else model
 
 
-# ======================================================================================================
-# Optimizers: one flat vector of weights, Muon for matrices, AdamW for the rest, EMA
-# ======================================================================================================
+# ==== Optimizers: one flat vector of weights, Muon for matrices, AdamW for the rest, EMA ==============================
 
 
 class FlatWeights:
@@ -897,6 +890,16 @@ class FlatWeights:
         """Where the weights of a role lie."""
         ends = [(begin, begin + n * shape.numel()) for r, shape, begin, n in self.spans if r == role]
         return slice(ends[0][0], ends[-1][1]) if ends else slice(0, 0)
+
+    def gather_gradients(self, forward, tokens: Tensor, size: int, total: int, process: Process):
+        """Gradients and mean loss of a step of `total` sequences, of which this rank has tokens [n, seq_len + 1],
+        taken `size` at a time; summed over the ranks."""
+        self.buffer.zero_()
+        for part in tokens.split(size):
+            loss = forward(part[:, :-1], part[:, 1:]).mean() * (len(part) / total)
+            loss.backward()
+            self.loss.add_(loss.detach())
+        process.sum_(self.buffer)
 
     def clip_(self, limit: float):
         """Scale the gradients down to a global norm of `limit`, without waiting for the device; 0 is off."""
@@ -980,16 +983,13 @@ class Optimizers:
             self.flat.weights.copy_(self.average)
 
 
-# ======================================================================================================
-# Export: quantised rows, one compressed file that rebuilds the model by itself
-#
+# ==== Export: quantised rows, one compressed file that rebuilds the model by itself ===================================
 #   bytes 0-7    magic "GPT16MB" and format version
 #   bytes 8-11   length of the compressed header, little-endian
 #   then         zstd(header): JSON {"config": {...}, "tensors": [[name, shape, kind], ...]}
 #   then         zstd(payload): each tensor in header order; fp16 values, or for int6 and int8 one fp16 scale
 #                a row followed by one int8 a value
 #   last 32      sha256 of everything before
-# ======================================================================================================
 
 ARTIFACT_NAME, ARTIFACT_MAGIC = "final_model.int6.ptz", b"GPT16MB\x01"
 ARTIFACT_MOST = 1 << 32  # bytes that a frame may promise, so that a broken header cannot ask for everything
@@ -1093,9 +1093,7 @@ def write_atomically(path: Path, data: bytes):
         raise UserError(f"{path}: its {len(data)} bytes cannot be written ({error.strerror}); make room") from None
 
 
-# ======================================================================================================
-# Evaluation: every target once, with up to a full window before it
-# ======================================================================================================
+# ==== Evaluation: every target once, with up to a full window before it ===============================================
 
 
 @dataclass
@@ -1176,9 +1174,7 @@ def evaluate(cfg: Config, process: Process, log: Log, forward, stream: Stream, s
     return evaluator.result()
 
 
-# ======================================================================================================
-# Test-time training: score a chunk for good, only then learn from it
-# ======================================================================================================
+# ==== Test-time training: score a chunk for good, only then learn from it ======================================
 
 
 def ttt_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
@@ -1192,59 +1188,42 @@ def ttt_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
     return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
 
 
-class Adapter:
-    """Full-weight adaptation to targets that have been scored; ranks share a step's sequences and stay identical."""
-
-    def __init__(self, cfg: Config, process: Process, model: GPT, forward, stream: Stream):
-        self.cfg, self.process, self.forward, self.stream, self.steps = cfg, process, forward, stream, 0
-        self.flat = FlatWeights(model, process.device)
-        frozen = {p for block in model.blocks[: cfg.ttt_freeze_blocks] for p in block.parameters()}
-        adapted = [p for p in model.parameters() if p not in frozen]
-        if cfg.ttt_optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(adapted, cfg.ttt_lr, cfg.ttt_momentum, weight_decay=cfg.ttt_wd)
-        else:
-            self.optimizer = torch.optim.AdamW(adapted, cfg.ttt_lr, weight_decay=cfg.ttt_wd)
-
-    def learn(self, begin: int, end: int):
-        """TTT_EPOCHS passes over targets [begin, end), all of them already scored."""
-        length = min(self.cfg.train_seq_len, end)
-        starts = torch.arange(begin, end, length, device=self.process.device).clamp(max=end - length)
-        group = self.cfg.ttt_batch_seqs * self.process.world
-        per_epoch = -(-len(starts) // group)
-        for step in range(self.cfg.ttt_epochs * per_epoch):
-            for settings in self.optimizer.param_groups:
-                settings["lr"] = self.cfg.ttt_lr * ttt_factor(self.cfg, step, per_epoch)
-            batch = starts[step % per_epoch * group :][:group]
-            tokens = self.stream.tokens[batch[:, None] + torch.arange(length + 1, device=batch.device)]
-            self.flat.buffer.zero_()
-            size = max(tokens_per_pass(self.cfg, self.process, True) // length, 1)
-            for part in tokens[self.process.rank :: self.process.world].split(size):
-                (self.forward(part[:, :-1], part[:, 1:]).mean() * (len(part) / len(tokens))).backward()
-            self.process.sum_(self.flat.buffer)
-            self.flat.clip_(self.cfg.ttt_grad_clip)
-            self.optimizer.step()
-            self.steps += 1
-
-
 def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream) -> tuple[Score, dict]:
     """Walk the stream once in chunks: sliding windows score a chunk, its losses stay, then the weights learn from
-    it; the last chunk is only scored. Changes `model`."""
-    forward = compiled(model, cfg, process)
+    it; the last chunk is only scored. Ranks share a step's sequences and stay identical. Changes `model`."""
+    forward, flat = compiled(model, cfg, process), FlatWeights(model, process.device)
     evaluator = Evaluator(cfg, process, forward, stream, cfg.eval_stride)
-    adapter = Adapter(cfg, process, model, forward, stream)
+    frozen = {p for block in model.blocks[: cfg.ttt_freeze_blocks] for p in block.parameters()}
+    adapted = [p for p in model.parameters() if p not in frozen]
+    if cfg.ttt_optimizer == "sgd":
+        optimizer = torch.optim.SGD(adapted, cfg.ttt_lr, cfg.ttt_momentum, weight_decay=cfg.ttt_wd)
+    else:
+        optimizer = torch.optim.AdamW(adapted, cfg.ttt_lr, weight_decay=cfg.ttt_wd)
+
+    def learn(begin: int, end: int):
+        length = min(cfg.train_seq_len, end)
+        starts = torch.arange(begin, end, length, device=process.device).clamp(max=end - length)
+        group, size = cfg.ttt_batch_seqs * process.world, max(tokens_per_pass(cfg, process, True) // length, 1)
+        per_epoch = -(-len(starts) // group)
+        for step in range(cfg.ttt_epochs * per_epoch):
+            optimizer.param_groups[0]["lr"] = cfg.ttt_lr * ttt_factor(cfg, step, per_epoch)
+            batch = starts[step % per_epoch * group :][:group]
+            tokens = stream.tokens[batch[:, None] + torch.arange(length + 1, device=batch.device)]
+            flat.gather_gradients(forward, tokens[process.rank :: process.world], size, len(tokens), process)
+            flat.clip_(cfg.ttt_grad_clip)
+            optimizer.step()
+
     edges = [*range(0, stream.targets, cfg.ttt_chunk_tokens), stream.targets]
     for begin, end in itertools.pairwise(edges):
         evaluator.score(begin, end)
         if end < stream.targets:
-            adapter.learn(begin, end)
+            learn(begin, end)
         log.live("test-time training", end / stream.targets, time.perf_counter() - evaluator.started)
     chunks = len(edges) - 1
     return evaluator.result(), {"chunks": chunks, "mode": "full", "adapted_chunks": chunks - 1}
 
 
-# ======================================================================================================
-# Training
-# ======================================================================================================
+# ==== Training ========================================================================================================
 
 
 def rate_factor(cfg: Config, step: int, seconds: float) -> float:
@@ -1274,12 +1253,7 @@ class Trainer:
 
     def step(self, tokens: Tensor, step: int, factor: float):
         """One update from this rank's tokens [sequences, seq_len + 1]; leaves the mean loss in `flat.loss`."""
-        self.flat.buffer.zero_()
-        for part in tokens.split(self.micro):
-            loss = self.forward(part[:, :-1], part[:, 1:]).mean() * (len(part) / (self.share * self.process.world))
-            loss.backward()
-            self.flat.loss.add_(loss.detach())
-        self.process.sum_(self.flat.buffer)
+        self.flat.gather_gradients(self.forward, tokens, self.micro, self.share * self.process.world, self.process)
         self.optimizers.step(step, factor)
         self.optimizers.track_average()
         if self.process.cuda:  # wait for the step before this one: the clock stays true and the device never idles
@@ -1344,7 +1318,8 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
         if cfg.train_log_every and (step <= 10 or step % cfg.train_log_every == 0 or stop):
             loss = trainer.flat.loss.item()
             if not math.isfinite(loss):
-                raise UserError(f"step {step}: the training loss is {loss}; lower MATRIX_LR, SCALAR_LR, TIED_EMBED_LR")
+                raise UserError(f"step {step}: the training loss is {loss}; lower MATRIX_LR, SCALAR_LR, TIED_EMBED_LR",
+                                shared=True)
             log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
                 f"step_avg:{1000 * seconds / step:.2f}ms")
             log.metric(step=step, train_loss=loss, train_seconds=seconds, rate_factor=factor, tokens_per_second=speed)
@@ -1356,173 +1331,134 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
     log(f"peak memory allocated: {process.memory()[1] // 2**20} MiB")
     trainer.optimizers.apply_average()
     if not bool(torch.isfinite(trainer.flat.weights).all()):
-        raise UserError("training ended with weights that are not finite; lower the learning rates")
+        raise UserError("training ended with weights that are not finite; lower the learning rates", shared=True)
     return {"steps": step, "tokens": step * cfg.train_batch_tokens, "seconds": seconds,
             "step_ms": 1000 * seconds / step, "stop": stop}
 
 
-# ======================================================================================================
-# Main: open and check, run the stages, leave a record
-# ======================================================================================================
-
-
-@dataclass
-class Inputs:
-    """What a run reads, opened and checked before any training time is spent."""
-
-    cfg: Config
-    tokenizer_path: Path
-    train_tokens: Tokens | None
-    stream: Stream
-    artifact: tuple[bytes, dict[str, Tensor]] | None  # MODEL_PATH's bytes and tensors
-    code: bytes  # this script as it was when it started, for the log and the byte count
-
-
-def open_artifact(cfg: Config) -> tuple[Config, tuple[bytes, dict[str, Tensor]]]:
-    """The artifact at MODEL_PATH and the configuration with its model. Raises UserError."""
-    try:
-        blob = Path(cfg.model_path).read_bytes()
-    except OSError as error:
-        raise UserError(f"MODEL_PATH={cfg.model_path}: cannot be read ({error.strerror}); give an artifact") from None
-    stored, tensors = unpack(blob, cfg.model_path)
-    for name in cfg.explicit & stored.keys():
-        if getattr(cfg, name) != stored[name]:
-            raise UserError(f"{name.upper()}={getattr(cfg, name)}: the artifact {cfg.model_path} was made with "
-                            f"{stored[name]}; unset it")
-    cfg = dataclasses.replace(cfg, **stored)
-    for line in conflicts(cfg, 1):
-        raise UserError(line)
-    return cfg, (blob, tensors)
-
-
-def open_inputs(cfg: Config, process: Process) -> Inputs:
-    """Open data, tokenizer and MODEL_PATH, try the output folders. Raises UserError for the first that fails."""
-    artifact = None
-    if not cfg.train_enabled:
-        cfg, artifact = open_artifact(cfg)
-    folder, usual = find_path(cfg.data_path, Config.data_path), "./data/tokenizers/fineweb_1024_bpe.model"
-    path = Path(cfg.tokenizer_path or folder / "tokenizer.model")
-    path = path if cfg.tokenizer_path or path.exists() else find_path(usual, usual)
-    if not folder.is_dir():
-        raise UserError(f"DATA_PATH={folder}: no such folder; run ./run.sh data, make shards with data/prepare.py, or "
-                        "set DATA_PATH")
-    tokenizer = Tokenizer(path, cfg.vocab_size)
-    train_tokens = Tokens(folder, "train", cfg.vocab_size) if cfg.train_enabled else None
-    stream = Stream(Tokens(folder, "val", cfg.vocab_size), tokenizer, cfg.val_token_limit, process.device)
-    for name, where in (("LOG_DIR", Path(cfg.log_dir, cfg.run_id)), ("NLL_DUMP", Path(cfg.nll_dump).parent)):
-        where = where.absolute()
-        if name == "LOG_DIR" and cfg.run_id and where.exists():
-            raise UserError(f"RUN_ID={cfg.run_id}: {where} exists and no run is overwritten; choose another RUN_ID or "
-                            "move that folder away")
-        here = next(p for p in (where, *where.parents) if p.exists() or name == "NLL_DUMP")
-        if not here.is_dir() or not os.access(here, os.W_OK):
-            raise UserError(f"{name}={getattr(cfg, name.lower())}: {here} is not a folder that can be written to")
-    return Inputs(cfg, path, train_tokens, stream, artifact, SCRIPT.read_bytes())
-
-
-def check(inputs: Inputs, process: Process, ranks: int, step_ms: float):
-    """Print what a run would do; UserError for more ranks than GPUs. The bytes are predicted from the published
-    model's: its int6 values took 4.6 bits each after zstd, its int8 values about 6.5; other training will differ."""
-    cfg, code, counts = inputs.cfg, len(inputs.code), {"fp16": 0, "int6": 0, "int8": 0}
-    with torch.device("meta"):
-        model = GPT(cfg)
-    for name, p in model.named_parameters():
-        counts[tensor_kind(model.role(name), p.shape, cfg.quant_min_numel)] += p.numel()
-    if process.cuda and ranks > torch.cuda.device_count() * int(os.environ.get("GROUP_WORLD_SIZE", "1")):
-        raise UserError(f"{ranks} ranks: this machine shows {torch.cuda.device_count()} GPUs; launch at most that many")
-    total = sum(counts.values())
-    predicted = code + int(counts["fp16"] * 2 + counts["int6"] * 4.6 / 8 + counts["int8"] * 6.5 / 8)
-    print(f"preset:     {cfg.preset} {json.dumps(cfg.overrides())}")
-    print(f"machine:    {ranks} x {process.hardware()['name']}, {str(process.dtype)[6:]}")
-    if inputs.train_tokens:
-        print(f"training:   {len(inputs.train_tokens):,} tokens in {len(inputs.train_tokens.paths)} shards of "
-              f"{cfg.data_path}")
-    print(f"validation: {inputs.stream.targets:,} targets, {inputs.stream.bytes:,} bytes")
-    print(f"tokenizer:  {inputs.tokenizer_path}, {cfg.vocab_size} pieces")
-    print(f"parameters: {total:,} ({counts['int6']:,} int6, {counts['int8']:,} int8, {counts['fp16']:,} fp16)")
-    print(f"artifact:   about {predicted:,} bytes with code, limit {cfg.artifact_limit_bytes:,}"
-          + (": predicted to be over" if predicted > cfg.artifact_limit_bytes else ""))
-    if cfg.train_enabled:
-        most = tokens_per_pass(cfg, process, True)
-        tokens = min(cfg.micro_batch_seqs * cfg.train_seq_len or max(most, cfg.train_seq_len),
-                     cfg.train_batch_tokens // ranks)
-        print(f"memory:     about {(20 * total + tokens * activation_bytes(cfg)) / 2**30:.1f} GiB of "
-              f"{process.memory()[0] / 2**30:.1f} GiB a rank")
-        cap = cfg.max_wallclock_seconds
-        steps = min(int(cap * 1000 / step_ms), cfg.iterations) if cap else cfg.iterations
-        print(f"steps:      {steps:,} of {cfg.train_batch_tokens:,} tokens"
-              + (f" in {cap:g} s at {step_ms:g} ms a step (--step-ms)" if cap else ", no time cap"))
-
-
-def make_run_folder(cfg: Config, process: Process) -> Path:
-    """Rank 0 names and makes LOG_DIR/RUN_ID; every rank learns its path. Raises UserError."""
-    name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"_seed{cfg.seed}"
-    folder = Path(cfg.log_dir) / process.agree(name)
-
-    def make():
-        try:
-            if process.main:
-                folder.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be made ({error.strerror}); change LOG_DIR or RUN_ID") from None
-
-    process.together(make)
-    return folder
-
-
-def log_start(cfg: Config, process: Process, log: Log, inputs: Inputs):
-    """What someone needs who reads the log a year from now: the script, versions, hardware, configuration."""
-    versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
-    log(inputs.code.decode() + "=" * 100, console=False)
-    log(f"python {platform.python_version()} {versions}\nhardware {process.hardware()}", console=False)
-    log(f"config {json.dumps(cfg.settings())}", console=False)
-    log(f"preset:{cfg.preset} seed:{cfg.seed} overrides:{json.dumps(cfg.overrides())}")
-    log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={inputs.tokenizer_path}")
-    if inputs.train_tokens:
-        log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(inputs.train_tokens.paths)} "
-            f"tokens:{len(inputs.train_tokens)}")
-    log(f"val_loader:tokens:{inputs.stream.targets} bytes:{inputs.stream.bytes}")
+# ==== Main: open and check, run the stages, leave a record =====================================================
 
 
 class Run:
-    """One run's stages, in order, and the summary that they fill."""
+    """One run: what it reads, opened and checked when it is made; its stages, in order; the summary they fill."""
 
-    def __init__(self, inputs: Inputs, process: Process, log: Log):
-        self.inputs, self.process, self.log, cfg = inputs, process, log, inputs.cfg
-        self.cfg, self.stream = cfg, inputs.stream
+    def __init__(self, cfg: Config, process: Process):
+        """Open MODEL_PATH, tokenizer and data, look at the output folders. UserError for the first that fails."""
+        self.process, self.code, self.artifact, self.train_tokens = process, SCRIPT.read_bytes(), None, None
+        self.cfg = cfg = cfg if cfg.train_enabled else self.open_artifact(cfg)
+        folder = find_path(cfg.data_path)
+        if not folder.is_dir():
+            raise UserError(f"DATA_PATH={folder}: no such folder; run ./run.sh data, data/prepare.py, or set DATA_PATH")
+        path = Path(cfg.tokenizer_path or folder / "tokenizer.model")
+        self.tokenizer_path = path if cfg.tokenizer_path or path.exists() else find_path(DEFAULT_TOKENIZER)
+        tokenizer = Tokenizer(self.tokenizer_path, cfg.vocab_size)
+        if cfg.train_enabled:
+            self.train_tokens = Tokens(folder, "train", cfg.vocab_size)
+        self.stream = Stream(Tokens(folder, "val", cfg.vocab_size), tokenizer, cfg.val_token_limit, process.device)
+        for name, where in (("LOG_DIR", Path(cfg.log_dir, cfg.run_id)), ("NLL_DUMP", Path(cfg.nll_dump).parent)):
+            where = where.absolute()
+            if name == "LOG_DIR" and cfg.run_id and where.exists():
+                raise UserError(f"RUN_ID={cfg.run_id}: {where} exists and no run is overwritten; choose another RUN_ID "
+                                "or move that folder away")
+            here = next(p for p in (where, *where.parents) if p.exists() or name == "NLL_DUMP")
+            if not here.is_dir() or not os.access(here, os.W_OK):
+                raise UserError(f"{name}={getattr(cfg, name.lower())}: {here} is not a folder that can be written to")
         self.summary = {
-            "run_id": log.folder.name, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
+            "run_id": cfg.run_id, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
             "overrides": cfg.overrides(), "hardware": process.hardware(), "train": None, "artifact": None,
             "eval": {"float": None, "int6": None, "sliding": None, "ttt": None}, "val_bpb": None, "valid": False,
             "reasons": [], "caveats": [], "seconds": {}}
 
+    def open_artifact(self, cfg: Config) -> Config:
+        """Read MODEL_PATH; returns the configuration with the artifact's model in it. Raises UserError."""
+        try:
+            blob = Path(cfg.model_path).read_bytes()
+        except OSError as error:
+            raise UserError(f"MODEL_PATH={cfg.model_path}: {error.strerror}; give the path of an artifact") from None
+        stored, tensors = unpack(blob, cfg.model_path)
+        for name in cfg.explicit & stored.keys():
+            if getattr(cfg, name) != stored[name]:
+                raise UserError(f"{name.upper()}={getattr(cfg, name)}: the artifact {cfg.model_path} was made with "
+                                f"{stored[name]}; unset it")
+        self.artifact, cfg = (blob, tensors), dataclasses.replace(cfg, **stored)
+        if lines := conflicts(cfg, 1):
+            raise UserError(lines[0])
+        return cfg
+
+    def check(self, ranks: int, step_ms: float) -> str:
+        """What a run would do; UserError for more ranks than GPUs. The bytes are predicted from the published model's:
+        its int6 values took 4.6 bits each after zstd, its int8 values about 6.5; other training will differ."""
+        cfg, counts, (memory, _) = self.cfg, {"fp16": 0, "int6": 0, "int8": 0}, self.process.memory()
+        if self.process.cuda and ranks > torch.cuda.device_count():
+            raise UserError(f"{ranks} ranks: this machine has {torch.cuda.device_count()} GPUs; launch at most as many")
+        with torch.device("meta"):
+            model = GPT(cfg)
+        for name, p in model.named_parameters():
+            counts[tensor_kind(model.role(name), p.shape, cfg.quant_min_numel)] += p.numel()
+        total, limit = sum(counts.values()), cfg.artifact_limit_bytes
+        predicted = len(self.code) + int(counts["fp16"] * 2 + counts["int6"] * 4.6 / 8 + counts["int8"] * 6.5 / 8)
+        lines = [
+            f"preset:     {cfg.preset} {json.dumps(cfg.overrides())}",
+            f"machine:    {ranks} x {self.summary['hardware']['name']}, {str(self.process.dtype)[6:]}",
+            f"tokenizer:  {self.tokenizer_path}, {cfg.vocab_size} pieces",
+            f"validation: {self.stream.targets:,} targets, {self.stream.bytes:,} bytes of {cfg.data_path}",
+            f"parameters: {total:,} ({', '.join(f'{n:,} {kind}' for kind, n in counts.items())})",
+            f"artifact:   about {predicted:,} bytes with code, limit {limit:,}" + ", over it" * (predicted > limit)]
+        if cfg.train_enabled:
+            tokens = cfg.micro_batch_seqs * cfg.train_seq_len or tokens_per_pass(cfg, self.process, True)
+            tokens = min(max(tokens, cfg.train_seq_len), cfg.train_batch_tokens // ranks)
+            need, cap = 20 * total + tokens * activation_bytes(cfg), cfg.max_wallclock_seconds
+            steps = min(int(cap * 1000 / step_ms), cfg.iterations) if cap else cfg.iterations
+            lines += [f"training:   {len(self.train_tokens):,} tokens in {len(self.train_tokens.paths)} shards",
+                      f"memory:     about {need / 2**30:.1f} GiB of {memory / 2**30:.1f} GiB a rank",
+                      f"steps:      {steps:,} of {cfg.train_batch_tokens:,} tokens"
+                      + (f" in {cap:g} s at {step_ms:g} ms a step (--step-ms)" if cap else ", no time cap")]
+        return "\n".join(lines)
+
+    def start(self) -> Log:
+        """Make LOG_DIR/RUN_ID and write into its log what someone needs who reads it a year from now."""
+        cfg = self.cfg
+        name = self.process.agree(cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"_seed{cfg.seed}")
+        folder = Path(cfg.log_dir) / name
+
+        def make():
+            try:
+                if self.process.main:
+                    folder.mkdir(parents=True)
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be made ({error.strerror}); change LOG_DIR or RUN_ID") from None
+
+        self.process.together(make)
+        self.log, self.summary["run_id"] = Log(self.process, folder), name
+        versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
+        self.log(self.code.decode() + "=" * 100, console=False)
+        self.log(f"python {platform.python_version()} {versions}\nhardware {self.summary['hardware']}", console=False)
+        self.log(f"config {json.dumps(cfg.settings())}", console=False)
+        self.log(f"preset:{cfg.preset} seed:{cfg.seed} overrides:{json.dumps(cfg.overrides())}")
+        self.log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={self.tokenizer_path}")
+        if self.train_tokens:
+            self.log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(self.train_tokens.paths)} "
+                     f"tokens:{len(self.train_tokens)}")
+        self.log(f"val_loader:tokens:{self.stream.targets} bytes:{self.stream.bytes}")
+        return self.log
+
     def stages(self):
         """Train, average, export, read back, evaluate: each if its switch is on."""
-        cfg, inputs = self.cfg, self.inputs
-        if inputs.artifact:
-            blob, tensors = inputs.artifact
-            model = build_model(cfg, tensors, self.process, cfg.model_path)
-            self.describe(Path(cfg.model_path), blob)
+        cfg = self.cfg
+        if self.artifact:
+            model = self.adopt(Path(cfg.model_path), *self.artifact)
         else:
             torch.manual_seed(cfg.seed)
             model = GPT(cfg, self.process.dtype).to(self.process.device)
             self.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
             with self.timed("train"):
-                self.summary["train"] = train(cfg, self.process, self.log, model, inputs.train_tokens, self.stream)
+                self.summary["train"] = train(cfg, self.process, self.log, model, self.train_tokens, self.stream)
             if cfg.final_eval_enable:
                 self.score("float", "final_float", model, cfg.eval_len)
             if cfg.export_enabled:
                 with self.timed("export"):
                     model = self.export(model)
-        last = self.final_scores(model)
-        self.summary["val_bpb"] = last and last.val_bpb
-        if last and cfg.nll_dump and self.process.main:
-            with open(cfg.nll_dump, "wb") as file:
-                np.save(file, last.nats)
-
-    def final_scores(self, model: GPT) -> Score | None:
-        """Score the read-back model: int6, sliding window, test-time training. Returns the last, the run's score."""
-        cfg, last = self.cfg, None
+        last = None
         if cfg.final_eval_enable:
             last = self.score("int6", "final_int6_roundtrip", model, cfg.eval_len)
         if cfg.final_sliding_eval_enable and cfg.eval_stride:
@@ -1530,7 +1466,37 @@ class Run:
         if cfg.ttt_enabled:
             last, details = test_time_train(cfg, self.process, self.log, model, self.stream)
             self.report("ttt", "legal_ttt", last, **details)
-        return last
+        self.summary["val_bpb"] = last and last.val_bpb
+        if last and cfg.nll_dump and self.process.main:
+            with open(cfg.nll_dump, "wb") as file:
+                np.save(file, last.nats)
+
+    @contextlib.contextmanager
+    def timed(self, name: str):
+        begin = time.perf_counter()
+        yield
+        self.summary["seconds"][name] = time.perf_counter() - begin
+
+    def export(self, model: GPT) -> GPT:
+        """Write the artifact and read it back on every rank, from rank 0's disk: nodes need not share one."""
+        path = self.log.folder / ARTIFACT_NAME
+        if self.process.main:
+            write_atomically(path, pack(model, self.cfg.quant_min_numel))
+        blob = self.process.agree(path.read_bytes() if self.process.main else None)
+        return self.adopt(path, blob, unpack(blob, str(path))[1])
+
+    def adopt(self, path: Path, blob: bytes, tensors: dict[str, Tensor]) -> GPT:
+        """The model of an artifact. Its bytes are held against the limit; over it the run goes on, to end not valid."""
+        code, limit = len(self.code), self.cfg.artifact_limit_bytes
+        total = len(blob) + code
+        self.log(f"Code size: {code} bytes\nSerialized model int6+zstd: {len(blob)} bytes")
+        self.log(f"Total submission size int6+zstd: {total} bytes")
+        if total > limit:
+            self.summary["reasons"].append(f"artifact over the limit: {total} > {limit} bytes")
+            self.log(f"over the limit by {total - limit} bytes; all files are kept, the score is not valid")
+        self.summary["artifact"] = {"path": str(path), "bytes_model": len(blob), "bytes_code": code,
+                                    "bytes_total": total, "limit": limit, "sha256": hashlib.sha256(blob).hexdigest()}
+        return build_model(self.cfg, tensors, self.process, str(path))
 
     def score(self, key: str, tag: str, model: GPT, stride: int) -> Score:
         forward = compiled(model, self.cfg, self.process)
@@ -1549,58 +1515,28 @@ class Run:
                  f"eval_time:{1000 * score.seconds:.0f}ms")
         self.log(f"{tag}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
 
-    def export(self, model: GPT) -> GPT:
-        """Write the artifact and read it back on every rank, from rank 0's disk: nodes need not share one."""
-        path = self.log.folder / ARTIFACT_NAME
-        if self.process.main:
-            write_atomically(path, pack(model, self.cfg.quant_min_numel))
-        blob = self.process.agree(path.read_bytes() if self.process.main else None)
-        self.describe(path, blob)
-        return build_model(self.cfg, unpack(blob, str(path))[1], self.process, str(path))
-
-    def describe(self, path: Path, blob: bytes):
-        """Count an artifact's bytes and hold them against the limit. Over it the run goes on, to end not valid."""
-        code, limit = len(self.inputs.code), self.cfg.artifact_limit_bytes
-        total = len(blob) + code
-        self.log(f"Code size: {code} bytes\nSerialized model int6+zstd: {len(blob)} bytes")
-        self.log(f"Total submission size int6+zstd: {total} bytes")
-        if total > limit:
-            self.summary["reasons"].append(f"artifact over the limit: {total} > {limit} bytes")
-            self.log(f"over the limit by {total - limit} bytes; all files are kept, the score is not valid")
-        self.summary["artifact"] = {"path": str(path), "bytes_model": len(blob), "bytes_code": code,
-                                    "bytes_total": total, "limit": limit, "sha256": hashlib.sha256(blob).hexdigest()}
-
     def judge(self) -> bool:
         """Fill `valid`, `reasons` and `caveats`. Returns `valid`."""
-        summary, hardware = self.summary, self.summary["hardware"]
-        if summary["artifact"] is None:
-            summary["reasons"].append("no artifact: EXPORT_ENABLED=0, the scores are of the averaged float weights")
-        if summary["val_bpb"] is None:
-            summary["reasons"].append("no final evaluation ran")
-        if not self.stream.complete:
-            summary["caveats"].append(f"partial split: its first {self.stream.targets} targets (VAL_TOKEN_LIMIT)")
-        if not Path(self.cfg.data_path).name.startswith("fineweb10B"):
-            summary["caveats"].append(f"not the challenge's data: {Path(self.cfg.data_path).name}")
-        if hardware["world_size"] != 8 or "H100" not in hardware["name"]:
-            summary["caveats"].append(f"not 8 x H100: {hardware['world_size']} x {hardware['name']}")
+        summary, hardware, data = self.summary, self.summary["hardware"], Path(self.cfg.data_path).name
+        facts = [  # (holds, where it is said, what is said)
+            (summary["artifact"] is None, "reasons", "EXPORT_ENABLED=0: no artifact, the scores are of float weights"),
+            (summary["val_bpb"] is None, "reasons", "no final evaluation ran"),
+            (not self.stream.complete, "caveats", f"partial split: its first {self.stream.targets} targets"),
+            (not data.startswith("fineweb10B"), "caveats", f"not the challenge's data: {data}"),
+            (hardware["world_size"] != 8 or "H100" not in hardware["name"], "caveats",
+             f"not 8 x H100: {hardware['world_size']} x {hardware['name']}")]
+        for holds, where, text in facts:
+            summary[where] += [text] if holds else []
         summary["valid"] = not summary["reasons"]
         return summary["valid"]
-
-    @contextlib.contextmanager
-    def timed(self, name: str):
-        begin = time.perf_counter()
-        yield
-        self.summary["seconds"][name] = time.perf_counter() - begin
 
     def table(self) -> str:
         """The result in one short table."""
         names = {"float": "float, averaged", "int6": "int6, read back", "sliding": "sliding window",
                  "ttt": "test-time training"}
         lines = ["", f"{'score':20}{'nats/token':>12}{'BPB':>10}{'tokens':>12}{'seconds':>10}"]
-        for key, s in self.summary["eval"].items():
-            if s:
-                lines.append(f"{names[key]:20}{s['val_loss']:12.4f}{s['val_bpb']:10.4f}{s['tokens']:12,}"
-                             f"{s['seconds']:10.1f}")
+        lines += [f"{names[key]:20}{s['val_loss']:12.4f}{s['val_bpb']:10.4f}{s['tokens']:12,}{s['seconds']:10.1f}"
+                  for key, s in self.summary["eval"].items() if s]
         if a := self.summary["artifact"]:
             lines.append(f"bytes: {a['bytes_total']:,} of {a['limit']:,} ({a['bytes_total'] / a['limit']:.1%}): model "
                          f"{a['bytes_model']:,} + code {a['bytes_code']:,}")
@@ -1615,14 +1551,11 @@ def main(cfg: Config, options: argparse.Namespace) -> int:
     """One launch on one rank. Returns the exit code; raises UserError."""
     started = time.perf_counter()
     process = Process(cfg.compute_dtype)
-    inputs = process.together(lambda: open_inputs(cfg, process))
+    run = process.together(lambda: Run(cfg, process))
     if options.check:
-        if process.main:
-            check(inputs, process, options.ranks, options.step_ms)
+        print(run.check(options.ranks, options.step_ms) if process.main else "", end="\n" if process.main else "")
         return 0
-    log = Log(process, make_run_folder(cfg, process))
-    log_start(inputs.cfg, process, log, inputs)
-    run = Run(inputs, process, log)
+    log = run.start()
     run.stages()
     valid = run.judge()
     run.summary["memory_peak_bytes"] = process.memory()[1]
@@ -1631,16 +1564,13 @@ def main(cfg: Config, options: argparse.Namespace) -> int:
     if process.main:
         write_atomically(log.folder / "summary.json", (json.dumps(run.summary, indent=1) + "\n").encode())
     log(f"summary: {log.folder / 'summary.json'}")
-    if process.world > 1:
-        dist.destroy_process_group()
-    return 0 if valid or not cfg.export_enabled else 1
+    return process.agree(0 if valid or not cfg.export_enabled else 1)  # no rank leaves before rank 0 has written
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(*LAUNCH))
+        leave(main(*LAUNCH))
     except UserError as problem:
-        # an error that all ranks share is rank 0's to tell; one met alone, in the middle of a run, is this rank's
-        if os.environ.get("RANK", "0") == "0" or problem.__context__ is not None:
-            print(f"error: {problem}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        silent = problem.shared and os.environ.get("RANK", "0") != "0"
+        sys.stderr.write("" if silent else f"error: {problem}\n")
+        leave(2, silent)

@@ -84,8 +84,10 @@ def test_unimplemented_switches_pass_when_off():
 
 @pytest.mark.parametrize(
     "variables, name",
-    [({"NUM_HEADS": 5, "NUM_KV_HEADS": 5}, "MODEL_DIM"), ({"NUM_KV_HEADS": 3}, "NUM_KV_HEADS"), ({"MODEL_DIM": 36}, "MODEL_DIM"),
-     ({"ROPE_DIMS": 10}, "ROPE_DIMS"), ({"ROPE_DIMS": 3}, "ROPE_DIMS"), ({"BIGRAM_VOCAB_SIZE": 1}, "BIGRAM_VOCAB_SIZE"),
+    [({"NUM_HEADS": 5, "NUM_KV_HEADS": 5}, "MODEL_DIM"), ({"NUM_KV_HEADS": 3}, "NUM_KV_HEADS"),
+     ({"MODEL_DIM": 36}, "MODEL_DIM"),
+     ({"ROPE_DIMS": 10}, "ROPE_DIMS"), ({"ROPE_DIMS": 3}, "ROPE_DIMS"),
+     ({"BIGRAM_VOCAB_SIZE": 1}, "BIGRAM_VOCAB_SIZE"),
      ({"EVAL_STRIDE": 33}, "EVAL_STRIDE"), ({"TRAIN_BATCH_TOKENS": 250}, "TRAIN_BATCH_TOKENS"),
      ({"MICRO_BATCH_SEQS": 3}, "MICRO_BATCH_SEQS"), ({"TRAIN_ENABLED": 0}, "MODEL_PATH"),
      ({"TTT_ENABLED": 1, "TTT_CHUNK_TOKENS": 4}, "TTT_CHUNK_TOKENS"), ({"RUN_ID": "a/b"}, "RUN_ID"),
