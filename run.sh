@@ -55,6 +55,11 @@ need() {
 
 job=${1:-train}
 [ $# -gt 0 ] && shift
+case $job in
+  -h | --help | help) sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
+  train | test | data) ;;
+  *) fail "no job named $job; the jobs are: (none), test, data; variables of train_gpt.py: python train_gpt.py --help" ;;
+esac
 need "$here/requirements.txt" torch numpy sentencepiece zstandard
 
 case $job in
@@ -77,5 +82,4 @@ case $job in
   data)
     need "$here/data/requirements.txt" huggingface_hub
     exec "$py" "$here/data/prepare.py" fineweb "$@" ;;
-  *) fail "no job named $job; the jobs are: (none), test, data" ;;
 esac

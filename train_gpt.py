@@ -176,8 +176,8 @@ PRESETS = {
     "seed": {},  # the defaults above are the published ones
     "demo": {  # a few minutes on two CPU cores, on the embedded corpus
         "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "sparse_start_layer": 2,
-        "train_seq_len": 256, "train_batch_tokens": 4096, "iterations": 3000, "max_wallclock_seconds": 120.0,
-        "warmdown_iters": 250, "warmup_steps": 0, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 100,
+        "train_seq_len": 256, "train_batch_tokens": 4096, "iterations": 3000, "max_wallclock_seconds": 180.0,
+        "warmdown_iters": 400, "warmup_steps": 0, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 100,
         "ema_decay": 0.97, "train_log_every": 50, "val_token_limit": 131072, "quant_min_numel": 4096,
     },
 }
@@ -895,7 +895,7 @@ class FlatWeights:
         """Gradients and mean loss of a step of `total` sequences, of which this rank has tokens [n, seq_len + 1],
         taken `size` at a time; summed over the ranks."""
         self.buffer.zero_()
-        for part in tokens.split(size):
+        for part in tokens.split(size) if len(tokens) else ():
             loss = forward(part[:, :-1], part[:, 1:]).mean() * (len(part) / total)
             loss.backward()
             self.loss.add_(loss.detach())
@@ -1446,7 +1446,7 @@ class Run:
         """Train, average, export, read back, evaluate: each if its switch is on."""
         cfg = self.cfg
         if self.artifact:
-            model = self.adopt(Path(cfg.model_path), *self.artifact)
+            model = self.adopt(cfg.model_path, *self.artifact)
         else:
             torch.manual_seed(cfg.seed)
             model = GPT(cfg, self.process.dtype).to(self.process.device)
@@ -1479,13 +1479,13 @@ class Run:
 
     def export(self, model: GPT) -> GPT:
         """Write the artifact and read it back on every rank, from rank 0's disk: nodes need not share one."""
-        path = self.log.folder / ARTIFACT_NAME
+        path = os.path.join(self.cfg.log_dir, self.summary["run_id"], ARTIFACT_NAME)
         if self.process.main:
-            write_atomically(path, pack(model, self.cfg.quant_min_numel))
-        blob = self.process.agree(path.read_bytes() if self.process.main else None)
-        return self.adopt(path, blob, unpack(blob, str(path))[1])
+            write_atomically(Path(path), pack(model, self.cfg.quant_min_numel))
+        blob = self.process.agree(Path(path).read_bytes() if self.process.main else None)
+        return self.adopt(path, blob, unpack(blob, path)[1])
 
-    def adopt(self, path: Path, blob: bytes, tensors: dict[str, Tensor]) -> GPT:
+    def adopt(self, path: str, blob: bytes, tensors: dict[str, Tensor]) -> GPT:
         """The model of an artifact. Its bytes are held against the limit; over it the run goes on, to end not valid."""
         code, limit = len(self.code), self.cfg.artifact_limit_bytes
         total = len(blob) + code
@@ -1494,9 +1494,9 @@ class Run:
         if total > limit:
             self.summary["reasons"].append(f"artifact over the limit: {total} > {limit} bytes")
             self.log(f"over the limit by {total - limit} bytes; all files are kept, the score is not valid")
-        self.summary["artifact"] = {"path": str(path), "bytes_model": len(blob), "bytes_code": code,
+        self.summary["artifact"] = {"path": path, "bytes_model": len(blob), "bytes_code": code,
                                     "bytes_total": total, "limit": limit, "sha256": hashlib.sha256(blob).hexdigest()}
-        return build_model(self.cfg, tensors, self.process, str(path))
+        return build_model(self.cfg, tensors, self.process, path)
 
     def score(self, key: str, tag: str, model: GPT, stride: int) -> Score:
         forward = compiled(model, self.cfg, self.process)

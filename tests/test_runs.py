@@ -102,7 +102,7 @@ def test_two_ranks_score_an_artifact_like_one(launch, tmp_path):
     nats = []
     for ranks in (1, 2):
         run = launch(ranks=ranks, run_id=f"score{ranks}", TRAIN_ENABLED=0, MODEL_PATH=path, TTT_ENABLED=1,
-                     TTT_CHUNK_TOKENS=300, NLL_DUMP=tmp_path / f"{ranks}.npy")
+                     TTT_CHUNK_TOKENS=350, TTT_BATCH_SEQS=10 // ranks, NLL_DUMP=tmp_path / f"{ranks}.npy")
         assert run.code == 0, run.err
         nats.append(np.load(tmp_path / f"{ranks}.npy"))
     assert np.abs(nats[0] - nats[1]).max() < 1e-4
