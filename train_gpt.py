@@ -870,9 +870,9 @@ class FlatWeights:
     """
 
     def __init__(self, model: GPT, device: torch.device):
-        order = {"matrix": 0, "embed": 1, "head": 2, "vector": 3}
-        rank = {name: (order[model.role(name)], tuple(p.shape)) for name, p in model.named_parameters()}
-        named = sorted(model.named_parameters(), key=lambda item: rank[item[0]])
+        order = {"matrix": 0, "embed": 1, "head": 2, "vector": 3}  # the smallest last, so that views stay aligned
+        named = sorted(model.named_parameters(), key=lambda item: (
+            order[model.role(item[0])], -item[1].numel(), tuple(item[1].shape)))
         total = sum(p.numel() for _, p in named)
         self.weights, self.buffer = torch.empty(total, device=device), torch.zeros(total + 1, device=device)
         self.grads, self.loss = self.buffer[:total], self.buffer[total]
