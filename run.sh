@@ -65,10 +65,7 @@ need "$here/requirements.txt" torch numpy sentencepiece zstandard
 case $job in
   train)
     gpus=$("$py" -c 'import torch; print(torch.cuda.device_count())')
-    if [ "$gpus" -eq 0 ]; then
-      # Threads that spin while they wait make a run on a busy machine many times slower; on an idle one it costs little.
-      export PRESET=${PRESET:-demo} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-    fi
+    [ "$gpus" -gt 0 ] || export PRESET=${PRESET:-demo}
     if [ -n "${DATA_PATH:-}" ]; then
       [ -d "$DATA_PATH" ] || fail "DATA_PATH=$DATA_PATH: no such folder; unset it or make it with data/prepare.py"
     elif [ ! -d data/datasets/fineweb10B_sp1024 ] && [ ! -d "$here/data/datasets/fineweb10B_sp1024" ]; then

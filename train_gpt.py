@@ -346,6 +346,7 @@ def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
 
 if __name__ == "__main__":  # here, so that a typo is answered before the seconds that importing torch takes
     LAUNCH = read_launch(sys.argv[1:])
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a busy machine many times slower
 
 import numpy as np  # noqa: E402
 import sentencepiece  # noqa: E402
