@@ -8,7 +8,7 @@
 
 A run is: train -> average (EMA) -> export (int6 + zstd) -> read back -> evaluate -> test-time training, and the
 file reads in that order. Configuration is by environment variables and is checked before anything else.
-Exit codes: 0 a finished run; 1 a finished run whose score is not valid; 2 something the user must mend.
+Exit codes: 0 a finished run; 1 a finished run that failed a check, such as the limit; 2 something the user must mend.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -187,10 +188,11 @@ NOT_IMPLEMENTED = ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS", "L
                    "VE_ENABLED", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM")
 COMPANIONS = ("SWA_", "QAT_", "MTP_", "LAWA_", "DTG_", "VE_", "MUON_BETA2")  # settings of those: no effect
 # A name with a prefix of the first group was meant for us, one of the second never was.
-FAMILIES = ("ADAM_", "ARTIFACT_", "BIGRAM_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "ROPE_",
+FAMILIES = ("ADAM_", "BIGRAM_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "ROPE_",
             "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "XSA_")
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH", "PET_", "CUDA_", "NVIDIA_",
-           "NCCL_", "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MATCHED_")
+           "NCCL_", "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MODULE",
+           "MATCHED_")
 
 VARIABLES = [f for f in dataclasses.fields(Config) if "accepts" in f.metadata]
 _stages = list(itertools.accumulate((f.metadata["stage"] for f in VARIABLES), lambda old, new: new or old))
@@ -203,7 +205,8 @@ def parse(kind: type, accepts: str, raw: str):
         ok, value = raw in ("0", "1"), raw == "1"
     elif kind is str:
         ok = "\n" not in raw and "\0" not in raw and ("|" not in accepts or raw in accepts.split("|"))
-        ok, value = ok and (accepts != "name" or raw not in (".", "..") and "/" not in raw and len(raw) < 200), raw
+        short = len(raw.encode()) < 200  # encode() refuses what no log could hold
+        ok, value = ok and (accepts != "name" or raw not in (".", "..") and "/" not in raw and short), raw
     else:
         value = kind(raw)
         if accepts[0] == ">":
@@ -330,12 +333,17 @@ def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--step-ms", type=float, default=106.0)
-    parser.add_argument("--ranks", type=int, default=int(os.environ.get("WORLD_SIZE", "1")))
+    parser.add_argument("--ranks", type=int)
     options = parser.parse_args(argv)
     if options.help:
         print(help_text())
         sys.exit(0)
+    odd = [f"{name}={os.environ[name]!r}: is the launcher's to set; unset it or launch with torchrun" for name in
+           ("RANK", "WORLD_SIZE", "LOCAL_RANK") if not re.fullmatch(r"[0-9]{1,6}", os.environ.get(name, "0"), re.A)]
+    if options.ranks is None:
+        options.ranks = 1 if odd else int(os.environ.get("WORLD_SIZE", "1"))
     cfg, problems, warnings = load_config(os.environ, max(options.ranks, 1))
+    problems += odd + ["--ranks and --step-ms: must be above 0"] * (options.ranks < 1 or not options.step_ms > 0)
     silent = os.environ.get("RANK", "0") != "0"
     lines = [f"error: {problem}\n" for problem in problems] + [f"warning: {warning}\n" for warning in warnings]
     sys.stderr.writelines([] if silent else lines)
@@ -404,12 +412,14 @@ class Process:
         return box[0]
 
     def together(self, action):
-        """Run `action` on every rank and return its result; a UserError on any rank is raised on all."""
+        """Run `action` on every rank and return its result; what the user must mend on any rank is raised on all."""
         result, message = None, None
         try:
             result = action()
         except UserError as error:
             message = str(error)
+        except OSError as error:
+            message = f"{error.filename}: {error.strerror}; mend the path or its permissions"
         messages = [message] * self.world
         if self.world > 1:
             dist.all_gather_object(messages, message)
@@ -562,6 +572,9 @@ class Tokenizer:
             raise UserError(f"TOKENIZER_PATH={path}: its BOS id is {sp.bos_id()} where shards need {BOS_ID}; make data "
                             "and tokenizer with data/prepare.py")
         pieces = [sp.id_to_piece(i) for i in range(size)]
+        if odd := [p for p in pieces if "\u2581" in p[1:]]:
+            raise UserError(f"TOKENIZER_PATH={path}: its piece {odd[0]!r} marks a space past its start, which the "
+                            "canonical byte count does not know; train a tokenizer with data/prepare.py")
         self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)])
         self.spaced = np.array([p.startswith("\u2581") for p in pieces]) & ~self.boundary
         self.piece_bytes = np.array([0 if self.boundary[i] else 1 if sp.is_byte(i) else
@@ -1006,6 +1019,7 @@ def quantize_rows(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         reach, low, high = w.abs().amax(1), -32, 31
     else:  # clipped at a quantile; in pieces, since torch.quantile takes at most 16 M values
         reach, low, high = torch.cat([p.abs().quantile(0.9999984, dim=1) for p in w.split(1024)]), -127, 127
+        w = torch.minimum(torch.maximum(w, -reach[:, None]), reach[:, None])
     scale = (reach.clamp(min=1.0) / high).to(torch.float16)
     return (w / scale.float()[:, None]).round().clamp(low, high).to(torch.int8), scale
 
@@ -1065,18 +1079,21 @@ def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Tensor]]:
             tensors[name] = torch.from_numpy(values * scale[:, None] if rows else values)
         if offset != len(payload):
             raise ValueError("a payload longer than its table")
-    except (KeyError, TypeError, ValueError, zstandard.ZstdError) as error:
-        raise UserError(f"{source}: its header and payload do not agree ({error}); export it again") from None
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
+            zstandard.ZstdError) as error:  # whatever a forged header can cause
+        raise UserError(f"{source}: its header and payload do not agree ({type(error).__name__}: {error}); export it "
+                        "again") from None
     return config, tensors
 
 
 def build_model(cfg: Config, tensors: dict[str, Tensor], process: Process, source: str) -> GPT:
     """A model on the device with an artifact's weights. Raises UserError where they do not fit the configuration."""
+    with torch.device("meta"):  # nothing is allocated for a model that the file does not hold
+        wanted = {name: p.shape for name, p in GPT(cfg).named_parameters()}
+    if wanted != {name: t.shape for name, t in tensors.items()}:
+        raise UserError(f"{source}: its tensors do not fit the model that its header describes; export it again")
     model = GPT(cfg, process.dtype)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError:
-        raise UserError(f"{source}: its tensors do not fit the model that its header describes") from None
+    model.load_state_dict(tensors)
     return model.to(process.device)
 
 
@@ -1353,17 +1370,23 @@ class Run:
         path = Path(cfg.tokenizer_path or folder / "tokenizer.model")
         self.tokenizer_path = path if cfg.tokenizer_path or path.exists() else find_path(DEFAULT_TOKENIZER)
         tokenizer = Tokenizer(self.tokenizer_path, cfg.vocab_size)
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # data/prepare.py says what it cut with
+            cut_with = json.loads((folder / "manifest.json").read_bytes())["tokenizer"]["sha256"]
+            if cut_with != hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest():
+                raise UserError(f"TOKENIZER_PATH={self.tokenizer_path}: not the tokenizer that cut the data, by "
+                                f"{folder / 'manifest.json'}; give that one")
         if cfg.train_enabled:
             self.train_tokens = Tokens(folder, "train", cfg.vocab_size)
         self.stream = Stream(Tokens(folder, "val", cfg.vocab_size), tokenizer, cfg.val_token_limit, process.device)
-        for name, where in (("LOG_DIR", Path(cfg.log_dir, cfg.run_id)), ("NLL_DUMP", Path(cfg.nll_dump).parent)):
-            where = where.absolute()
-            if name == "LOG_DIR" and cfg.run_id and where.exists():
-                raise UserError(f"RUN_ID={cfg.run_id}: {where} exists and no run is overwritten; choose another RUN_ID "
-                                "or move that folder away")
-            here = next(p for p in (where, *where.parents) if p.exists() or name == "NLL_DUMP")
-            if not here.is_dir() or not os.access(here, os.W_OK):
-                raise UserError(f"{name}={getattr(cfg, name.lower())}: {here} is not a folder that can be written to")
+        run_folder, dump = Path(cfg.log_dir, cfg.run_id).absolute(), Path(cfg.nll_dump).absolute()
+        if cfg.run_id and run_folder.exists():
+            raise UserError(f"RUN_ID={cfg.run_id}: {run_folder} exists and no run is overwritten; choose another "
+                            "RUN_ID or move that folder away")
+        here = next(p for p in (run_folder, *run_folder.parents) if p.exists())
+        if not here.is_dir() or not os.access(here, os.W_OK):
+            raise UserError(f"LOG_DIR={cfg.log_dir}: {here} is not a folder that can be written to")
+        if cfg.nll_dump and (dump.is_dir() or not dump.parent.is_dir() or not os.access(dump.parent, os.W_OK)):
+            raise UserError(f"NLL_DUMP={cfg.nll_dump}: not a file in a folder that can be written to")
         self.summary = {
             "run_id": cfg.run_id, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
             "overrides": cfg.overrides(), "hardware": process.hardware(), "train": None, "artifact": None,
@@ -1445,7 +1468,7 @@ class Run:
 
     def stages(self):
         """Train, average, export, read back, evaluate: each if its switch is on."""
-        cfg = self.cfg
+        cfg, last = self.cfg, None
         if self.artifact:
             model = self.adopt(cfg.model_path, *self.artifact)
         else:
@@ -1455,22 +1478,19 @@ class Run:
             with self.timed("train"):
                 self.summary["train"] = train(cfg, self.process, self.log, model, self.train_tokens, self.stream)
             if cfg.final_eval_enable:
-                self.score("float", "final_float", model, cfg.eval_len)
+                last = self.score("float", "final_float", model, cfg.eval_len)
             if cfg.export_enabled:
                 with self.timed("export"):
                     model = self.export(model)
-        last = None
-        if cfg.final_eval_enable:
+        if cfg.final_eval_enable and self.summary["artifact"]:
             last = self.score("int6", "final_int6_roundtrip", model, cfg.eval_len)
         if cfg.final_sliding_eval_enable and cfg.eval_stride:
-            last = self.score("sliding", "final_int6_sliding_window", model, cfg.eval_stride)
+            kind = "int6" if self.summary["artifact"] else "float"
+            last = self.score("sliding", f"final_{kind}_sliding_window", model, cfg.eval_stride)
         if cfg.ttt_enabled:
             last, details = test_time_train(cfg, self.process, self.log, model, self.stream)
             self.report("ttt", "legal_ttt", last, **details)
-        self.summary["val_bpb"] = last and last.val_bpb
-        if last and cfg.nll_dump and self.process.main:
-            with open(cfg.nll_dump, "wb") as file:
-                np.save(file, last.nats)
+        self.summary["val_bpb"], self.nats = (last.val_bpb, last.nats) if last else (None, None)
 
     @contextlib.contextmanager
     def timed(self, name: str):
@@ -1511,17 +1531,20 @@ class Run:
         self.summary["seconds"][key] = score.seconds
         if not score.once:
             self.summary["reasons"].append(f"{key}: not every target was scored exactly once")
+        if not math.isfinite(score.val_loss):
+            self.summary["reasons"].append(f"{key}: the score is not a finite number")
         more = "".join(f"{k}:{v} " for k, v in details.items())
         self.log(f"{tag} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} {more}"
                  f"eval_time:{1000 * score.seconds:.0f}ms")
         self.log(f"{tag}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
 
-    def judge(self) -> bool:
-        """Fill `valid`, `reasons` and `caveats`. Returns `valid`."""
+    def judge(self) -> int:
+        """Fill `valid`, `reasons` and `caveats`. Returns the exit code: 1 if a check failed."""
         summary, hardware, data = self.summary, self.summary["hardware"], Path(self.cfg.data_path).name
+        failed = bool(summary["reasons"])
         facts = [  # (holds, where it is said, what is said)
             (summary["artifact"] is None, "reasons", "EXPORT_ENABLED=0: no artifact, the scores are of float weights"),
-            (summary["val_bpb"] is None, "reasons", "no final evaluation ran"),
+            (summary["val_bpb"] is None, "caveats", "no final evaluation ran"),
             (not self.stream.complete, "caveats", f"partial split: its first {self.stream.targets} targets"),
             (not data.startswith("fineweb10B"), "caveats", f"not the challenge's data: {data}"),
             (hardware["world_size"] != 8 or "H100" not in hardware["name"], "caveats",
@@ -1529,7 +1552,7 @@ class Run:
         for holds, where, text in facts:
             summary[where] += [text] if holds else []
         summary["valid"] = not summary["reasons"]
-        return summary["valid"]
+        return int(failed)
 
     def table(self) -> str:
         """The result in one short table."""
@@ -1551,6 +1574,7 @@ class Run:
 def main(cfg: Config, options: argparse.Namespace) -> int:
     """One launch on one rank. Returns the exit code; raises UserError."""
     started = time.perf_counter()
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode must not end a run
     process = Process(cfg.compute_dtype)
     run = process.together(lambda: Run(cfg, process))
     if options.check:
@@ -1558,14 +1582,18 @@ def main(cfg: Config, options: argparse.Namespace) -> int:
         return 0
     log = run.start()
     run.stages()
-    valid = run.judge()
+    code = run.judge()
     run.summary["memory_peak_bytes"] = process.memory()[1]
     run.summary["seconds"]["total"] = time.perf_counter() - started
     log(run.table())
     if process.main:
-        write_atomically(log.folder / "summary.json", (json.dumps(run.summary, indent=1) + "\n").encode())
+        text = re.sub(r"(?<=: )(NaN|-?Infinity)(?=,?\n)", "null", json.dumps(run.summary, indent=1))  # not JSON
+        write_atomically(log.folder / "summary.json", (text + "\n").encode())
+        if cfg.nll_dump and run.nats is not None:
+            np.save(buffer := io.BytesIO(), run.nats)
+            write_atomically(Path(cfg.nll_dump), buffer.getvalue())
     log(f"summary: {log.folder / 'summary.json'}")
-    return process.agree(0 if valid or not cfg.export_enabled else 1)  # no rank leaves before rank 0 has written
+    return process.agree(code)  # no rank leaves before rank 0 has written
 
 
 if __name__ == "__main__":
@@ -1575,3 +1603,6 @@ if __name__ == "__main__":
         silent = problem.shared and os.environ.get("RANK", "0") != "0"
         sys.stderr.write("" if silent else f"error: {problem}\n")
         leave(2, silent)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        leave(130)

@@ -219,7 +219,8 @@ class Tokenizer:
     def __init__(self, model: bytes, source: str) -> None:
         """Loads a model from its file's bytes; `source` names it in errors and in the manifest.
 
-        Raises PrepareError where it cannot serve: not SentencePiece, BOS id not 1, too many pieces.
+        Raises PrepareError where it cannot serve: not SentencePiece, BOS id not 1, too many pieces,
+        a space inside a piece.
         """
         import numpy as np
         import sentencepiece
@@ -249,6 +250,10 @@ class Tokenizer:
                 self._bytes[token] = 1
             else:
                 piece = pieces.id_to_piece(token)
+                if "\u2581" in piece[1:]:  # the canonical count knows one space, at the start
+                    raise PrepareError(
+                        f"{source}: piece {piece!r} marks a space past its start; use a tokenizer without such"
+                    )
                 self._spaced[token] = piece.startswith("\u2581")
                 self._bytes[token] = len(piece.removeprefix("\u2581").encode())
 

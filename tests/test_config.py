@@ -45,6 +45,16 @@ def test_all_bad_values_are_reported_at_once():
         assert any(line.startswith(f"error: {name}") and word in line for line in lines), (name, lines)
 
 
+@pytest.mark.parametrize("variables, options, word", [
+    ({"WORLD_SIZE": "abc"}, [], "WORLD_SIZE"), ({"RANK": "0", "LOCAL_RANK": ""}, [], "LOCAL_RANK"),
+    ({}, ["--check", "--ranks", "0"], "--ranks"), ({}, ["--check", "--step-ms", "nan"], "--step-ms"),
+])
+def test_odd_launches_are_one_line(variables, options, word):
+    env = clean_environment() | variables
+    done = subprocess.run([sys.executable, str(SCRIPT), *options], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and word in done.stderr, done.stderr
+
+
 def test_only_rank_0_speaks():
     env = clean_environment() | {"SEED": "x", "RANK": "1", "WORLD_SIZE": "2"}
     done = subprocess.run([sys.executable, str(SCRIPT)], env=env, capture_output=True, text=True)
@@ -63,7 +73,8 @@ def test_typos_name_the_nearest_variable(name, near):
 
 def test_names_of_others_pass():
     foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES", "NCCL_DEBUG",
-               "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "PATH", "HOME", "TERM", "EDITOR", "LD_PRELOAD")
+               "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "PATH", "HOME", "TERM", "EDITOR", "LD_PRELOAD",
+               "MODULEPATH", "ARTIFACT_DIR")
     assert problems(**dict.fromkeys(foreign, "1")) == []
 
 
@@ -91,7 +102,9 @@ def test_unimplemented_switches_pass_when_off():
      ({"EVAL_STRIDE": 33}, "EVAL_STRIDE"), ({"TRAIN_BATCH_TOKENS": 250}, "TRAIN_BATCH_TOKENS"),
      ({"MICRO_BATCH_SEQS": 3}, "MICRO_BATCH_SEQS"), ({"TRAIN_ENABLED": 0}, "MODEL_PATH"),
      ({"TTT_ENABLED": 1, "TTT_CHUNK_TOKENS": 4}, "TTT_CHUNK_TOKENS"), ({"RUN_ID": "a/b"}, "RUN_ID"),
-     ({"RUN_ID": ".."}, "RUN_ID"), ({"LOG_DIR": "a\nb"}, "LOG_DIR"), ({"TRAIN_BATCH_TOKENS": 10**30}, "TRAIN_BATCH"),
+     ({"RUN_ID": ".."}, "RUN_ID"),
+     ({"RUN_ID": "\udcff"}, "RUN_ID"), ({"LOG_DIR": "a\nb"}, "LOG_DIR"),
+     ({"TRAIN_BATCH_TOKENS": 10**30}, "TRAIN_BATCH_TOKENS"),
      ({"MATRIX_LR": "inf"}, "MATRIX_LR"), ({"MATRIX_LR": "-1"}, "MATRIX_LR"), ({"SEED": "1.5"}, "SEED")],
 )
 def test_values_that_cannot_work(variables, name):

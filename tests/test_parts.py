@@ -405,6 +405,41 @@ def test_artifact_round_trip(tiny):
     assert min(kinds.values()) > 0 and b"pickle" not in blob
 
 
+def forge(blob: bytes, edit) -> bytes:
+    """The artifact with an edited header text and a checksum that fits."""
+    cut = 12 + struct.unpack("<I", blob[8:12])[0]
+    header = t.zstandard.ZstdCompressor().compress(edit(t.decompress(blob[12:cut]).decode()).encode())
+    body = blob[:8] + struct.pack("<I", len(header)) + header + blob[cut:-32]
+    return body + t.hashlib.sha256(body).digest()
+
+
+@pytest.mark.parametrize("edit", [
+    lambda h: "[" * 100000, lambda h: h.replace('"num_layers":3', '"num_layers":Infinity'),
+    lambda h: h.replace('"num_layers":3', '"num_layers":4'), lambda h: h.replace("[400,32]", "[]"),
+    lambda h: h.replace("[400,32]", "[10,1280]"), lambda h: h.replace("[400,32]", f"[{10**30}]"),
+    lambda h: h.replace('"tok_emb.weight"', "5"), lambda h: h.replace('"model_dim":32', '"model_dim":16384'),
+    lambda h: h.replace('"tensors"', '"tensor"'), lambda h: "7",
+])
+def test_forged_headers_are_refused(tiny, edit):
+    cfg = tiny()
+    good = t.pack(model_of(cfg), 100)
+    assert t.unpack(forge(good, lambda h: h), "it")[0]["num_layers"] == 3
+    with pytest.raises(t.UserError, match="it: "):
+        config, tensors = t.unpack(forge(good, edit), "it")
+        t.build_model(t.dataclasses.replace(cfg, **config), tensors, Lone(), "it")
+
+
+def test_tokenizers_with_spaces_inside_pieces_are_refused(tmp_path):
+    (tmp_path / "t.txt").write_text("one  two   three    four\n" * 200)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "t.txt"), model_prefix=str(tmp_path / "ws"), vocab_size=40, model_type="bpe", pad_id=0,
+        bos_id=1, eos_id=2, unk_id=3, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, split_by_whitespace=False, hard_vocab_limit=False, minloglevel=2)
+    size = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "ws.model")).vocab_size()
+    with pytest.raises(t.UserError, match="past its start"):
+        t.Tokenizer(tmp_path / "ws.model", size)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "magic", "shard", "header"])
 def test_damaged_artifacts_are_refused(tiny, corpus, damage):
     cfg = tiny()

@@ -80,7 +80,7 @@ def test_same_seed_same_run_and_other_seed_other_run(launch):
                (("a", 7), ("b", 7), ("c", 8)))
     hashes = [x.summary["artifact"]["sha256"] for x in (a, b, c)]
     assert hashes[0] == hashes[1] != hashes[2]
-    assert a.summary["valid"] is False and "no final evaluation" in a.summary["reasons"][0]
+    assert "no final evaluation ran" in a.summary["caveats"]
 
 
 def test_two_ranks_equal_one(launch, tmp_path):
@@ -115,8 +115,10 @@ def test_bad_world_size_is_one_line(launch):
 
 def test_switches(launch):
     run = launch(EXPORT_ENABLED=0, EMA_ENABLED=0)
-    assert run.code == 0 and run.summary["artifact"] is None and run.summary["valid"] is False
-    assert not (run.folder / "final_model.int6.ptz").exists() and run.summary["eval"]["float"] is not None
+    s = run.summary
+    assert run.code == 0 and s["artifact"] is None and s["valid"] is False and s["eval"]["int6"] is None
+    assert not (run.folder / "final_model.int6.ptz").exists() and s["eval"]["float"] is not None
+    assert "final_float_sliding_window" in run.out and "int6, read back" not in run.out
     run = launch(run_id="two", FINAL_EVAL_ENABLE=0)
     assert run.summary["eval"]["int6"] is None and run.summary["val_bpb"] == run.summary["eval"]["sliding"]["val_bpb"]
     run = launch(run_id="three", EVAL_STRIDE=0)
@@ -217,6 +219,16 @@ def damage(name: str, folder):
         return {"TOKENIZER_PATH": folder / "no.model"}, ("TOKENIZER_PATH=", "no.model")
     if name == "LOG_DIR is a file":
         return {"LOG_DIR": train}, ("LOG_DIR=", "not a folder")
+    if name == "NLL_DUMP is a folder":
+        return {"NLL_DUMP": folder}, ("NLL_DUMP=",)
+    if name == "tokenizer of other data":
+        data = bytearray(model.read_bytes())
+        at = data.index("\u2581the".encode())  # same size, same kind, another piece
+        data[at : at + 6] = "\u2581xqz".encode()
+        model.write_bytes(data)
+        return {}, (str(model), "not the tokenizer that cut the data")
+    if name == "path too long":
+        return {"DATA_PATH": "x" * 300}, ("x" * 300,)
     if name == "NLL_DUMP nowhere":
         return {"NLL_DUMP": folder / "a" / "b.npy"}, ("NLL_DUMP=",)
     if name == "MODEL_PATH nowhere":
@@ -229,13 +241,20 @@ def damage(name: str, folder):
 @pytest.mark.parametrize("name", [
     "missing shards", "missing folder", "empty", "truncated", "foreign", "lying header", "ids beyond the vocabulary",
     "tokenizer of another size", "tokenizer of another kind", "missing tokenizer", "LOG_DIR is a file",
-    "NLL_DUMP nowhere", "MODEL_PATH nowhere", "MODEL_PATH foreign",
+    "NLL_DUMP is a folder", "tokenizer of other data", "path too long", "NLL_DUMP nowhere",
+    "MODEL_PATH nowhere", "MODEL_PATH foreign",
 ])
 def test_bad_input_is_one_line(launch, corpus, tmp_path, name):
     shutil.copytree(corpus, tmp_path / "data")
     variables, words = damage(name, tmp_path / "data")
     launch(**{"DATA_PATH": tmp_path / "data"} | variables).refused(*words)
     assert not (tmp_path / "logs").exists(), "nothing may be left of a run that could not start"
+
+
+def test_a_score_that_is_no_number_is_not_valid(launch):
+    run = launch(SCALAR_LR=100000, EMA_ENABLED=0, ITERATIONS=3, QUANT_MIN_NUMEL=100)
+    assert run.code == 1 and run.summary["valid"] is False and run.summary["val_bpb"] is None
+    assert any("not a finite number" in reason for reason in run.summary["reasons"])
 
 
 def test_a_diverging_run_says_so(launch):
