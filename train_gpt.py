@@ -1054,6 +1054,7 @@ def decompress(data: bytes) -> bytes:
     return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
 
 
+@np.errstate(all="ignore")  # forged values may overflow; a score that is no number is found later
 def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Tensor]]:
     """An artifact's configuration (checked like environment variables) and its tensors in fp32.
 
@@ -1219,6 +1220,7 @@ def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream:
         optimizer = torch.optim.AdamW(adapted, cfg.ttt_lr, weight_decay=cfg.ttt_wd)
 
     def learn(begin: int, end: int):
+        """TTT_EPOCHS passes over targets [begin, end), all of them already scored."""
         length = min(cfg.train_seq_len, end)
         starts = torch.arange(begin, end, length, device=process.device).clamp(max=end - length)
         group, size = cfg.ttt_batch_seqs * process.world, max(tokens_per_pass(cfg, process, True) // length, 1)
@@ -1385,7 +1387,8 @@ class Run:
         here = next(p for p in (run_folder, *run_folder.parents) if p.exists())
         if not here.is_dir() or not os.access(here, os.W_OK):
             raise UserError(f"LOG_DIR={cfg.log_dir}: {here} is not a folder that can be written to")
-        if cfg.nll_dump and (dump.is_dir() or not dump.parent.is_dir() or not os.access(dump.parent, os.W_OK)):
+        replaceable = dump.is_file() or not dump.exists()  # a device or a folder is not
+        if cfg.nll_dump and not (replaceable and dump.parent.is_dir() and os.access(dump.parent, os.W_OK)):
             raise UserError(f"NLL_DUMP={cfg.nll_dump}: not a file in a folder that can be written to")
         self.summary = {
             "run_id": cfg.run_id, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
@@ -1444,15 +1447,7 @@ class Run:
         cfg = self.cfg
         name = self.process.agree(cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"_seed{cfg.seed}")
         folder = Path(cfg.log_dir) / name
-
-        def make():
-            try:
-                if self.process.main:
-                    folder.mkdir(parents=True)
-            except OSError as error:
-                raise UserError(f"{folder}: cannot be made ({error.strerror}); change LOG_DIR or RUN_ID") from None
-
-        self.process.together(make)
+        self.process.together(lambda: self.process.main and folder.mkdir(parents=True))
         self.log, self.summary["run_id"] = Log(self.process, folder), name
         versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
         self.log(self.code.decode() + "=" * 100, console=False)
@@ -1578,7 +1573,8 @@ def main(cfg: Config, options: argparse.Namespace) -> int:
     process = Process(cfg.compute_dtype)
     run = process.together(lambda: Run(cfg, process))
     if options.check:
-        print(run.check(options.ranks, options.step_ms) if process.main else "", end="\n" if process.main else "")
+        if process.main:
+            print(run.check(options.ranks, options.step_ms))
         return 0
     log = run.start()
     run.stages()

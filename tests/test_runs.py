@@ -219,6 +219,8 @@ def damage(name: str, folder):
         return {"TOKENIZER_PATH": folder / "no.model"}, ("TOKENIZER_PATH=", "no.model")
     if name == "LOG_DIR is a file":
         return {"LOG_DIR": train}, ("LOG_DIR=", "not a folder")
+    if name == "NLL_DUMP is a device":
+        return {"NLL_DUMP": "/dev/null"}, ("NLL_DUMP=/dev/null",)
     if name == "NLL_DUMP is a folder":
         return {"NLL_DUMP": folder}, ("NLL_DUMP=",)
     if name == "tokenizer of other data":
@@ -241,7 +243,7 @@ def damage(name: str, folder):
 @pytest.mark.parametrize("name", [
     "missing shards", "missing folder", "empty", "truncated", "foreign", "lying header", "ids beyond the vocabulary",
     "tokenizer of another size", "tokenizer of another kind", "missing tokenizer", "LOG_DIR is a file",
-    "NLL_DUMP is a folder", "tokenizer of other data", "path too long", "NLL_DUMP nowhere",
+    "NLL_DUMP is a device", "NLL_DUMP is a folder", "tokenizer of other data", "path too long", "NLL_DUMP nowhere",
     "MODEL_PATH nowhere", "MODEL_PATH foreign",
 ])
 def test_bad_input_is_one_line(launch, corpus, tmp_path, name):
