@@ -14,6 +14,7 @@ Exit codes: 0 a finished run; 1 a finished run that failed a check, such as the 
 import argparse
 import collections
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import io
@@ -131,21 +132,32 @@ class Config:
     eval_stride: int = var(64, ">=0", "tokens between sliding windows; 0: no sliding evaluation")
     eval_seq_len: int = var(0, "0..1048576", "tokens an evaluation window; 0: as TRAIN_SEQ_LEN")
     val_batch_size: int = var(524288, ">=1", "tokens a validation batch over all ranks, at most")
+    eval_max_seconds: float = var(-1.0, ">=-1", "seconds from artifact to val_bpb; 0 no limit; -1: 600 on CUDA, else 0")
     nll_dump: str = var("", "path", "write the nats of every target behind val_bpb to this .npy file")
 
-    ttt_enabled: bool = var(False, "0|1", "1: score-first test-time training", "Test-time training")
-    ttt_chunk_tokens: int = var(32768, ">=1", "targets scored, then learnt from, at a time")
-    ttt_optimizer: str = var("sgd", "adamw|sgd", "optimizer that adapts the weights")
-    ttt_lr: float = var(0.002, ">=0", "its rate")
-    ttt_lr_min: float = var(0.0, ">=0", "where TTT_COSINE ends within a chunk")
-    ttt_cosine: bool = var(False, "0|1", "1: the rate falls by a cosine within a chunk")
-    ttt_epochs: int = var(3, ">=0", "passes over each scored chunk")
-    ttt_warmup_epochs: int = var(0, ">=0", "passes of linear warm-up under TTT_COSINE")
-    ttt_wd: float = var(0.0, ">=0", "its weight decay")
-    ttt_momentum: float = var(0.9, "0..<1", "momentum of sgd")
-    ttt_batch_seqs: int = var(32, ">=1", "sequences a step of one rank")
-    ttt_freeze_blocks: int = var(0, ">=0", "first blocks that do not adapt")
-    ttt_grad_clip: float = var(1.0, ">=0", "gradient norm at most; 0 off")
+    ttt_enabled: bool = var(True, "0|1", "1: score-first test-time training", "Test-time training")
+    ttt_mode: str = var("auto", "auto|full|lora", "lora: adapters a document; full: all weights, chunk by chunk; "
+                        "auto: lora, or full where a variable of full is given")
+    ttt_lora_rank: int = var(8, "1..16384", "lora: rank of the adapters; the default is clipped to MODEL_DIM")
+    ttt_lora_lr: float = var(0.01, "0..1000", "lora: Adam's rate")
+    ttt_lora_chunk_tokens: int = var(256, ">=1", "lora: targets scored, then learnt from, at a time; a window at most")
+    ttt_chunk_tokens: int = var(32768, ">=1", "full: targets scored, then learnt from, at a time")
+    ttt_optimizer: str = var("adamw", "adamw|sgd", "full: the optimizer")
+    ttt_lr: float = var(0.0005, ">=0", "full: its rate")
+    ttt_lr_min: float = var(0.0, ">=0", "full: where TTT_COSINE ends within a chunk")
+    ttt_lr_end: float = var(1.0, "0..1", "full: a cosine across chunks takes the rate to this share of it; 1 no decay")
+    ttt_cosine: bool = var(False, "0|1", "full: 1: the rate falls by a cosine within a chunk")
+    ttt_epochs: int = var(2, ">=0", "full: passes over each scored chunk")
+    ttt_warmup_epochs: int = var(0, ">=0", "full: passes of linear warm-up under TTT_COSINE")
+    ttt_wd: float = var(0.0, ">=0", "full: weight decay")
+    ttt_momentum: float = var(0.9, "0..<1", "full: momentum of sgd")
+    ttt_batch_seqs: int = var(0, ">=0", "full: sequences a step of a rank; 0: all of a chunk's, for any ranks")
+    ttt_freeze_blocks: int = var(0, ">=0", "full: first blocks that do not adapt")
+    ttt_pull: float = var(0.5, "0..1", "full: share of the way back to the artifact's weights, after each chunk")
+    ttt_grad_clip: float = var(1.0, ">=0", "gradient norm at most (lora: of each document); 0 off")
+
+    audit: bool = var(False, "0|1", "1: prove on an excerpt that the evaluation behind val_bpb is causal", "Audit")
+    audit_tokens: int = var(0, ">=0", "targets of the excerpt; 0: four evaluation windows")
 
     explicit: frozenset = frozenset()  # names of the fields that the environment set
 
@@ -188,7 +200,7 @@ NOT_IMPLEMENTED = ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS", "L
                    "VE_ENABLED", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM")
 COMPANIONS = ("SWA_", "QAT_", "MTP_", "LAWA_", "DTG_", "VE_", "MUON_BETA2")  # settings of those: no effect
 # A name with a prefix of the first group was meant for us, one of the second never was.
-FAMILIES = ("ADAM_", "BIGRAM_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "ROPE_",
+FAMILIES = ("ADAM_", "AUDIT_", "BIGRAM_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "ROPE_",
             "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "XSA_")
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH", "PET_", "CUDA_", "NVIDIA_",
            "NCCL_", "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MODULE",
@@ -196,6 +208,8 @@ FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH"
 
 VARIABLES = [f for f in dataclasses.fields(Config) if "accepts" in f.metadata]
 _stages = list(itertools.accumulate((f.metadata["stage"] for f in VARIABLES), lambda old, new: new or old))
+TTT_LORA = [f.name for f in VARIABLES if f.name.startswith("ttt_lora")]  # what each mode alone listens to
+TTT_FULL = [f.name for f in VARIABLES if f.metadata["text"].startswith("full: ")]
 MODEL_FIELDS = [f for f, stage in zip(VARIABLES, _stages, strict=True) if stage == "Model"]  # stored in artifacts
 
 
@@ -269,8 +283,15 @@ def load_config(environ, ranks: int = 1) -> tuple[Config, list[str], list[str]]:
     preset = ("seed" if has_gpu() else "demo") if preset == "auto" else preset
     cfg = Config(**{**PRESETS[preset], **values, "preset": preset, "explicit": frozenset(values)})
     typos = misspelt(environ, {n.strip() for n in cfg.env_extra.split(",")})
+    full, lora = (sorted(n.upper() for n in cfg.explicit & set(names)) for names in (TTT_FULL, TTT_LORA))
+    idle = {"full": lora, "lora": full, "auto": []}[cfg.ttt_mode] if cfg.ttt_enabled else []
+    if cfg.ttt_mode == "auto":
+        cfg = dataclasses.replace(cfg, ttt_mode="full" if full else "lora")
+        problems += [f"TTT_MODE: {a} belongs to full and {b} to lora; say which" for a in full[:1] for b in lora[:1]
+                     if cfg.ttt_enabled]
     problems += [] if problems else conflicts(cfg, ranks)
-    return (cfg, problems + typos, []) if cfg.strict_env else (cfg, problems, typos)
+    idle = [f"{name}: no effect with TTT_MODE={cfg.ttt_mode}" for name in idle]
+    return (cfg, problems + typos, idle) if cfg.strict_env else (cfg, problems, typos + idle)
 
 
 def conflicts(cfg: Config, ranks: int) -> list[str]:
@@ -293,6 +314,8 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
          f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens}: must be at least EVAL_STRIDE={cfg.eval_stride}"),
         (not cfg.ttt_enabled or cfg.ttt_freeze_blocks <= cfg.num_layers,
          f"TTT_FREEZE_BLOCKS={cfg.ttt_freeze_blocks}: the model has {cfg.num_layers} blocks"),
+        (cfg.ttt_lora_rank <= cfg.model_dim or "ttt_lora_rank" not in cfg.explicit,
+         f"TTT_LORA_RANK={cfg.ttt_lora_rank}: must not exceed the width MODEL_DIM={cfg.model_dim}"),
         (trains or cfg.model_path, "MODEL_PATH: TRAIN_ENABLED=0 needs the artifact to start from"),
         (not trains or cfg.train_batch_tokens % cfg.train_seq_len == 0,
          f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}"),
@@ -420,12 +443,16 @@ class Process:
             message = str(error)
         except OSError as error:
             message = f"{error.filename}: {error.strerror}; mend the path or its permissions"
-        messages = [message] * self.world
-        if self.world > 1:
-            dist.all_gather_object(messages, message)
-        if any(messages):
+        if any(messages := self.gather(message)):
             raise UserError(next(filter(None, messages)), shared=True)
         return result
+
+    def gather(self, value) -> list:
+        """Each rank's `value`, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def memory(self) -> tuple[int, int]:
         """Bytes of memory of the device, and the most held so far (on a GPU by torch, on a CPU by the process)."""
@@ -460,6 +487,12 @@ class Log:
             print(("\r\033[K" if self.terminal else "") + text, flush=True)
         with open(self.folder / file, "a", encoding="utf-8") as out:
             out.write(text + "\n")
+
+    def silent(self):
+        """The same log on a rank that says nothing."""
+        log = copy.copy(self)
+        log.main = False
+        return log
 
     def metric(self, **values):
         """A line of metrics.jsonl."""
@@ -571,7 +604,7 @@ class Tokenizer:
         if sp.bos_id() != BOS_ID:
             raise UserError(f"TOKENIZER_PATH={path}: its BOS id is {sp.bos_id()} where shards need {BOS_ID}; make data "
                             "and tokenizer with data/prepare.py")
-        pieces = [sp.id_to_piece(i) for i in range(size)]
+        self.sp, pieces = sp, [sp.id_to_piece(i) for i in range(size)]
         if odd := [p for p in pieces if "\u2581" in p[1:]]:
             raise UserError(f"TOKENIZER_PATH={path}: its piece {odd[0]!r} marks a space past its start, which the "
                             "canonical byte count does not know; train a tokenizer with data/prepare.py")
@@ -587,19 +620,23 @@ class Tokenizer:
 
 
 class Stream:
-    """A validation stream: `tokens` int32 [n+1] on the device and the canonical `bytes` of its n targets.
+    """A stream to score: `tokens` int32 [n+1] on the device, the canonical bytes of its n targets and their sum."""
 
-    Raises UserError when nothing in it can be scored.
-    """
+    def __init__(self, ids: np.ndarray, tokenizer: Tokenizer, device: torch.device, complete: bool = False):
+        counted, self.complete = tokenizer.target_bytes(ids), complete
+        self.targets, self.bytes = len(counted), int(counted.sum())
+        self.tokens, self.target_bytes = (torch.from_numpy(a.astype(np.int32)).to(device) for a in (ids, counted))
 
-    def __init__(self, tokens: Tokens, tokenizer: Tokenizer, limit: int, device: torch.device):
-        self.complete = limit == 0 or limit >= len(tokens) - 1
-        ids = tokens.read(0, len(tokens) if self.complete else limit + 1)
-        self.targets, self.bytes = len(ids) - 1, int(tokenizer.target_bytes(ids).sum())
-        if self.targets < 1 or self.bytes == 0:
-            raise UserError(f"{tokens.paths[0]}: validation needs at least 2 tokens and a byte of text to score, this "
-                            f"split has {len(ids)} tokens and {self.bytes} bytes; give a longer one")
-        self.tokens = torch.from_numpy(ids.astype(np.int32)).to(device)
+
+def open_stream(tokens: Tokens, tokenizer: Tokenizer, limit: int, device: torch.device) -> Stream:
+    """The first `limit` targets of a split, 0 for all. Raises UserError when nothing in it can be scored."""
+    complete = limit == 0 or limit >= len(tokens) - 1
+    ids = tokens.read(0, len(tokens) if complete else limit + 1)
+    stream = Stream(ids, tokenizer, device, complete) if len(ids) else None
+    if stream is None or stream.targets < 1 or stream.bytes == 0:
+        raise UserError(f"{tokens.paths[0]}: validation needs at least 2 tokens and a byte of text to score, this "
+                        f"split has {len(ids)} tokens and {stream.bytes if stream else 0} bytes; give a longer one")
+    return stream
 
 
 class Loader:
@@ -650,20 +687,27 @@ def norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, kept in fp32 and used in the input's type."""
+    """A matrix without bias, kept in fp32 and used in the input's type; with low-rank factors to add for each row of
+    the batch, (down [B, r, n_in], up [B, n_out, r]), where test-time training has set them."""
+
+    adapter = None
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype))
+        if self.adapter is None:
+            return y
+        down, up = (factor.to(x.dtype) for factor in self.adapter)
+        return torch.baddbmm(y, x @ down.mT, up.mT)
 
 
-def rope_tables(length: int, dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+def rope_tables(length: int, dims: int, base: float, like: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
     """Cosines and sines [length, 1, dims/2] of rotary embeddings (https://arxiv.org/abs/2104.09864); beyond 1024
-    tokens the base grows with the window (NTK-aware scaling)."""
-    if length > 1024 and dims > 2:
-        base = base * (length / 1024) ** (dims / (dims - 2))
+    tokens the base grows with the window (NTK-aware scaling), which is `length` unless given."""
+    if max(length, window) > 1024 and dims > 2:
+        base = base * (max(length, window) / 1024) ** (dims / (dims - 2))
     speed = base ** (-torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / dims)
     angle = torch.outer(torch.arange(length, device=like.device, dtype=torch.float32), speed)[:, None, :]
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
@@ -820,10 +864,12 @@ class GPT(nn.Module):
             return "head"
         return "matrix" if name.endswith(".weight") or name == "sidecar.site" else "vector"
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor | None = None, rows: Tensor | None = None,
+                window: int = 0) -> Tensor:
         """ids int [B, T] -> fp32 nats of `targets` [B, S], or without targets fp32 logits [B, S, V].
 
-        `rows` int64 [B, S] picks the positions that go through the output layer; without it all T do.
+        `rows` int64 [B, S] picks the positions that go through the output layer; without it all T do. `window`: the
+        length that RoPE is scaled for, where ids are a shorter piece.
         """
         cfg, starts = self.cfg, (ids == BOS_ID) & self.cfg.bos_mask
         keep = (~starts)[:, :, None].to(self.dtype)
@@ -832,7 +878,8 @@ class GPT(nn.Module):
             x = x + self.bigram(ids, starts, self.dtype)
         x, g = norm(x), torch.sigmoid(self.smear.to(x.dtype))
         x = x0 = (1 - g) * x + g * shift(x, keep)  # SmearGate
-        cos, sin = rope_tables(ids.size(1), cfg.rope_dims or cfg.model_dim // cfg.num_heads, cfg.rope_base, x)
+        cos, sin = rope_tables(ids.size(1), cfg.rope_dims or cfg.model_dim // cfg.num_heads, cfg.rope_base, x,
+                               window)
         stack = []  # U-Net: the first half of the layers hands its outputs to the second, last to first
         for i, block in enumerate(self.blocks):
             if i >= self.skips and stack:
@@ -1124,7 +1171,7 @@ class Score:
     seconds: float
     tokens: int
     bytes: int
-    once: bool  # every target was scored exactly once
+    faults: list[str]  # what of "every target once, and before any step that learnt from it" did not hold
     nats: np.ndarray  # float32 [tokens], in stream order
 
     def summary(self) -> dict:
@@ -1132,72 +1179,164 @@ class Score:
 
 
 class Evaluator:
-    """Scores parts of a stream and keeps, for each target, its nats and how often it was scored.
+    """Scores parts of a stream and keeps the books: for each target its nats and how often it was scored, for each
+    token how many optimizer steps have learnt from it, and how many of those came before its score.
 
     A window is EVAL_SEQ_LEN inputs; windows stand `stride` apart and each scores its last `stride` targets, the
     first all of its own. A target's window follows from its position alone, not from the batch or number of ranks.
+    For the targets in `probe` the whole distribution is kept too, for the audit.
     """
 
-    def __init__(self, cfg: Config, process: Process, forward, stream: Stream, stride: int):
+    def __init__(self, cfg: Config, process: Process, forward, stream: Stream, stride: int, probe=()):
         self.cfg, self.process, self.forward, self.stream = cfg, process, forward, stream
-        self.window, self.stride, self.started = cfg.eval_len, stride, time.perf_counter()
+        self.window, self.stride, self.started, self.batch = cfg.eval_len, stride, time.perf_counter(), 0
         self.nats = torch.zeros(stream.targets, device=process.device)
         self.count = torch.zeros(stream.targets, dtype=torch.int32, device=process.device)
+        self.learnt = torch.zeros(stream.targets + 1, dtype=torch.int32, device=process.device)
+        self.early = torch.zeros((), dtype=torch.int64, device=process.device)
+        self.probe, self.distributions = torch.tensor(list(probe), device=process.device), {}
 
-    def blocks(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def blocks(self, begin: int, end: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Blocks that cover targets [begin, end): first target, end, and first input of each one's window."""
-        w, s = self.window, self.stride
+        w, s = window, self.stride
         low = np.concatenate((np.arange(begin, min(w, end), s), np.arange(max(begin, w), end, s)))
         high = np.minimum(low + s, np.where(low < w, min(w, end), end))
         return low, high, np.where(low < w, 0, low + s - w)
 
-    @torch.no_grad()
     def score(self, begin: int, end: int, tick=lambda done: None):
         """Score targets [begin, end), blocks shared out over the ranks. `tick` hears how much is done, 0 to 1."""
         rank, world, device = self.process.rank, self.process.world, self.process.device
-        blocks = np.stack(self.blocks(begin, end))
+        blocks = np.stack(self.blocks(begin, end, self.window))
         mine = torch.from_numpy(blocks[:, blocks.shape[1] * rank // world : blocks.shape[1] * (rank + 1) // world])
         mine, n = mine.to(device), mine.size(1)
-        most = min(self.cfg.val_batch_size // world, tokens_per_pass(self.cfg, self.process, False)) // self.window
-        batches = -(-n // max(most, 1))
-        for i in range(batches):  # of equal size, so that a compiled model sees one shape
-            pick = torch.arange(-(-n // batches), device=device) + i * -(-n // batches)
+        if not self.batch:  # of equal size, so that a compiled model sees one shape; later calls keep it
+            most = min(self.cfg.val_batch_size // world, tokens_per_pass(self.cfg, self.process, False)) // self.window
+            self.batch = -(-n // -(-n // max(most, 1))) if n else 0
+        for first in range(0, n, self.batch or 1):
+            pick = torch.arange(first, first + self.batch, device=device)
             low, high, start = mine[:, pick.clamp(max=n - 1)]
-            self._batch(low, torch.where(pick < n, high, 0), start)
-            tick((i + 1) / batches)
+            self.record(low, torch.where(pick < n, high, 0), start, self.window)
+            tick(min(first + self.batch, n) / n)
 
-    def _batch(self, low: Tensor, high: Tensor, start: Tensor):
+    @torch.no_grad()
+    def record(self, low: Tensor, high: Tensor, start: Tensor, window: int):
         """Score one batch of blocks; the places from `high` on are computed for the shape and not recorded."""
         tokens, last = self.stream.tokens, self.stream.targets - 1
-        inputs = start[:, None] + torch.arange(self.window, device=low.device)
+        inputs = tokens[(start[:, None] + torch.arange(window, device=low.device)).clamp(max=last)]
         targets = low[:, None] + torch.arange(self.stride, device=low.device)
-        rows, scored = (targets - start[:, None]).clamp(max=self.window - 1), (targets < high[:, None]).flatten()
-        inputs, targets = inputs.clamp(max=last), targets.clamp(max=last)
-        nats = self.forward(tokens[inputs], tokens[targets + 1], rows).flatten()
-        self.nats.index_add_(0, targets.flatten(), torch.where(scored, nats, 0.0))
-        self.count.index_add_(0, targets.flatten(), scored.int())
+        rows, scored = (targets - start[:, None]).clamp(max=window - 1), targets < high[:, None]
+        targets = targets.clamp(max=last)
+        nats = self.forward(inputs, tokens[targets + 1], rows, self.window)
+        for book, entry in ((self.nats, nats), (self.count, scored.int())):
+            book.index_add_(0, targets.flatten(), torch.where(scored, entry, 0).flatten())
+        self.early += torch.where(scored, self.learnt[targets + 1], 0).sum()
+        if len(self.probe):
+            for at, slot in (torch.isin(targets, self.probe) & scored).nonzero().tolist():
+                self._ask(inputs, rows, at, slot, int(targets[at, slot]))
+
+    def _ask(self, inputs: Tensor, rows: Tensor, at: int, slot: int, target: int):
+        """Keep the nats of every vocabulary entry at a target's place: the same batch is asked again with each entry
+        in turn as the target, so that a score which is no probability shows."""
+        place, vocab = rows[at, slot].expand_as(rows), self.cfg.vocab_size
+        entries = torch.arange(-(-vocab // self.stride) * self.stride, device=inputs.device).clamp(max=vocab - 1)
+        self.distributions[target] = torch.cat([
+            self.forward(inputs, part.expand_as(rows), place, self.window)[at] for part in
+            entries.split(self.stride)])[:vocab].cpu()
+
+    def lesson(self, positions: Tensor, who: Tensor | None = None) -> Tensor:
+        """The tokens at `positions` [n, length], which an optimizer step is about to learn from: noted as such, in
+        the rows where `who` [n] holds."""
+        marks = torch.ones_like(positions, dtype=torch.int32) * (1 if who is None else who[:, None].int())
+        positions = positions.clamp(max=self.stream.targets)
+        self.learnt.index_add_(0, positions.flatten(), marks.flatten())
+        return self.stream.tokens[positions]
+
+    def running_bpb(self) -> float:
+        """BPB of what all ranks have scored so far."""
+        sums = torch.stack((self.nats.sum(), (self.count * self.stream.target_bytes).sum().float()))
+        nats, scored = self.process.sum_(sums).tolist()
+        return nats / math.log(2) / max(scored, 1)
 
     def result(self) -> Score:
-        """Gather all ranks' shares into the score. Call once, when everything has been scored."""
-        nats = self.process.sum_(self.nats).cpu()
-        once, total = bool((self.process.sum_(self.count) == 1).all()), float(nats.double().sum())
-        return Score(total / len(nats), total / math.log(2) / self.stream.bytes, time.perf_counter() - self.started,
-                     len(nats), self.stream.bytes, once, nats.numpy())
+        """Gather all ranks' books into the score. Call once, when everything has been scored."""
+        nats, n = self.process.sum_(self.nats).cpu(), self.stream.targets
+        odd, early = int((self.process.sum_(self.count) != 1).sum()), int(self.process.sum_(self.early))
+        faults = [f"{odd} of {n} targets were not scored exactly once"] * (odd > 0)
+        faults += [f"{early} optimizer steps had seen a target before its score"] * (early > 0)
+        total = float(nats.double().sum())
+        return Score(total / n, total / math.log(2) / self.stream.bytes, time.perf_counter() - self.started, n,
+                     self.stream.bytes, faults, nats.numpy())
 
 
-def evaluate(cfg: Config, process: Process, log: Log, forward, stream: Stream, stride: int, label: str) -> Score:
+def evaluate(cfg: Config, process: Process, log: Log, forward, stream: Stream, stride: int, label: str,
+             probe=()) -> Evaluator:
     """Score the whole stream; stride = EVAL_SEQ_LEN gives non-overlapping windows."""
-    evaluator = Evaluator(cfg, process, forward, stream, stride)
+    evaluator = Evaluator(cfg, process, forward, stream, stride, probe)
     evaluator.score(0, stream.targets,
                     lambda done: log.live(label, done, time.perf_counter() - evaluator.started))
-    return evaluator.result()
+    return evaluator
 
 
-# ==== Test-time training: score a chunk for good, only then learn from it ======================================
+# ==== Test-time training: score a chunk for good, only then learn from it =============================================
+
+
+class Budget:
+    """EVAL_MAX_SECONDS: for reading the artifact, compiling, and the evaluation that gives val_bpb; 0 is no limit."""
+
+    def __init__(self, cfg: Config, process: Process, spent: float = 0.0):
+        self.limit = cfg.eval_max_seconds if cfg.eval_max_seconds >= 0 else 600.0 if process.cuda else 0.0
+        self.cuda, self.started = process.cuda, time.perf_counter() - spent
+
+    def spent(self) -> float:
+        """Seconds so far, this rank's queued work included."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - self.started
+
+
+class Walk:
+    """One walk of test-time training over a stream: its clock, its lines, and when it must stop learning."""
+
+    def __init__(self, cfg: Config, process: Process, log: Log, evaluator: Evaluator, budget: Budget):
+        self.cfg, self.process, self.log, self.evaluator, self.budget = cfg, process, log, evaluator, budget
+        self.scoring, self.work, self.stopped, self.adapted, self.undone = 0.0, 0.0, False, 0, 0
+        self.begun, self.lesson_began, self.lesson = budget.spent(), None, 0.0
+
+    def now(self) -> float:
+        """Seconds of the budget spent; a lesson that may have been going on is over, its seconds noted."""
+        now = self.budget.spent()
+        if self.lesson_began is not None:
+            self.lesson, self.lesson_began = max(self.lesson, now - self.lesson_began), None
+        return now
+
+    @contextlib.contextmanager
+    def scored(self, work: float):
+        """Time a piece of scoring of `work` units."""
+        begin = self.now()
+        yield
+        self.scoring, self.work = self.scoring + self.now() - begin, self.work + work
+
+    def may_learn(self, rest: float, shared: bool) -> bool:
+        """Whether there is time for a lesson, with `rest` units left to score after it and a tenth for unevenness.
+        When `shared` all ranks ask at the same place and hear rank 0's answer."""
+        now, need = self.now(), self.lesson + 1.1 * rest * self.scoring / max(self.work, 1e-9)
+        stop = self.stopped or 0 < self.budget.limit <= now + need
+        stop = self.process.agree(stop) if shared and self.budget.limit else stop
+        if stop and not self.stopped:
+            self.log(f"EVAL_MAX_SECONDS={self.budget.limit:g}: adaptation stops, the time left is for scoring")
+        self.stopped, self.lesson_began = stop, now
+        return not stop
+
+    def line(self, i: int, n: int, rate: float):
+        """Chunk i of n is done."""
+        seconds, bpb = self.budget.spent() - self.begun, self.evaluator.running_bpb()
+        self.log(f"ttt_chunk [{i}/{n}] bpb={bpb:.6f} rate={rate:.3g} time={seconds:.1f}s "
+                 f"eta={seconds / i * (n - i):.1f}s")
+        self.log.metric(ttt_chunk=i, chunks=n, running_bpb=bpb, rate=rate, ttt_seconds=seconds)
 
 
 def ttt_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
-    """The rate at a step within a chunk, as a share of TTT_LR."""
+    """The rate at a step within a chunk, as a share of the chunk's."""
     warm, total = cfg.ttt_warmup_epochs * steps_per_epoch, cfg.ttt_epochs * steps_per_epoch
     if not cfg.ttt_cosine or cfg.ttt_lr == 0:
         return 1.0
@@ -1207,40 +1346,311 @@ def ttt_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
     return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
 
 
-def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream) -> tuple[Score, dict]:
-    """Walk the stream once in chunks: sliding windows score a chunk, its losses stay, then the weights learn from
-    it; the last chunk is only scored. Ranks share a step's sequences and stay identical. Changes `model`."""
-    forward, flat = compiled(model, cfg, process), FlatWeights(model, process.device)
-    evaluator = Evaluator(cfg, process, forward, stream, cfg.eval_stride)
-    frozen = {p for block in model.blocks[: cfg.ttt_freeze_blocks] for p in block.parameters()}
-    adapted = [p for p in model.parameters() if p not in frozen]
-    if cfg.ttt_optimizer == "sgd":
-        optimizer = torch.optim.SGD(adapted, cfg.ttt_lr, cfg.ttt_momentum, weight_decay=cfg.ttt_wd)
-    else:
-        optimizer = torch.optim.AdamW(adapted, cfg.ttt_lr, weight_decay=cfg.ttt_wd)
+class FullAdapter:
+    """TTT_MODE=full: the weights learn from one chunk after another; ranks share a step's sequences, and stay alike.
 
-    def learn(begin: int, end: int):
-        """TTT_EPOCHS passes over targets [begin, end), all of them already scored."""
+    After each chunk the weights go back a share TTT_PULL of their way from the artifact's: what helped once fades,
+    what helps again stays (after dynamic evaluation, https://arxiv.org/abs/1709.07432).
+    """
+
+    def __init__(self, cfg: Config, process: Process, model: GPT, evaluator: Evaluator):
+        self.cfg, self.process, self.evaluator, self.flat = cfg, process, evaluator, FlatWeights(model, process.device)
+        self.origin = self.flat.weights.clone()
+        for block in model.blocks[: cfg.ttt_freeze_blocks]:
+            block.requires_grad_(False)
+        adapted = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = (torch.optim.SGD(adapted, cfg.ttt_lr, cfg.ttt_momentum, weight_decay=cfg.ttt_wd)
+                          if cfg.ttt_optimizer == "sgd" else
+                          torch.optim.AdamW(adapted, cfg.ttt_lr, weight_decay=cfg.ttt_wd))
+
+    def learn(self, begin: int, end: int, rate: float, may_go_on) -> tuple[int, bool]:
+        """TTT_EPOCHS passes over targets [begin, end), all of them scored. Returns the steps taken, and whether they
+        had to be undone for a loss or weights that were not finite."""
+        cfg, flat, world, rank = self.cfg, self.flat, self.process.world, self.process.rank
         length = min(cfg.train_seq_len, end)
-        starts = torch.arange(begin, end, length, device=process.device).clamp(max=end - length)
-        group, size = cfg.ttt_batch_seqs * process.world, max(tokens_per_pass(cfg, process, True) // length, 1)
-        per_epoch = -(-len(starts) // group)
-        for step in range(cfg.ttt_epochs * per_epoch):
-            optimizer.param_groups[0]["lr"] = cfg.ttt_lr * ttt_factor(cfg, step, per_epoch)
+        starts = torch.arange(begin, end, length, device=flat.weights.device).clamp(max=end - length)
+        group, size = cfg.ttt_batch_seqs * world or len(starts), max(
+            tokens_per_pass(cfg, self.process, True) // length, 1)
+        per_epoch, before, bad, step = -(-len(starts) // group), flat.weights.clone(), flat.loss.new_zeros(()), 0
+        while step < cfg.ttt_epochs * per_epoch and may_go_on():
+            self.optimizer.param_groups[0]["lr"] = rate * ttt_factor(cfg, step, per_epoch)
             batch = starts[step % per_epoch * group :][:group]
-            tokens = stream.tokens[batch[:, None] + torch.arange(length + 1, device=batch.device)]
-            flat.gather_gradients(forward, tokens[process.rank :: process.world], size, len(tokens), process)
+            tokens = self.evaluator.lesson(batch[:, None] + torch.arange(length + 1, device=batch.device))
+            flat.gather_gradients(self.evaluator.forward, tokens[rank::world], size, len(tokens), self.process)
+            bad += ~torch.isfinite(flat.loss)
             flat.clip_(cfg.ttt_grad_clip)
-            optimizer.step()
+            self.optimizer.step()
+            step += 1
+        with torch.no_grad():
+            flat.weights.lerp_(self.origin, cfg.ttt_pull)
+            last = self.evaluator.stream.tokens[None, end - length : end + 1]  # scored above; proves the weights usable
+            bad += ~torch.isfinite(self.evaluator.forward(last[:, :-1], last[:, 1:]).sum() + flat.weights.sum())
+        if undone := bool(bad):
+            flat.weights.copy_(before)
+            self.optimizer.state.clear()
+        return step, undone
 
-    edges = [*range(0, stream.targets, cfg.ttt_chunk_tokens), stream.targets]
-    for begin, end in itertools.pairwise(edges):
-        evaluator.score(begin, end)
-        if end < stream.targets:
-            learn(begin, end)
-        log.live("test-time training", end / stream.targets, time.perf_counter() - evaluator.started)
-    chunks = len(edges) - 1
-    return evaluator.result(), {"chunks": chunks, "mode": "full", "adapted_chunks": chunks - 1}
+
+def walk_full(walk: Walk, model: GPT) -> int:
+    """Score and learn chunk by chunk. Returns the number of chunks."""
+    cfg, evaluator, n = walk.cfg, walk.evaluator, walk.evaluator.stream.targets
+    adapter, chunks = FullAdapter(cfg, walk.process, model, evaluator), -(-n // cfg.ttt_chunk_tokens)
+    for i in range(chunks):
+        begin, end = i * cfg.ttt_chunk_tokens, min((i + 1) * cfg.ttt_chunk_tokens, n)
+        with walk.scored(end - begin):
+            evaluator.score(begin, end)
+        fall = 0.5 * (1 + math.cos(math.pi * i / max(chunks - 1, 1)))  # a cosine across chunks, to a share of the rate
+        rate = cfg.ttt_lr * (cfg.ttt_lr_end + (1 - cfg.ttt_lr_end) * fall)
+        if end < n and cfg.ttt_epochs and not walk.stopped:
+            steps, undone = adapter.learn(begin, end, rate, lambda rest=n - end: walk.may_learn(rest, True))
+            walk.adapted, walk.undone = walk.adapted + (steps > 0), walk.undone + undone
+            if undone:
+                walk.log(f"ttt_chunk {i + 1}: its adaptation was not finite and is undone")
+        walk.line(i + 1, chunks, rate)
+    return chunks
+
+
+class LoraAdapters:
+    """TTT_MODE=lora: low-rank adapters (https://arxiv.org/abs/2106.09685) on the matrices of the blocks, one set a
+    document. A document's are one row of `weights` [documents, n], and so are their gradient and Adam's state: what
+    is done row by row couples nothing."""
+
+    def __init__(self, cfg: Config, process: Process, model: GPT):
+        self.cfg, rank, generator = cfg, min(cfg.ttt_lora_rank, cfg.model_dim), torch.Generator().manual_seed(0)
+        model.requires_grad_(False)
+        self.layers = [m for name, m in model.named_modules() if isinstance(m, Linear) and name.startswith("blocks.")]
+        self.shapes, parts = [], []
+        for layer in self.layers:  # the first factor random, the second zero: no effect before the first step
+            self.shapes += [(rank, layer.in_features), (layer.out_features, rank)]
+            parts += [torch.randn(self.shapes[-2], generator=generator) / math.sqrt(layer.in_features),
+                      torch.zeros(self.shapes[-1])]
+        self.initial = torch.cat([p.flatten() for p in parts]).to(process.device)
+
+    def reset(self, documents: int):
+        """Fresh adapters and optimizer state for this many documents."""
+        self.weights = self.initial.repeat(documents, 1).requires_grad_()
+        self.first, self.second, self.steps = torch.zeros_like(self.weights), torch.zeros_like(self.weights), 0
+
+    def attach(self, rows: int):
+        """Give the layers the adapters of the first `rows` documents, for a batch of so many windows."""
+        parts = self.weights[:rows].split([math.prod(shape) for shape in self.shapes], dim=1)
+        matrices = [part.view(rows, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        for layer, down, up in zip(self.layers, matrices[::2], matrices[1::2], strict=True):
+            layer.adapter = (down, up)
+
+    def detach(self):
+        for layer in self.layers:
+            layer.adapter = None
+
+    def step(self, nats: Tensor, learns: Tensor) -> Tensor:
+        """An Adam step on the mean of each row of nats [rows, targets], for documents where `learns` [rows].
+        Returns which of them had to be left as they were, for a loss or gradient that was not finite."""
+        rows, (b1, b2) = len(nats), (0.9, 0.99)
+        grad, = torch.autograd.grad((nats.mean(1) * learns).sum(), self.weights)
+        with torch.no_grad():
+            grad, self.steps = grad[:rows], self.steps + 1
+            bad = learns & ~torch.isfinite(nats.sum(1) + grad.sum(1))
+            grad = torch.where((learns & ~bad)[:, None], grad, 0.0)
+            if self.cfg.ttt_grad_clip:
+                grad *= (self.cfg.ttt_grad_clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
+            first = self.first[:rows].lerp_(grad, 1 - b1) / (1 - b1**self.steps)
+            second = self.second[:rows].lerp_(grad.square(), 1 - b2) / (1 - b2**self.steps)
+            self.weights[:rows] -= torch.where((learns & ~bad)[:, None], self.cfg.ttt_lora_lr, 0.0) * (
+                first / (second.sqrt() + 1e-8))
+        return bad
+
+
+def lora_windows(cfg: Config) -> list[int]:
+    """The windows that documents are scored in, by their length."""
+    return sorted({max(cfg.eval_len // part, 1) for part in (1, 2, 4)}, reverse=True)
+
+
+def document_batches(cfg: Config, process: Process, stream: Stream, fixed: bool) -> list[tuple[int, np.ndarray]]:
+    """(window, documents [n, 2] as first target and end, longest first) of batches of like length, widest first.
+
+    A document is the targets from its BOS to the next; what comes before the first BOS is one too. A short one gets
+    a shorter window: half or a quarter. `fixed`: all batches of a window have as many rows, padded by empty ones.
+    """
+    starts = np.union1d([0], torch.nonzero(stream.tokens[:-1] == BOS_ID)[:, 0].cpu().numpy())
+    documents = np.stack((starts, np.append(starts[1:], stream.targets)), axis=1)
+    lengths, batches, widths = documents[:, 1] - documents[:, 0], [], lora_windows(cfg)
+    for width, less in zip(widths, [*widths[1:], 0], strict=True):
+        chosen = documents[(lengths > less) & ((lengths <= width) | (width == cfg.eval_len))]
+        chosen = chosen[np.argsort(chosen[:, 0] - chosen[:, 1], kind="stable")]
+        room = min(tokens_per_pass(cfg, process, True), cfg.val_batch_size // process.world) // width
+        rows = max(min(room, -(-len(chosen) // process.world)), 1)
+        for first in range(0, len(chosen), rows):
+            batch = chosen[first : first + rows]
+            empty = np.full((rows - len(batch) if fixed else 0, 2), 0)
+            batches.append((width, np.concatenate((batch, empty))))
+    return batches
+
+
+def walk_documents(walk: Walk, adapters: LoraAdapters, width: int, documents: np.ndarray, fixed: bool, rest: float):
+    """Score and learn one batch of documents, chunk by chunk; `rest` units of scoring follow it on this rank."""
+    evaluator, device, lengths = walk.evaluator, walk.process.device, documents[:, 1] - documents[:, 0]
+    chunk, (begin, end) = min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len), torch.tensor(documents.T).to(device)
+    adapters.reset(len(documents))
+    for first in range(0, int(lengths.max()), chunk):
+        rows = len(documents) if fixed else int((lengths > first).sum())
+        adapters.attach(rows)
+        blocks = np.stack(evaluator.blocks(first, min(first + chunk, int(lengths.max())), width), 1)
+        with walk.scored(rows * width * len(blocks)):
+            for low, high, start in blocks.tolist():
+                evaluator.record(begin[:rows] + low, (begin + high).minimum(end)[:rows], begin[:rows] + start, width)
+        left = scoring_work(walk, width, documents, fixed, first + chunk)
+        rows = len(documents) if fixed else int((lengths > first + chunk).sum())
+        if (lengths > first + chunk).any() and walk.may_learn(rest + left, False):
+            start, learns = max(first + chunk - width, 0), (end - begin)[:rows] > first + chunk
+            places = torch.arange(start, start + width, device=device).clamp(max=first + chunk - 1)  # none unscored
+            inputs = evaluator.stream.tokens[(begin[:rows, None] + places).clamp(max=evaluator.stream.targets)]
+            rated = torch.arange(first, first + chunk, device=device).expand(rows, -1)
+            targets = evaluator.lesson(begin[:rows, None] + rated + 1, learns)
+            adapters.attach(rows)
+            nats = evaluator.forward(inputs, targets, rated - start, evaluator.window)
+            walk.adapted += int((lengths > first + chunk).sum())
+            walk.undone = walk.undone + adapters.step(nats, learns).sum()
+
+
+def scoring_work(walk: Walk, width: int, documents: np.ndarray, fixed: bool, first: int = 0) -> float:
+    """Tokens that scoring a batch of documents from their target `first` on sends through the model."""
+    blocks = np.ceil((documents[:, 1] - documents[:, 0] - first).clip(0) / walk.evaluator.stride)
+    return width * float(blocks.max() * len(blocks) if fixed else blocks.sum())
+
+
+def walk_lora(walk: Walk, model: GPT) -> int:
+    """Each document from fresh adapters: score a chunk of it, learn from it, go on to its next one. Documents go
+    through the model side by side, longest first, and are shared out over the ranks. Returns the number of chunks."""
+    cfg, process, evaluator = walk.cfg, walk.process, walk.evaluator
+    fixed = evaluator.forward is not model  # a compiled model should see few shapes
+    adapters, batches = LoraAdapters(cfg, process, model), document_batches(cfg, process, evaluator.stream, fixed)
+    mine = batches[process.rank :: process.world]
+    work, rounds = [scoring_work(walk, *batch, fixed) for batch in mine], -(-len(batches) // process.world)
+    for i in range(rounds):
+        if i < len(mine):
+            walk_documents(walk, adapters, *mine[i], fixed, sum(work[i + 1 :]))
+        walk.line(i + 1, rounds, cfg.ttt_lora_lr)
+    adapters.detach()
+    walk.adapted, walk.undone = (int(process.sum_(torch.as_tensor(x, device=process.device).clone())) for x in
+                                 (walk.adapted, walk.undone))
+    chunk = min(cfg.ttt_lora_chunk_tokens, cfg.eval_len)
+    return sum(int(np.ceil((docs[:, 1] - docs[:, 0]) / chunk).sum()) for _, docs in batches)
+
+
+def prime(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream, tokenizer: Tokenizer):
+    """Where forward passes are compiled, walk over random tokens, never validation text, in the shapes that `stream`
+    will need, so that the walk that counts meets none for the first time. Changes `model`."""
+    if compiled(model, cfg, process) is model:
+        return
+    rng, starts, n = np.random.default_rng(0), [], min(2 * cfg.ttt_chunk_tokens, stream.targets)
+    if cfg.ttt_mode == "lora":  # a whole batch for each length of window
+        rows = {width: len(documents) for width, documents in document_batches(cfg, process, stream, True)}
+        starts = np.cumsum([width for width, count in rows.items() for _ in range(count * process.world)])
+        n, starts = int(starts[-1]), [0, *starts[:-1]]
+    ids = rng.integers(BOS_ID + 1, max(cfg.vocab_size, BOS_ID + 2), n + 1)
+    ids[starts] = BOS_ID
+    cfg = dataclasses.replace(cfg, eval_max_seconds=0.0)
+    test_time_train(cfg, process, log.silent(), model, Stream(ids, tokenizer, process.device))
+
+
+def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream, budget: Budget | None = None,
+                    probe=()) -> tuple[Evaluator, dict]:
+    """Walk the stream once: score a chunk for good, learn from it, score the next. Changes `model` in full mode.
+    Returns the books and what to report of the walk."""
+    lora = cfg.ttt_mode == "lora"
+    stride = min(cfg.eval_stride, cfg.ttt_lora_chunk_tokens, cfg.eval_len) if lora else cfg.eval_stride
+    evaluator = Evaluator(cfg, process, compiled(model, cfg, process), stream, stride, probe)
+    walk = Walk(cfg, process, log, evaluator, budget or Budget(cfg, process))
+    chunks = (walk_lora if lora else walk_full)(walk, model)
+    if walk.undone:
+        log(f"ttt: the adaptation of {walk.undone} chunks was not finite and is undone")
+    return evaluator, {"chunks": chunks, "mode": cfg.ttt_mode, "adapted_chunks": walk.adapted - walk.undone,
+                       "undone_chunks": walk.undone, "stopped_by_budget": walk.stopped}
+
+
+# ==== Audit: proof, on an excerpt, that the evaluation behind val_bpb is causal =======================================
+
+
+def decoded_bytes(sp, ids: np.ndarray) -> int:
+    """Canonical bytes of the targets ids[1:], counted without the table: from the text that the pieces spell, in
+    which a space at the start of a document does not count."""
+    mark, boundary = b"\xff\xfe\xff", [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(len(sp))]
+    spelt = [mark if boundary[i] else bytes([int(p[3:5], 16)]) if sp.is_byte(i) else p.replace("\u2581", " ").encode()
+             for i, p in enumerate(map(sp.id_to_piece, range(len(sp))))]
+    first = spelt[ids[0]]  # the context of the first target, itself not scored
+    text = first + b"".join(map(spelt.__getitem__, ids[1:].tolist()))
+    return len(text) - len(first) - text.count(mark + b" ") - len(mark) * text[len(first) :].count(mark)
+
+
+def exact_audit(cfg: Config, process: Process) -> bool:
+    """Whether honest runs agree bit for bit: not on a GPU, nor where a cut changes the batches of documents."""
+    return not process.cuda and not (cfg.ttt_enabled and cfg.ttt_mode == "lora")
+
+
+class Audit:
+    """AUDIT=1. `trial(ids, probe, **changes)` evaluates any tokens with the evaluation under test, a black box, and
+    returns its Evaluator; `changes` are settings to change for the trial."""
+
+    def __init__(self, cfg: Config, process: Process, trial, ids: np.ndarray):
+        self.cfg, self.process, self.trial, self.rng = cfg, process, trial, np.random.default_rng(cfg.seed)
+        self.ids = ids[: (cfg.audit_tokens or 4 * cfg.eval_len) + 1].copy()
+        n, lora = len(self.ids) - 1, cfg.ttt_enabled and cfg.ttt_mode == "lora"
+        if lora and n >= 16:  # several documents, to be kept apart
+            self.ids[self.rng.integers(1, n, 6)] = BOS_ID
+        self.cuts = sorted(self.rng.integers(max(n // 3, 1), n + 1, 3).tolist())
+        probe = sorted({cut - 1 for cut in self.cuts} | set(self.rng.integers(0, n, 5).tolist()))
+        self.honest = trial(self.ids, probe)
+        self.score, self.distributions = self.honest.result(), self.merge(self.honest)
+
+    def merge(self, evaluator: Evaluator) -> dict[int, Tensor]:
+        """The probed distributions of all ranks."""
+        return {at: nats for part in self.process.gather(evaluator.distributions) for at, nats in part.items()}
+
+    def causal(self) -> tuple[bool, str]:
+        """Random tokens from a cut on must leave every loss before it as it was, and the distribution at it."""
+        worst, learnt, tolerance = 0.0, [], 0.0
+        if not exact_audit(self.cfg, self.process):  # how far honest runs differ whose batches have other shapes
+            again = self.trial(self.ids, val_batch_size=self.cfg.eval_len).result()
+            tolerance = min(1e-3, 1e-5 + 4 * float(np.abs(again.nats - self.score.nats).max()))
+        for cut in self.cuts:  # tokens before position `cut` stay, so the losses of targets 0 to cut-2
+            ids = self.ids.copy()
+            ids[cut:] = self.rng.integers(0, self.cfg.vocab_size, len(ids) - cut)
+            other = self.trial(ids, [cut - 1])
+            losses = np.abs(other.result().nats - self.score.nats)[: cut - 1]
+            at_cut = (self.merge(other)[cut - 1].neg().exp() - self.distributions[cut - 1].neg().exp()).abs().numpy()
+            worst = max(worst, float(np.nan_to_num(np.concatenate((losses, at_cut)), nan=np.inf).max()))
+            learnt.append(int((self.process.sum_(other.learnt)[:cut] > 0).sum()))
+        return worst <= tolerance, (f"cuts at {self.cuts} of {self.score.tokens}: what comes before differs by "
+                                    f"{worst:.3g}, allowed {tolerance:.3g}; tokens learnt from before them: {learnt}")
+
+    def normalised(self) -> tuple[bool, str]:
+        """At sampled places the distribution sums to 1, and its entry for the target is what was recorded."""
+        sums = [abs(float(nats.double().neg().exp().sum()) - 1) for nats in self.distributions.values()]
+        gaps = [abs(float(nats[int(self.ids[at + 1])]) - float(self.score.nats[at]))
+                for at, nats in self.distributions.items()]
+        ok = all(x <= 1e-4 for x in sums) and all(x <= 1e-3 for x in gaps) and len(sums) > 0
+        return ok, (f"at {len(sums)} places the sum is off 1 by at most {max(sums):.2g}, the loss off -log of its "
+                    f"entry by at most {max(gaps):.2g}")
+
+    def one_pass(self) -> tuple[bool, str]:
+        count = self.honest.count
+        return bool((count == 1).all()), f"{len(count)} targets, scored {int(count.min())} to {int(count.max())} times"
+
+    def score_before_update(self) -> tuple[bool, str]:
+        return int(self.honest.early) == 0, (f"{int(self.honest.early)} optimizer steps had seen a target before its "
+                                             f"score; {int((self.honest.learnt > 0).sum())} tokens were learnt from")
+
+
+def audit(cfg: Config, process: Process, log: Log, trial, stream: Stream, sp) -> dict:
+    """Run the five checks; `sp` is the SentencePiece model. Returns the summary's `audit` entry."""
+    began, ids = time.perf_counter(), stream.tokens.cpu().numpy()
+    proof, counted = Audit(cfg, process, trial, ids), decoded_bytes(sp, ids)
+    checks = {name: getattr(proof, name)() for name in ("causal", "normalised", "one_pass", "score_before_update")}
+    checks["bytes"] = counted == stream.bytes, f"{stream.bytes} by the table, {counted} by the decoded pieces"
+    for name, (ok, detail) in checks.items():
+        log(f"audit {name}: {'ok' if ok else 'FAILED'}, {detail}")
+    result = {name: {"ok": ok, "detail": detail} for name, (ok, detail) in checks.items()}
+    return {"ok": all(ok for ok, _ in checks.values()), "seconds": time.perf_counter() - began} | result
 
 
 # ==== Training ========================================================================================================
@@ -1324,7 +1734,7 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
         clock = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
         if (cfg.val_loss_every and step % cfg.val_loss_every == 0) or (stop and cfg.final_eval_enable):
             with trainer.off_the_clock():
-                raw = evaluate(cfg, process, log, trainer.forward, stream, cfg.eval_len, "validation")
+                raw = evaluate(cfg, process, log, trainer.forward, stream, cfg.eval_len, "validation").result()
             log(f"step:{step}/{cfg.iterations} val_loss:{raw.val_loss:.4f} val_bpb:{raw.val_bpb:.4f} {clock}")
             log.metric(step=step, val_loss=raw.val_loss, val_bpb=raw.val_bpb, train_seconds=seconds)
         if stop:
@@ -1365,13 +1775,14 @@ class Run:
     def __init__(self, cfg: Config, process: Process):
         """Open MODEL_PATH, tokenizer and data, look at the output folders. UserError for the first that fails."""
         self.process, self.code, self.artifact, self.train_tokens = process, SCRIPT.read_bytes(), None, None
+        self.read_seconds, self.nats = 0.0, None
         self.cfg = cfg = cfg if cfg.train_enabled else self.open_artifact(cfg)
         folder = find_path(cfg.data_path)
         if not folder.is_dir():
             raise UserError(f"DATA_PATH={folder}: no such folder; run ./run.sh data, data/prepare.py, or set DATA_PATH")
         path = Path(cfg.tokenizer_path or folder / "tokenizer.model")
         self.tokenizer_path = path if cfg.tokenizer_path or path.exists() else find_path(DEFAULT_TOKENIZER)
-        tokenizer = Tokenizer(self.tokenizer_path, cfg.vocab_size)
+        self.tokenizer = Tokenizer(self.tokenizer_path, cfg.vocab_size)
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # data/prepare.py says what it cut with
             cut_with = json.loads((folder / "manifest.json").read_bytes())["tokenizer"]["sha256"]
             if cut_with != hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest():
@@ -1379,7 +1790,8 @@ class Run:
                                 f"{folder / 'manifest.json'}; give that one")
         if cfg.train_enabled:
             self.train_tokens = Tokens(folder, "train", cfg.vocab_size)
-        self.stream = Stream(Tokens(folder, "val", cfg.vocab_size), tokenizer, cfg.val_token_limit, process.device)
+        tokens = Tokens(folder, "val", cfg.vocab_size)
+        self.stream = open_stream(tokens, self.tokenizer, cfg.val_token_limit, process.device)
         run_folder, dump = Path(cfg.log_dir, cfg.run_id).absolute(), Path(cfg.nll_dump).absolute()
         if cfg.run_id and run_folder.exists():
             raise UserError(f"RUN_ID={cfg.run_id}: {run_folder} exists and no run is overwritten; choose another "
@@ -1393,11 +1805,12 @@ class Run:
         self.summary = {
             "run_id": cfg.run_id, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
             "overrides": cfg.overrides(), "hardware": process.hardware(), "train": None, "artifact": None,
-            "eval": {"float": None, "int6": None, "sliding": None, "ttt": None}, "val_bpb": None, "valid": False,
-            "reasons": [], "caveats": [], "seconds": {}}
+            "eval": {"float": None, "int6": None, "sliding": None, "ttt": None}, "audit": None, "val_bpb": None,
+            "valid": False, "reasons": [], "caveats": [], "seconds": {"read": self.read_seconds}}
 
     def open_artifact(self, cfg: Config) -> Config:
         """Read MODEL_PATH; returns the configuration with the artifact's model in it. Raises UserError."""
+        began = time.perf_counter()
         try:
             blob = Path(cfg.model_path).read_bytes()
         except OSError as error:
@@ -1408,6 +1821,7 @@ class Run:
                 raise UserError(f"{name.upper()}={getattr(cfg, name)}: the artifact {cfg.model_path} was made with "
                                 f"{stored[name]}; unset it")
         self.artifact, cfg = (blob, tensors), dataclasses.replace(cfg, **stored)
+        self.read_seconds = time.perf_counter() - began
         if lines := conflicts(cfg, 1):
             raise UserError(lines[0])
         return cfg
@@ -1462,8 +1876,8 @@ class Run:
         return self.log
 
     def stages(self):
-        """Train, average, export, read back, evaluate: each if its switch is on."""
-        cfg, last = self.cfg, None
+        """Train, average, export, read back, evaluate, audit: each if its switch is on."""
+        cfg, summary = self.cfg, self.summary
         if self.artifact:
             model = self.adopt(cfg.model_path, *self.artifact)
         else:
@@ -1471,35 +1885,75 @@ class Run:
             model = GPT(cfg, self.process.dtype).to(self.process.device)
             self.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
             with self.timed("train"):
-                self.summary["train"] = train(cfg, self.process, self.log, model, self.train_tokens, self.stream)
+                summary["train"] = train(cfg, self.process, self.log, model, self.train_tokens, self.stream)
             if cfg.final_eval_enable:
-                last = self.score("float", "final_float", model, cfg.eval_len)
+                self.score("float", "final_float", model, cfg.eval_len)
             if cfg.export_enabled:
-                with self.timed("export"):
-                    model = self.export(model)
-        if cfg.final_eval_enable and self.summary["artifact"]:
-            last = self.score("int6", "final_int6_roundtrip", model, cfg.eval_len)
-        if cfg.final_sliding_eval_enable and cfg.eval_stride:
-            kind = "int6" if self.summary["artifact"] else "float"
-            last = self.score("sliding", f"final_{kind}_sliding_window", model, cfg.eval_stride)
+                model = self.export(model)
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         if cfg.ttt_enabled:
-            last, details = test_time_train(cfg, self.process, self.log, model, self.stream)
-            self.report("ttt", "legal_ttt", last, **details)
-        self.summary["val_bpb"], self.nats = (last.val_bpb, last.nats) if last else (None, None)
+            with self.timed("compile"):
+                prime(cfg, self.process, self.log, model, self.stream, self.tokenizer)
+                model.load_state_dict(weights)
+        if cfg.final_eval_enable and summary["artifact"]:
+            self.score("int6", "final_int6_roundtrip", model, cfg.eval_len)
+        if cfg.final_sliding_eval_enable and cfg.eval_stride:
+            kind = "int6" if summary["artifact"] else "float"
+            self.score("sliding", f"final_{kind}_sliding_window", model, cfg.eval_stride)
+        budget = Budget(cfg, self.process, summary["seconds"]["read"] + summary["seconds"].get("compile", 0.0))
+        if cfg.ttt_enabled:
+            evaluator, details = self.final(cfg, self.log, model, self.stream, budget)
+            self.report("ttt", "legal_ttt", evaluator.result(), **details)
+        final = next((s for s in reversed(summary["eval"].values()) if s), None)
+        summary["val_bpb"] = final and final["val_bpb"]
+        if final and budget.limit:
+            spent = summary["seconds"]["read"] + summary["seconds"].get("compile", 0.0) + final["seconds"]
+            summary["reasons"] += [f"evaluation took {spent:.0f} s, EVAL_MAX_SECONDS={budget.limit:g}"] * (
+                spent > budget.limit)
+        if cfg.audit:
+            self.audit(weights)
+
+    def final(self, cfg: Config, log: Log, model: GPT, stream: Stream, budget=None, probe=()) -> tuple[Evaluator, dict]:
+        """The evaluation behind val_bpb: test-time training, else sliding windows, else windows side by side."""
+        if cfg.ttt_enabled:
+            return test_time_train(cfg, self.process, log, model, stream, budget, probe)
+        stride = cfg.eval_stride if cfg.final_sliding_eval_enable and cfg.eval_stride else cfg.eval_len
+        return evaluate(cfg, self.process, log, compiled(model, cfg, self.process), stride=stride, stream=stream,
+                        label="audit", probe=probe), {}
+
+    def audit(self, weights: dict[str, Tensor]):
+        """AUDIT=1: try the evaluation behind val_bpb, on these weights, in chunks that leave room for updates."""
+        tokens = self.cfg.audit_tokens or 4 * self.cfg.eval_len
+        small = {"eval_max_seconds": 0.0, "ttt_chunk_tokens": max(tokens // 12, self.cfg.eval_stride, 1),
+                 "ttt_lora_chunk_tokens": max(min(self.cfg.ttt_lora_chunk_tokens, tokens // 16), 1)}
+        def trial(ids: np.ndarray, probe=(), **changes) -> Evaluator:
+            cfg = dataclasses.replace(self.cfg, **small, **changes)
+            model = build_model(cfg, weights, self.process, "audit")
+            if cfg.ttt_enabled and not exact_audit(cfg, self.process):
+                model.dtype = torch.float32  # bf16 would round more than the check allows
+            part = Stream(ids, self.tokenizer, self.process.device)
+            return self.final(cfg, self.log.silent(), model, part, None, probe)[0]
+
+        self.summary["audit"] = audit(self.cfg, self.process, self.log, trial, self.stream, self.tokenizer.sp)
+        self.summary["reasons"] += [f"audit: {name} failed, {check['detail']}" for name, check in
+                                    self.summary["audit"].items() if isinstance(check, dict) and not check["ok"]]
+        self.summary["seconds"]["audit"] = self.summary["audit"]["seconds"]
 
     @contextlib.contextmanager
     def timed(self, name: str):
         begin = time.perf_counter()
         yield
-        self.summary["seconds"][name] = time.perf_counter() - begin
+        self.summary["seconds"][name] = self.summary["seconds"].get(name, 0.0) + time.perf_counter() - begin
 
     def export(self, model: GPT) -> GPT:
         """Write the artifact and read it back on every rank, from rank 0's disk: nodes need not share one."""
         path = os.path.join(self.cfg.log_dir, self.summary["run_id"], ARTIFACT_NAME)
-        if self.process.main:
-            write_atomically(Path(path), pack(model, self.cfg.quant_min_numel))
-        blob = self.process.agree(Path(path).read_bytes() if self.process.main else None)
-        return self.adopt(path, blob, unpack(blob, path)[1])
+        with self.timed("export"):
+            if self.process.main:
+                write_atomically(Path(path), pack(model, self.cfg.quant_min_numel))
+        with self.timed("read"):
+            blob = self.process.agree(Path(path).read_bytes() if self.process.main else None)
+            return self.adopt(path, blob, unpack(blob, path)[1])
 
     def adopt(self, path: str, blob: bytes, tensors: dict[str, Tensor]) -> GPT:
         """The model of an artifact. Its bytes are held against the limit; over it the run goes on, to end not valid."""
@@ -1514,18 +1968,16 @@ class Run:
                                     "bytes_total": total, "limit": limit, "sha256": hashlib.sha256(blob).hexdigest()}
         return build_model(self.cfg, tensors, self.process, path)
 
-    def score(self, key: str, tag: str, model: GPT, stride: int) -> Score:
+    def score(self, key: str, tag: str, model: GPT, stride: int):
         forward = compiled(model, self.cfg, self.process)
-        score = evaluate(self.cfg, self.process, self.log, forward, self.stream, stride, key)
-        self.report(key, tag, score, **({"stride": stride} if key == "sliding" else {}))
-        return score
+        evaluator = evaluate(self.cfg, self.process, self.log, forward, self.stream, stride, key)
+        self.report(key, tag, evaluator.result(), **({"stride": stride} if key == "sliding" else {}))
 
     def report(self, key: str, tag: str, score: Score, **details):
-        """Log a score in the field's form and put it into the summary."""
-        self.summary["eval"][key] = {**score.summary(), **details}
+        """Log a score in the field's form and put it into the summary. The last one is val_bpb's."""
+        self.summary["eval"][key], self.nats = {**score.summary(), **details}, score.nats
         self.summary["seconds"][key] = score.seconds
-        if not score.once:
-            self.summary["reasons"].append(f"{key}: not every target was scored exactly once")
+        self.summary["reasons"] += [f"{key}: {fault}" for fault in score.faults]
         if not math.isfinite(score.val_loss):
             self.summary["reasons"].append(f"{key}: the score is not a finite number")
         more = "".join(f"{k}:{v} " for k, v in details.items())
