@@ -141,19 +141,19 @@ class Config:
     ttt_lora_rank: int = var(8, "1..16384", "lora: rank of the adapters; the default is clipped to MODEL_DIM")
     ttt_lora_lr: float = var(0.01, "0..1000", "lora: Adam's rate")
     ttt_lora_chunk_tokens: int = var(256, ">=1", "lora: targets scored, then learnt from, at a time; a window at most")
-    ttt_chunk_tokens: int = var(32768, ">=1", "full: targets scored, then learnt from, at a time")
+    ttt_chunk_tokens: int = var(16384, ">=1", "full: targets scored, then learnt from, at a time")
     ttt_optimizer: str = var("adamw", "adamw|sgd", "full: the optimizer")
-    ttt_lr: float = var(0.0005, ">=0", "full: its rate")
+    ttt_lr: float = var(0.001, ">=0", "full: its rate")
     ttt_lr_min: float = var(0.0, ">=0", "full: where TTT_COSINE ends within a chunk")
     ttt_lr_end: float = var(1.0, "0..1", "full: a cosine across chunks takes the rate to this share of it; 1 no decay")
     ttt_cosine: bool = var(False, "0|1", "full: 1: the rate falls by a cosine within a chunk")
-    ttt_epochs: int = var(2, ">=0", "full: passes over each scored chunk")
+    ttt_epochs: int = var(3, ">=0", "full: passes over each scored chunk")
     ttt_warmup_epochs: int = var(0, ">=0", "full: passes of linear warm-up under TTT_COSINE")
     ttt_wd: float = var(0.0, ">=0", "full: weight decay")
     ttt_momentum: float = var(0.9, "0..<1", "full: momentum of sgd")
     ttt_batch_seqs: int = var(0, ">=0", "full: sequences a step of a rank; 0: all of a chunk's, for any ranks")
     ttt_freeze_blocks: int = var(0, ">=0", "full: first blocks that do not adapt")
-    ttt_pull: float = var(0.5, "0..1", "full: share of the way back to the artifact's weights, after each chunk")
+    ttt_pull: float = var(0.4, "0..1", "full: share of the way back to the artifact's weights, after each chunk")
     ttt_grad_clip: float = var(1.0, ">=0", "gradient norm at most (lora: of each document); 0 off")
 
     audit: bool = var(False, "0|1", "1: prove on an excerpt that the evaluation behind val_bpb is causal", "Audit")
@@ -1237,10 +1237,10 @@ class Evaluator:
     def _ask(self, inputs: Tensor, rows: Tensor, at: int, slot: int, target: int):
         """Keep the nats of every vocabulary entry at a target's place: the same batch is asked again with each entry
         in turn as the target, so that a score which is no probability shows."""
-        place, vocab = rows[at, slot].expand_as(rows), self.cfg.vocab_size
+        place, vocab = rows[at, slot].expand_as(rows).contiguous(), self.cfg.vocab_size
         entries = torch.arange(-(-vocab // self.stride) * self.stride, device=inputs.device).clamp(max=vocab - 1)
         self.distributions[target] = torch.cat([
-            self.forward(inputs, part.expand_as(rows), place, self.window)[at] for part in
+            self.forward(inputs, part.expand_as(rows).contiguous(), place, self.window)[at] for part in
             entries.split(self.stride)])[:vocab].cpu()
 
     def lesson(self, positions: Tensor, who: Tensor | None = None) -> Tensor:
@@ -1284,7 +1284,7 @@ class Budget:
     """EVAL_MAX_SECONDS: for reading the artifact, compiling, and the evaluation that gives val_bpb; 0 is no limit."""
 
     def __init__(self, cfg: Config, process: Process, spent: float = 0.0):
-        self.limit = cfg.eval_max_seconds if cfg.eval_max_seconds >= 0 else 600.0 if process.cuda else 0.0
+        self.limit = cfg.eval_max_seconds
         self.cuda, self.started = process.cuda, time.perf_counter() - spent
 
     def spent(self) -> float:
@@ -1465,11 +1465,13 @@ def lora_windows(cfg: Config) -> list[int]:
     return sorted({max(cfg.eval_len // part, 1) for part in (1, 2, 4)}, reverse=True)
 
 
-def document_batches(cfg: Config, process: Process, stream: Stream, fixed: bool) -> list[tuple[int, np.ndarray]]:
+def document_batches(cfg: Config, process: Process, stream: Stream, weights: int, fixed: bool
+                     ) -> list[tuple[int, np.ndarray]]:
     """(window, documents [n, 2] as first target and end, longest first) of batches of like length, widest first.
 
     A document is the targets from its BOS to the next; what comes before the first BOS is one too. A short one gets
     a shorter window: half or a quarter. `fixed`: all batches of a window have as many rows, padded by empty ones.
+    Activations and, with all that Adam needs, adapters (of `weights` numbers a document) set how many fit side by side.
     """
     starts = np.union1d([0], torch.nonzero(stream.tokens[:-1] == BOS_ID)[:, 0].cpu().numpy())
     documents = np.stack((starts, np.append(starts[1:], stream.targets)), axis=1)
@@ -1478,6 +1480,7 @@ def document_batches(cfg: Config, process: Process, stream: Stream, fixed: bool)
         chosen = documents[(lengths > less) & ((lengths <= width) | (width == cfg.eval_len))]
         chosen = chosen[np.argsort(chosen[:, 0] - chosen[:, 1], kind="stable")]
         room = min(tokens_per_pass(cfg, process, True), cfg.val_batch_size // process.world) // width
+        room = min(room, process.memory()[0] // 8 // (24 * weights))
         rows = max(min(room, -(-len(chosen) // process.world)), 1)
         for first in range(0, len(chosen), rows):
             batch = chosen[first : first + rows]
@@ -1523,7 +1526,8 @@ def walk_lora(walk: Walk, model: GPT) -> int:
     through the model side by side, longest first, and are shared out over the ranks. Returns the number of chunks."""
     cfg, process, evaluator = walk.cfg, walk.process, walk.evaluator
     fixed = evaluator.forward is not model  # a compiled model should see few shapes
-    adapters, batches = LoraAdapters(cfg, process, model), document_batches(cfg, process, evaluator.stream, fixed)
+    adapters = LoraAdapters(cfg, process, model)
+    batches = document_batches(cfg, process, evaluator.stream, len(adapters.initial), fixed)
     mine = batches[process.rank :: process.world]
     work, rounds = [scoring_work(walk, *batch, fixed) for batch in mine], -(-len(batches) // process.world)
     for i in range(rounds):
@@ -1544,8 +1548,10 @@ def prime(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream, t
         return
     rng, starts, n = np.random.default_rng(0), [], min(2 * cfg.ttt_chunk_tokens, stream.targets)
     if cfg.ttt_mode == "lora":  # a whole batch for each length of window
-        rows = {width: len(documents) for width, documents in document_batches(cfg, process, stream, True)}
-        starts = np.cumsum([width for width, count in rows.items() for _ in range(count * process.world)])
+        weights = len(LoraAdapters(cfg, process, model).initial)
+        rows = {width: len(documents) for width, documents in document_batches(cfg, process, stream, weights, True)}
+        starts = np.cumsum([width + (width == cfg.eval_len) for width, count in rows.items()  # one more: it learns
+                            for _ in range(count * process.world)])
         n, starts = int(starts[-1]), [0, *starts[:-1]]
     ids = rng.integers(BOS_ID + 1, max(cfg.vocab_size, BOS_ID + 2), n + 1)
     ids[starts] = BOS_ID
@@ -1583,7 +1589,8 @@ def decoded_bytes(sp, ids: np.ndarray) -> int:
 
 
 def exact_audit(cfg: Config, process: Process) -> bool:
-    """Whether honest runs agree bit for bit: not on a GPU, nor where a cut changes the batches of documents."""
+    """Whether honest runs agree bit for bit: not on a GPU, nor where a cut changes the batches of documents. Where
+    they do not, the audit computes in fp32 and uncompiled, and allows for what is left."""
     return not process.cuda and not (cfg.ttt_enabled and cfg.ttt_mode == "lora")
 
 
@@ -1777,6 +1784,8 @@ class Run:
         self.process, self.code, self.artifact, self.train_tokens = process, SCRIPT.read_bytes(), None, None
         self.read_seconds, self.nats = 0.0, None
         self.cfg = cfg = cfg if cfg.train_enabled else self.open_artifact(cfg)
+        if cfg.eval_max_seconds < 0:
+            self.cfg = cfg = dataclasses.replace(cfg, eval_max_seconds=600.0 if process.cuda else 0.0)
         folder = find_path(cfg.data_path)
         if not folder.is_dir():
             raise UserError(f"DATA_PATH={folder}: no such folder; run ./run.sh data, data/prepare.py, or set DATA_PATH")
@@ -1859,8 +1868,10 @@ class Run:
     def start(self) -> Log:
         """Make LOG_DIR/RUN_ID and write into its log what someone needs who reads it a year from now."""
         cfg = self.cfg
-        name = self.process.agree(cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"_seed{cfg.seed}")
-        folder = Path(cfg.log_dir) / name
+        name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"_seed{cfg.seed}"
+        if not cfg.run_id and Path(cfg.log_dir, name).exists():  # another run began in the same second
+            name += f"_{os.getpid()}"
+        folder = Path(cfg.log_dir) / (name := self.process.agree(name))
         self.process.together(lambda: self.process.main and folder.mkdir(parents=True))
         self.log, self.summary["run_id"] = Log(self.process, folder), name
         versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
@@ -1927,10 +1938,10 @@ class Run:
         small = {"eval_max_seconds": 0.0, "ttt_chunk_tokens": max(tokens // 12, self.cfg.eval_stride, 1),
                  "ttt_lora_chunk_tokens": max(min(self.cfg.ttt_lora_chunk_tokens, tokens // 16), 1)}
         def trial(ids: np.ndarray, probe=(), **changes) -> Evaluator:
-            cfg = dataclasses.replace(self.cfg, **small, **changes)
+            cfg, exact = dataclasses.replace(self.cfg, **small, **changes), exact_audit(self.cfg, self.process)
+            cfg = cfg if exact else dataclasses.replace(cfg, use_compile="0")
             model = build_model(cfg, weights, self.process, "audit")
-            if cfg.ttt_enabled and not exact_audit(cfg, self.process):
-                model.dtype = torch.float32  # bf16 would round more than the check allows
+            model.dtype = self.process.dtype if exact else torch.float32  # bf16 rounds more than a leak may show
             part = Stream(ids, self.tokenizer, self.process.device)
             return self.final(cfg, self.log.silent(), model, part, None, probe)[0]
 

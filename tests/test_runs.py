@@ -148,6 +148,18 @@ def test_run_id_is_never_overwritten(launch):
     launch(run_id="mine", options=["--check"]).refused("RUN_ID=mine")
 
 
+def test_two_runs_of_one_second_have_two_folders(launch, tmp_path, monkeypatch):
+    import train_gpt as t
+
+    monkeypatch.setattr(t.time, "strftime", lambda form: "now")
+    (tmp_path / "now_seed1").mkdir()
+    run = object.__new__(t.Run)
+    cfg, _, _ = t.load_config({"LOG_DIR": str(tmp_path), "SEED": "1"})
+    run.cfg, run.summary, run.code, run.process = cfg, {"hardware": {}}, b"", t.Process()
+    run.tokenizer_path, run.train_tokens, run.stream = "", None, type("S", (), {"targets": 1, "bytes": 1})
+    assert run.start().folder.name == f"now_seed1_{os.getpid()}"
+
+
 def test_runs_from_a_copy_in_a_records_folder(launch, tmp_path, corpus):
     """The default data folder is found above the script, from any working directory."""
     home = tmp_path / "project"
@@ -277,7 +289,9 @@ def test_the_demo_runs_end_to_end(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "logs" / "demo" / "summary.json").read_text())
     assert summary["valid"] and summary["preset"] == "demo" and summary["eval"]["sliding"]["tokens"] == 8192
-    for word in ("embedded corpus", "float, averaged", "int6, read back", "sliding window", "bytes:", "seconds:"):
+    assert summary["val_bpb"] == summary["eval"]["ttt"]["val_bpb"] and summary["eval"]["ttt"]["adapted_chunks"] > 0
+    for word in ("embedded corpus", "float, averaged", "int6, read back", "sliding window", "test-time training",
+                 "bytes:", "seconds:"):
         assert word in done.stdout, word
 
 
@@ -321,9 +335,9 @@ def test_readme_commands_run(command, corpus, tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_same_run_on_a_gpu(launch):
-    run = launch(COMPUTE_DTYPE="auto", USE_COMPILE="auto", WARMUP_STEPS=2, TTT_ENABLED=1, TTT_CHUNK_TOKENS=300,
-                 ITERATIONS=40)
+    run = launch(COMPUTE_DTYPE="auto", USE_COMPILE="auto", WARMUP_STEPS=2, TTT_ENABLED=1, ITERATIONS=40, AUDIT=1)
     assert run.code == 0, run.err
     s = run.summary
+    assert s["audit"]["ok"] and s["seconds"]["compile"] > 0 and s["eval"]["ttt"]["adapted_chunks"] > 0
     assert s["hardware"]["device"] == "cuda" and s["eval"]["sliding"]["val_loss"] < 5.5
     assert abs(s["eval"]["float"]["val_loss"] - s["eval"]["int6"]["val_loss"]) < 0.3

@@ -219,8 +219,8 @@ def test_the_budget_stops_learning_never_scoring(tiny, mode, limit, monkeypatch)
 def test_priming_compiles_the_walk_on_random_tokens(tiny, monkeypatch):
     """With a forward pass that is not the bare model, the fixed shapes of compiled models are used: the losses are
     the same, priming meets every shape that the walk meets, and it sees no validation text."""
-    for mode in MODES:
-        cfg, ids = tiny(**SMALL | mode | {"VAL_BATCH_SIZE": 64}), tokens(331, 7, [0, 100, 104, 112, 119, 150, 290])
+    for mode in [*MODES, MODES[0] | {"TTT_LORA_CHUNK_TOKENS": 16}]:
+        cfg, ids = tiny(**SMALL | {"VAL_BATCH_SIZE": 64} | mode), tokens(331, 7, [0, 100, 104, 112, 119, 150, 290])
         plain, shapes, seen = walk(cfg, ids)[0].nats, [], []
 
         def wrapped(model, *rest, shapes=shapes, seen=seen):
@@ -278,7 +278,7 @@ def honest(cfg, model=t.GPT, evaluator=None):
     return trial
 
 
-AUDITED = SMALL | {"AUDIT_TOKENS": 300, "TTT_CHUNK_TOKENS": 30}
+AUDITED = SMALL | {"AUDIT_TOKENS": 300, "TTT_CHUNK_TOKENS": 30, "EVAL_STRIDE": 8}
 
 
 @pytest.mark.parametrize("mode", [*MODES, {"TTT_ENABLED": 0}])
@@ -479,6 +479,17 @@ def test_a_budget_too_small_to_score_is_said(launch, artifact):
     assert "adaptation stops" in run.out
 
 
+def test_the_published_values_run_as_given(launch, artifact):
+    """The seed's own command line, but for data, machine and the time that 20 epochs take: legal, and never worse."""
+    published = {"MAX_WALLCLOCK_SECONDS": 596, "USE_COMPILE": 0, "TTT_EPOCHS": 20, "TTT_COSINE": 1, "TTT_LR": 0.0005,
+                 "TTT_LR_MIN": 0.00002, "TTT_WARMUP_EPOCHS": 1, "TTT_WD": 0.01, "EVAL_STRIDE": 16,
+                 "FINAL_SLIDING_EVAL_ENABLE": 1, "SEED": 1337, "TTT_ENABLED": "UNSET"}
+    run = launch(MODEL_PATH=artifact, **CLI | published)
+    s = run.summary
+    assert run.code == 0 and s["valid"] and s["config"]["ttt_mode"] == "full", run.err + run.out
+    assert s["eval"]["ttt"]["adapted_chunks"] == 5 and s["val_bpb"] < s["eval"]["sliding"]["val_bpb"]
+
+
 def test_a_failed_audit_fails_the_run(launch, artifact, tmp_path):
     """A copy of the script whose evaluation learns before it scores: every figure is there, nothing is valid."""
     from conftest import SCRIPT
@@ -504,6 +515,9 @@ def test_a_stream_without_documents_and_chunks_beyond_it(launch, artifact, tmp_p
         run = launch(run_id=mode, MODEL_PATH=artifact, DATA_PATH=folder, TTT_MODE=mode,
                      **CLI | {"TTT_CHUNK_TOKENS": 5000})
         assert run.code == 0 and run.summary["eval"]["ttt"]["tokens"] == 89, run.err
+        run = launch(run_id=mode + "1", MODEL_PATH=artifact, DATA_PATH=folder, TTT_MODE=mode, AUDIT=1,
+                     **CLI | {"VAL_TOKEN_LIMIT": 1})
+        assert run.code == 0 and run.summary["audit"]["ok"] and run.summary["eval"]["ttt"]["tokens"] == 1, run.err
 
 
 @pytest.mark.parametrize("variables, word", [
