@@ -138,8 +138,8 @@ class Config:
     ttt_enabled: bool = var(True, "0|1", "1: score-first test-time training", "Test-time training")
     ttt_mode: str = var("auto", "auto|full|lora", "lora: adapters a document; full: all weights, chunk by chunk; "
                         "auto: lora, or full where a variable of full is given")
-    ttt_lora_rank: int = var(8, "1..16384", "lora: rank of the adapters; the default is clipped to MODEL_DIM")
-    ttt_lora_lr: float = var(0.01, "0..1000", "lora: Adam's rate")
+    ttt_lora_rank: int = var(64, "1..16384", "lora: rank of the adapters; the default is clipped to MODEL_DIM")
+    ttt_lora_lr: float = var(0.004, "0..1000", "lora: Adam's rate")
     ttt_lora_chunk_tokens: int = var(256, ">=1", "lora: targets scored, then learnt from, at a time; a window at most")
     ttt_chunk_tokens: int = var(16384, ">=1", "full: targets scored, then learnt from, at a time")
     ttt_optimizer: str = var("adamw", "adamw|sgd", "full: the optimizer")
