@@ -138,9 +138,9 @@ class Config:
     ttt_enabled: bool = var(True, "0|1", "1: score-first test-time training", "Test-time training")
     ttt_mode: str = var("auto", "auto|full|lora", "lora: adapters a document; full: all weights, chunk by chunk; "
                         "auto: lora, or full where a variable of full is given")
-    ttt_lora_rank: int = var(64, "1..16384", "lora: rank of the adapters; the default is clipped to MODEL_DIM")
+    ttt_lora_rank: int = var(32, "1..16384", "lora: rank of the adapters; the default is clipped to MODEL_DIM")
     ttt_lora_lr: float = var(0.004, "0..1000", "lora: Adam's rate")
-    ttt_lora_chunk_tokens: int = var(256, ">=1", "lora: targets scored, then learnt from, at a time; a window at most")
+    ttt_lora_chunk_tokens: int = var(128, ">=1", "lora: targets scored, then learnt from, at a time; a window at most")
     ttt_chunk_tokens: int = var(16384, ">=1", "full: targets scored, then learnt from, at a time")
     ttt_optimizer: str = var("adamw", "adamw|sgd", "full: the optimizer")
     ttt_lr: float = var(0.001, ">=0", "full: its rate")
@@ -688,7 +688,7 @@ def norm(x: Tensor) -> Tensor:
 
 class Linear(nn.Linear):
     """A matrix without bias, kept in fp32 and used in the input's type; with low-rank factors to add for each row of
-    the batch, (down [B, r, n_in], up [B, n_out, r]), where test-time training has set them."""
+    the batch, (down [B, r, n_in], up [B, n_out, r]) of its type, where test-time training has set them."""
 
     adapter = None
 
@@ -697,10 +697,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype))
-        if self.adapter is None:
-            return y
-        down, up = (factor.to(x.dtype) for factor in self.adapter)
-        return torch.baddbmm(y, x @ down.mT, up.mT)
+        if self.adapter is not None:
+            down, up = self.adapter
+            y.baddbmm_(x @ down.mT, up.mT)  # in place: a fresh output of this size costs more than the product
+        return y
 
 
 def rope_tables(length: int, dims: int, base: float, like: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
@@ -1251,10 +1251,10 @@ class Evaluator:
         self.learnt.index_add_(0, positions.flatten(), marks.flatten())
         return self.stream.tokens[positions]
 
-    def running_bpb(self) -> float:
-        """BPB of what all ranks have scored so far."""
+    def running_bpb(self, shared: bool = True) -> float:
+        """BPB of what all ranks, or this rank, have scored so far."""
         sums = torch.stack((self.nats.sum(), (self.count * self.stream.target_bytes).sum().float()))
-        nats, scored = self.process.sum_(sums).tolist()
+        nats, scored = (self.process.sum_(sums) if shared else sums).tolist()
         return nats / math.log(2) / max(scored, 1)
 
     def result(self) -> Score:
@@ -1299,7 +1299,8 @@ class Walk:
 
     def __init__(self, cfg: Config, process: Process, log: Log, evaluator: Evaluator, budget: Budget):
         self.cfg, self.process, self.log, self.evaluator, self.budget = cfg, process, log, evaluator, budget
-        self.scoring, self.work, self.stopped, self.adapted, self.undone = 0.0, 0.0, False, 0, 0
+        self.scoring, self.work, self.total, self.stopped = 0.0, 0.0, 0.0, False
+        self.chunks, self.adapted, self.undone, self._said = 0, 0, 0, 0
         self.begun, self.lesson_began, self.lesson = budget.spent(), None, 0.0
 
     def now(self) -> float:
@@ -1327,12 +1328,18 @@ class Walk:
         self.stopped, self.lesson_began = stop, now
         return not stop
 
-    def line(self, i: int, n: int, rate: float):
+    def line(self, i: int, n: int, rate: float, bpb: float):
         """Chunk i of n is done."""
-        seconds, bpb = self.budget.spent() - self.begun, self.evaluator.running_bpb()
+        seconds = self.budget.spent() - self.begun
         self.log(f"ttt_chunk [{i}/{n}] bpb={bpb:.6f} rate={rate:.3g} time={seconds:.1f}s "
                  f"eta={seconds / i * (n - i):.1f}s")
         self.log.metric(ttt_chunk=i, chunks=n, running_bpb=bpb, rate=rate, ttt_seconds=seconds)
+
+    def document_line(self):
+        """A line for each twentieth of this rank's documents, with the BPB of its own share."""
+        if self.log.main and (part := int(20 * self.work / self.total)) > self._said:
+            self._said = part
+            self.line(part, 20, self.cfg.ttt_lora_lr, self.evaluator.running_bpb(shared=False))
 
 
 def ttt_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
@@ -1406,8 +1413,11 @@ def walk_full(walk: Walk, model: GPT) -> int:
             walk.adapted, walk.undone = walk.adapted + (steps > 0), walk.undone + undone
             if undone:
                 walk.log(f"ttt_chunk {i + 1}: its adaptation was not finite and is undone")
-        walk.line(i + 1, chunks, rate)
+        walk.line(i + 1, chunks, rate, evaluator.running_bpb())
     return chunks
+
+
+LORA_CONTEXT = 64
 
 
 class LoraAdapters:
@@ -1416,8 +1426,8 @@ class LoraAdapters:
     is done row by row couples nothing."""
 
     def __init__(self, cfg: Config, process: Process, model: GPT):
-        self.cfg, rank, generator = cfg, min(cfg.ttt_lora_rank, cfg.model_dim), torch.Generator().manual_seed(0)
-        model.requires_grad_(False)
+        rank, generator = min(cfg.ttt_lora_rank, cfg.model_dim), torch.Generator().manual_seed(0)
+        self.cfg, self.dtype = cfg, model.requires_grad_(False).dtype
         self.layers = [m for name, m in model.named_modules() if isinstance(m, Linear) and name.startswith("blocks.")]
         self.shapes, parts = [], []
         for layer in self.layers:  # the first factor random, the second zero: no effect before the first step
@@ -1426,15 +1436,22 @@ class LoraAdapters:
                       torch.zeros(self.shapes[-1])]
         self.initial = torch.cat([p.flatten() for p in parts]).to(process.device)
 
-    def reset(self, documents: int):
-        """Fresh adapters and optimizer state for this many documents."""
-        self.weights = self.initial.repeat(documents, 1).requires_grad_()
-        self.first, self.second, self.steps = torch.zeros_like(self.weights), torch.zeros_like(self.weights), 0
+    def reset(self, places: int):
+        """Room for the adapters and the optimizer state of this many documents at a time."""
+        self.weights, self.steps = self.initial.repeat(places, 1), self.initial.new_zeros(places, 1)
+        self.first, self.second = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
 
-    def attach(self, rows: int):
-        """Give the layers the adapters of the first `rows` documents, for a batch of so many windows."""
-        parts = self.weights[:rows].split([math.prod(shape) for shape in self.shapes], dim=1)
-        matrices = [part.view(rows, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+    def renew(self, places: Tensor):
+        """Fresh adapters and optimizer state in these places."""
+        self.weights[places] = self.initial
+        for state in (self.first, self.second, self.steps):
+            state[places] = 0.0
+
+    def attach(self, places: Tensor):
+        """Give the layers the adapters in `places`, one for each row of the next batch."""
+        self.leaf = self.weights[places].requires_grad_()
+        parts = self.leaf.to(self.dtype).split([math.prod(shape) for shape in self.shapes], dim=1)
+        matrices = [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
         for layer, down, up in zip(self.layers, matrices[::2], matrices[1::2], strict=True):
             layer.adapter = (down, up)
 
@@ -1442,103 +1459,104 @@ class LoraAdapters:
         for layer in self.layers:
             layer.adapter = None
 
-    def step(self, nats: Tensor, learns: Tensor) -> Tensor:
-        """An Adam step on the mean of each row of nats [rows, targets], for documents where `learns` [rows].
-        Returns which of them had to be left as they were, for a loss or gradient that was not finite."""
-        rows, (b1, b2) = len(nats), (0.9, 0.99)
-        grad, = torch.autograd.grad((nats.mean(1) * learns).sum(), self.weights)
+    def step(self, nats: Tensor, places: Tensor, learns: Tensor) -> Tensor:
+        """An Adam step on the mean of each row of nats [rows, targets], for the attached `places` where `learns`
+        [rows]. Returns which of them had to be left as they were, for a loss or gradient that was not finite."""
+        b1, b2 = 0.9, 0.99
+        grad, = torch.autograd.grad((nats.mean(1) * learns).sum(), self.leaf)
         with torch.no_grad():
-            grad, self.steps = grad[:rows], self.steps + 1
-            bad = learns & ~torch.isfinite(nats.sum(1) + grad.sum(1))
-            grad = torch.where((learns & ~bad)[:, None], grad, 0.0)
+            fit = torch.isfinite(nats.sum(1) + grad.sum(1))
+            now = (learns & fit)[:, None]
+            grad = torch.where(now, grad, 0.0)
             if self.cfg.ttt_grad_clip:
                 grad *= (self.cfg.ttt_grad_clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
-            first = self.first[:rows].lerp_(grad, 1 - b1) / (1 - b1**self.steps)
-            second = self.second[:rows].lerp_(grad.square(), 1 - b2) / (1 - b2**self.steps)
-            self.weights[:rows] -= torch.where((learns & ~bad)[:, None], self.cfg.ttt_lora_lr, 0.0) * (
-                first / (second.sqrt() + 1e-8))
-        return bad
+            steps, first, second = self.steps[places] + 1, self.first[places], self.second[places]
+            first, second = first.lerp_(grad, 1 - b1), second.lerp_(grad.square(), 1 - b2)
+            change = (first / (1 - b1**steps)) / ((second / (1 - b2**steps)).sqrt() + 1e-8)
+            self.weights[places] -= torch.where(now, self.cfg.ttt_lora_lr, 0.0) * change
+            self.first[places], self.second[places], self.steps[places] = first, second, steps
+        return learns & ~fit
 
 
-def lora_windows(cfg: Config) -> list[int]:
-    """The windows that documents are scored in, by their length."""
-    return sorted({max(cfg.eval_len // part, 1) for part in (1, 2, 4)}, reverse=True)
-
-
-def document_batches(cfg: Config, process: Process, stream: Stream, weights: int, fixed: bool
-                     ) -> list[tuple[int, np.ndarray]]:
-    """(window, documents [n, 2] as first target and end, longest first) of batches of like length, widest first.
+def document_groups(cfg: Config, process: Process, stream: Stream, weights: int) -> list[tuple[int, int, np.ndarray]]:
+    """This rank's documents by length: (window, places, documents [n, 2] as first target and end, longest first).
 
     A document is the targets from its BOS to the next; what comes before the first BOS is one too. A short one gets
-    a shorter window: half or a quarter. `fixed`: all batches of a window have as many rows, padded by empty ones.
-    Activations and, with all that Adam needs, adapters (of `weights` numbers a document) set how many fit side by side.
+    a shorter window: half or a quarter. `places` go through the model side by side, as many as activations and, with
+    all that Adam needs, adapters of `weights` numbers leave room for.
     """
     starts = np.union1d([0], torch.nonzero(stream.tokens[:-1] == BOS_ID)[:, 0].cpu().numpy())
     documents = np.stack((starts, np.append(starts[1:], stream.targets)), axis=1)
-    lengths, batches, widths = documents[:, 1] - documents[:, 0], [], lora_windows(cfg)
-    for width, less in zip(widths, [*widths[1:], 0], strict=True):
-        chosen = documents[(lengths > less) & ((lengths <= width) | (width == cfg.eval_len))]
+    lengths, groups = documents[:, 1] - documents[:, 0], []
+    windows = sorted({max(cfg.eval_len // part, 1) for part in (1, 2, 4)}, reverse=True)
+    for window, less in zip(windows, [*windows[1:], 0], strict=True):
+        chosen = documents[(lengths > less) & ((lengths <= window) | (window == cfg.eval_len))]
         chosen = chosen[np.argsort(chosen[:, 0] - chosen[:, 1], kind="stable")]
-        room = min(tokens_per_pass(cfg, process, True), cfg.val_batch_size // process.world) // width
-        room = min(room, process.memory()[0] // 8 // (24 * weights))
-        rows = max(min(room, -(-len(chosen) // process.world)), 1)
-        for first in range(0, len(chosen), rows):
-            batch = chosen[first : first + rows]
-            empty = np.full((rows - len(batch) if fixed else 0, 2), 0)
-            batches.append((width, np.concatenate((batch, empty))))
-    return batches
+        room = min(tokens_per_pass(cfg, process, True), cfg.val_batch_size // process.world) // window
+        room = max(min(room, process.memory()[0] // 8 // (32 * weights)), 1)
+        if len(chosen):
+            places = min(room, -(-len(chosen) // process.world))
+            groups.append((window, places, chosen[process.rank :: process.world]))
+    return groups
 
 
-def walk_documents(walk: Walk, adapters: LoraAdapters, width: int, documents: np.ndarray, fixed: bool, rest: float):
-    """Score and learn one batch of documents, chunk by chunk; `rest` units of scoring follow it on this rank."""
-    evaluator, device, lengths = walk.evaluator, walk.process.device, documents[:, 1] - documents[:, 0]
-    chunk, (begin, end) = min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len), torch.tensor(documents.T).to(device)
-    adapters.reset(len(documents))
-    for first in range(0, int(lengths.max()), chunk):
-        rows = len(documents) if fixed else int((lengths > first).sum())
+def walk_documents(walk: Walk, adapters: LoraAdapters, window: int, places: int, documents: np.ndarray, fixed: bool):
+    """Score and learn documents chunk by chunk, `places` at a time; one that ends gives its place to the next.
+    `fixed`: places that have run out of documents stay in the batch, so that a compiled model sees one shape."""
+    evaluator, device, stride = walk.evaluator, walk.process.device, walk.evaluator.stride
+    chunk, queue = min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len), iter(documents.tolist())
+    begin, end, at = (np.zeros(places, dtype=np.int64) for _ in range(3))  # of each place's document; its next target
+    adapters.reset(places)
+    while True:
+        free = np.flatnonzero(at >= end)
+        for place, document in zip(free.tolist(), queue, strict=False):
+            begin[place], end[place], at[place] = *document, document[0]
+        adapters.renew(torch.from_numpy(free).to(device))
+        if not (left := end - at).any():
+            return
+        active = np.arange(places) if fixed else np.flatnonzero(left)
+        rows, first, low, stop = (torch.from_numpy(x[active]).to(device) for x in (np.arange(places), begin, at, end))
         adapters.attach(rows)
-        blocks = np.stack(evaluator.blocks(first, min(first + chunk, int(lengths.max())), width), 1)
-        with walk.scored(rows * width * len(blocks)):
-            for low, high, start in blocks.tolist():
-                evaluator.record(begin[:rows] + low, (begin + high).minimum(end)[:rows], begin[:rows] + start, width)
-        left = scoring_work(walk, width, documents, fixed, first + chunk)
-        rows = len(documents) if fixed else int((lengths > first + chunk).sum())
-        if (lengths > first + chunk).any() and walk.may_learn(rest + left, False):
-            start, learns = max(first + chunk - width, 0), (end - begin)[:rows] > first + chunk
-            places = torch.arange(start, start + width, device=device).clamp(max=first + chunk - 1)  # none unscored
-            inputs = evaluator.stream.tokens[(begin[:rows, None] + places).clamp(max=evaluator.stream.targets)]
-            rated = torch.arange(first, first + chunk, device=device).expand(rows, -1)
-            targets = evaluator.lesson(begin[:rows, None] + rated + 1, learns)
-            adapters.attach(rows)
-            nats = evaluator.forward(inputs, targets, rated - start, evaluator.window)
-            walk.adapted += int((lengths > first + chunk).sum())
-            walk.undone = walk.undone + adapters.step(nats, learns).sum()
+        with walk.scored(window * int(np.minimum(left, chunk).sum())):
+            for offset in range(0, min(chunk, int(left.max())), stride):  # a window ends where its block does
+                high = (low + min(offset + stride, chunk)).minimum(stop)
+                evaluator.record(low + offset, high, (low + offset + stride - window).maximum(first), window)
+        walk.chunks += int((left > 0).sum())
+        if (left > chunk).any() and walk.may_learn(walk.total - walk.work, False):
+            kept = torch.from_numpy(np.flatnonzero(fixed | (left > chunk)[active])).to(device)
+            learn_documents(walk, adapters, window, *(x[kept] for x in (rows, first, low, stop)))
+            walk.adapted += int((left > chunk).sum())
+        walk.document_line()
+        at = np.minimum(at + chunk, end)
 
 
-def scoring_work(walk: Walk, width: int, documents: np.ndarray, fixed: bool, first: int = 0) -> float:
-    """Tokens that scoring a batch of documents from their target `first` on sends through the model."""
-    blocks = np.ceil((documents[:, 1] - documents[:, 0] - first).clip(0) / walk.evaluator.stride)
-    return width * float(blocks.max() * len(blocks) if fixed else blocks.sum())
+def learn_documents(walk: Walk, adapters: LoraAdapters, window: int, rows: Tensor, first: Tensor, low: Tensor,
+                    stop: Tensor):
+    """A step of each document on the chunk from `low` on, if that is not its last; no later token goes in, and of the
+    earlier ones LORA_CONTEXT, since whole windows taught hardly more (0.001 BPB) at several times the cost."""
+    evaluator, chunk = walk.evaluator, min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len)
+    window = min(window, chunk + LORA_CONTEXT)
+    learns, start = low + chunk < stop, (low + chunk - window).maximum(first)[:, None]
+    places = (start + torch.arange(window, device=low.device)).minimum(low[:, None] + chunk - 1)
+    targets, last = low[:, None] + torch.arange(chunk, device=low.device), evaluator.stream.targets
+    tokens = evaluator.lesson(targets + 1, learns)
+    adapters.attach(rows)
+    nats = evaluator.forward(evaluator.stream.tokens[places.clamp(max=last)], tokens, targets - start, evaluator.window)
+    walk.undone = walk.undone + adapters.step(nats, rows, learns).sum()
 
 
 def walk_lora(walk: Walk, model: GPT) -> int:
-    """Each document from fresh adapters: score a chunk of it, learn from it, go on to its next one. Documents go
-    through the model side by side, longest first, and are shared out over the ranks. Returns the number of chunks."""
-    cfg, process, evaluator = walk.cfg, walk.process, walk.evaluator
-    fixed = evaluator.forward is not model  # a compiled model should see few shapes
-    adapters = LoraAdapters(cfg, process, model)
-    batches = document_batches(cfg, process, evaluator.stream, len(adapters.initial), fixed)
-    mine = batches[process.rank :: process.world]
-    work, rounds = [scoring_work(walk, *batch, fixed) for batch in mine], -(-len(batches) // process.world)
-    for i in range(rounds):
-        if i < len(mine):
-            walk_documents(walk, adapters, *mine[i], fixed, sum(work[i + 1 :]))
-        walk.line(i + 1, rounds, cfg.ttt_lora_lr)
+    """Each document from fresh adapters: score a chunk of it, learn from it, go on to its next one. Nothing carries
+    over between documents, so they share batches and are shared out over the ranks. Returns the number of chunks."""
+    process, adapters = walk.process, LoraAdapters(walk.cfg, walk.process, model)
+    groups = document_groups(walk.cfg, process, walk.evaluator.stream, len(adapters.initial))
+    walk.total = sum(window * int((documents[:, 1] - documents[:, 0]).sum()) for window, _, documents in groups)
+    for window, places, documents in groups:
+        walk_documents(walk, adapters, window, places, documents, walk.evaluator.forward is not model)
     adapters.detach()
-    walk.adapted, walk.undone = (int(process.sum_(torch.as_tensor(x, device=process.device).clone())) for x in
-                                 (walk.adapted, walk.undone))
-    chunk = min(cfg.ttt_lora_chunk_tokens, cfg.eval_len)
-    return sum(int(np.ceil((docs[:, 1] - docs[:, 0]) / chunk).sum()) for _, docs in batches)
+    counts = torch.stack([torch.as_tensor(x, device=process.device) for x in (walk.adapted, walk.undone, walk.chunks)])
+    walk.adapted, walk.undone, walk.chunks = process.sum_(counts).tolist()
+    return walk.chunks
 
 
 def prime(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream, tokenizer: Tokenizer):
@@ -1548,10 +1566,9 @@ def prime(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream, t
         return
     rng, starts, n = np.random.default_rng(0), [], min(2 * cfg.ttt_chunk_tokens, stream.targets)
     if cfg.ttt_mode == "lora":  # a whole batch for each length of window
-        weights = len(LoraAdapters(cfg, process, model).initial)
-        rows = {width: len(documents) for width, documents in document_batches(cfg, process, stream, weights, True)}
-        starts = np.cumsum([width + (width == cfg.eval_len) for width, count in rows.items()  # one more: it learns
-                            for _ in range(count * process.world)])
+        groups = document_groups(cfg, process, stream, len(LoraAdapters(cfg, process, model).initial))
+        starts = np.cumsum([window + (window == cfg.eval_len) for window, places, _ in groups  # one more: it learns
+                            for _ in range(places * process.world)])
         n, starts = int(starts[-1]), [0, *starts[:-1]]
     ids = rng.integers(BOS_ID + 1, max(cfg.vocab_size, BOS_ID + 2), n + 1)
     ids[starts] = BOS_ID
@@ -1846,12 +1863,16 @@ class Run:
         for name, p in model.named_parameters():
             counts[tensor_kind(model.role(name), p.shape, cfg.quant_min_numel)] += p.numel()
         total, limit = sum(counts.values()), cfg.artifact_limit_bytes
+        scored = (f"test-time training, {cfg.ttt_mode}" if cfg.ttt_enabled else f"sliding windows, stride "
+                  f"{cfg.eval_stride}" if cfg.final_sliding_eval_enable and cfg.eval_stride else "windows side by side")
         predicted = len(self.code) + int(counts["fp16"] * 2 + counts["int6"] * 4.6 / 8 + counts["int8"] * 6.5 / 8)
         lines = [
             f"preset:     {cfg.preset} {json.dumps(cfg.overrides())}",
             f"machine:    {ranks} x {self.summary['hardware']['name']}, {str(self.process.dtype)[6:]}",
             f"tokenizer:  {self.tokenizer_path}, {cfg.vocab_size} pieces",
             f"validation: {self.stream.targets:,} targets, {self.stream.bytes:,} bytes of {cfg.data_path}",
+            f"evaluation: {scored}, {f'within {cfg.eval_max_seconds:g} s' if cfg.eval_max_seconds else 'no time limit'}"
+            f"{', then an audit' if cfg.audit else ''}",
             f"parameters: {total:,} ({', '.join(f'{n:,} {kind}' for kind, n in counts.items())})",
             f"artifact:   about {predicted:,} bytes with code, limit {limit:,}" + ", over it" * (predicted > limit)]
         if cfg.train_enabled:

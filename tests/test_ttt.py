@@ -176,9 +176,10 @@ def test_a_document_that_is_not_finite_is_left_alone(tiny):
     cfg = tiny(**SMALL | MODES[0])
     adapters = t.LoraAdapters(cfg, Lone(), model_of(cfg))
     adapters.reset(3)
-    scale = torch.tensor([1.0, float("nan"), 1.0])
-    nats = (adapters.weights.sum(1) * scale)[:, None].expand(3, 8)
-    bad = adapters.step(nats, torch.tensor([True, True, False]))
+    scale, places = torch.tensor([1.0, float("nan"), 1.0]), torch.arange(3)
+    adapters.attach(places)
+    nats = (adapters.leaf.sum(1) * scale)[:, None].expand(3, 8)
+    bad = adapters.step(nats, places, torch.tensor([True, True, False]))
     moved = (adapters.weights != adapters.initial).any(1)
     assert bad.tolist() == [False, True, False] and moved.tolist() == [True, False, False]
 
