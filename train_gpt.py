@@ -1437,20 +1437,22 @@ class LoraAdapters:
         self.initial = torch.cat([p.flatten() for p in parts]).to(process.device)
 
     def reset(self, places: int):
-        """Room for the adapters and the optimizer state of this many documents at a time."""
-        self.weights, self.steps = self.initial.repeat(places, 1), self.initial.new_zeros(places, 1)
-        self.first, self.second = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        """Room for the adapters of this many documents at a time; each place is a parameter of its own to Adam."""
+        self.weights = self.initial.repeat(places, 1)
+        self.adam = torch.optim.Adam(self.weights.unbind(), self.cfg.ttt_lora_lr, betas=(0.9, 0.99), fused=True)
 
-    def renew(self, places: Tensor):
+    def renew(self, places: list[int]):
         """Fresh adapters and optimizer state in these places."""
-        self.weights[places] = self.initial
-        for state in (self.first, self.second, self.steps):
-            state[places] = 0.0
+        for place in places:
+            self.weights[place] = self.initial
+            self.adam.state.pop(self.adam.param_groups[0]["params"][place], None)
 
-    def attach(self, places: Tensor):
-        """Give the layers the adapters in `places`, one for each row of the next batch."""
-        self.leaf = self.weights[places].requires_grad_()
-        parts = self.leaf.to(self.dtype).split([math.prod(shape) for shape in self.shapes], dim=1)
+    def attach(self, places: Tensor, times: int = 1):
+        """Give the layers the adapters in `places`, a row of the next batch each, the whole repeated so many times."""
+        everyone = len(places) == len(self.weights)
+        self.leaf = (self.weights.detach() if everyone else self.weights[places]).requires_grad_()
+        parts = self.leaf.to(self.dtype).repeat(times, 1) if times > 1 else self.leaf.to(self.dtype)
+        parts = parts.split([math.prod(shape) for shape in self.shapes], dim=1)
         matrices = [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
         for layer, down, up in zip(self.layers, matrices[::2], matrices[1::2], strict=True):
             layer.adapter = (down, up)
@@ -1459,23 +1461,19 @@ class LoraAdapters:
         for layer in self.layers:
             layer.adapter = None
 
-    def step(self, nats: Tensor, places: Tensor, learns: Tensor) -> Tensor:
+    def step(self, nats: Tensor, places: Tensor, learns: Tensor) -> int:
         """An Adam step on the mean of each row of nats [rows, targets], for the attached `places` where `learns`
-        [rows]. Returns which of them had to be left as they were, for a loss or gradient that was not finite."""
-        b1, b2 = 0.9, 0.99
+        [rows]. Returns how many had to be left as they were, for a loss or gradient that was not finite."""
         grad, = torch.autograd.grad((nats.mean(1) * learns).sum(), self.leaf)
-        with torch.no_grad():
-            fit = torch.isfinite(nats.sum(1) + grad.sum(1))
-            now = (learns & fit)[:, None]
-            grad = torch.where(now, grad, 0.0)
-            if self.cfg.ttt_grad_clip:
-                grad *= (self.cfg.ttt_grad_clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
-            steps, first, second = self.steps[places] + 1, self.first[places], self.second[places]
-            first, second = first.lerp_(grad, 1 - b1), second.lerp_(grad.square(), 1 - b2)
-            change = (first / (1 - b1**steps)) / ((second / (1 - b2**steps)).sqrt() + 1e-8)
-            self.weights[places] -= torch.where(now, self.cfg.ttt_lora_lr, 0.0) * change
-            self.first[places], self.second[places], self.steps[places] = first, second, steps
-        return learns & ~fit
+        norm, loss = torch.linalg.vector_norm(grad, dim=1), nats.detach().sum(1)
+        fit = (torch.isfinite(norm + loss) & learns).tolist()
+        if self.cfg.ttt_grad_clip:
+            grad = grad * (self.cfg.ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0)[:, None]
+        for place, row, ok in zip(places.tolist(), grad, fit, strict=True):
+            self.adam.param_groups[0]["params"][place].grad = row if ok else None
+        self.adam.step()
+        self.adam.zero_grad()
+        return int(learns.sum()) - sum(fit)
 
 
 def document_groups(cfg: Config, process: Process, stream: Stream, weights: int) -> list[tuple[int, int, np.ndarray]]:
@@ -1511,16 +1509,18 @@ def walk_documents(walk: Walk, adapters: LoraAdapters, window: int, places: int,
         free = np.flatnonzero(at >= end)
         for place, document in zip(free.tolist(), queue, strict=False):
             begin[place], end[place], at[place] = *document, document[0]
-        adapters.renew(torch.from_numpy(free).to(device))
+        adapters.renew(free.tolist())
         if not (left := end - at).any():
             return
         active = np.arange(places) if fixed else np.flatnonzero(left)
         rows, first, low, stop = (torch.from_numpy(x[active]).to(device) for x in (np.arange(places), begin, at, end))
-        adapters.attach(rows)
+        offsets = torch.arange(0, chunk if fixed else min(chunk, int(left.max())), stride, device=device)[:, None]
         with walk.scored(window * int(np.minimum(left, chunk).sum())):
-            for offset in range(0, min(chunk, int(left.max())), stride):  # a window ends where its block does
-                high = (low + min(offset + stride, chunk)).minimum(stop)
-                evaluator.record(low + offset, high, (low + offset + stride - window).maximum(first), window)
+            for some in offsets.split(max(tokens_per_pass(walk.cfg, walk.process, False) // (window * len(rows)), 1)):
+                adapters.attach(rows, len(some))
+                begins, ends = low + some, (low + (some + stride).clamp(max=chunk)).minimum(stop)
+                starts = (begins + stride - window).maximum(first)  # a window ends where its block does
+                evaluator.record(begins.flatten(), ends.flatten(), starts.flatten(), window)
         walk.chunks += int((left > 0).sum())
         if (left > chunk).any() and walk.may_learn(walk.total - walk.work, False):
             kept = torch.from_numpy(np.flatnonzero(fixed | (left > chunk)[active])).to(device)
@@ -1542,7 +1542,7 @@ def learn_documents(walk: Walk, adapters: LoraAdapters, window: int, rows: Tenso
     tokens = evaluator.lesson(targets + 1, learns)
     adapters.attach(rows)
     nats = evaluator.forward(evaluator.stream.tokens[places.clamp(max=last)], tokens, targets - start, evaluator.window)
-    walk.undone = walk.undone + adapters.step(nats, rows, learns).sum()
+    walk.undone += adapters.step(nats, rows, learns)
 
 
 def walk_lora(walk: Walk, model: GPT) -> int:
@@ -1554,7 +1554,7 @@ def walk_lora(walk: Walk, model: GPT) -> int:
     for window, places, documents in groups:
         walk_documents(walk, adapters, window, places, documents, walk.evaluator.forward is not model)
     adapters.detach()
-    counts = torch.stack([torch.as_tensor(x, device=process.device) for x in (walk.adapted, walk.undone, walk.chunks)])
+    counts = torch.tensor((walk.adapted, walk.undone, walk.chunks), device=process.device)
     walk.adapted, walk.undone, walk.chunks = process.sum_(counts).tolist()
     return walk.chunks
 
