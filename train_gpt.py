@@ -1183,7 +1183,8 @@ class Evaluator:
     token how many optimizer steps have learnt from it, and how many of those came before its score.
 
     A window is EVAL_SEQ_LEN inputs; windows stand `stride` apart and each scores its last `stride` targets, the
-    first all of its own. A target's window follows from its position alone, not from the batch or number of ranks.
+    first all of its own. A target's window follows from its position in the stream (or, for `record`, from what the
+    caller gives), not from the batch or number of ranks.
     For the audit, the whole distribution of the targets in `probe` is kept too, and `peek` is the largest change of a
     loss when the inputs after its place are others.
     """
