@@ -34,14 +34,14 @@ def plot(curves: dict[str, np.ndarray], ends: np.ndarray, path: Path):
     plt.rcParams["svg.hashsalt"] = "running_bpb"  # the same figures give the same file
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     reference = next(iter(curves.values()))
-    styles = ["-", "--", "-.", ":"]
+    styles = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
     for i, (name, curve) in enumerate(curves.items()):
-        look = {"color": str(0.15 * (i % 4)), "linestyle": styles[i % 4], "marker": "osD^"[i % 4], "markersize": 4}
+        look = {"color": str(0.12 * (i % 5)), "linestyle": styles[i % 5], "marker": "osD^v"[i % 5], "markersize": 4}
         axes[0].plot(ends, curve, label=f"{name}: {curve[-1]:.4f}", **look)
         axes[1].plot(ends, curve - reference, **look)
     axes[0].set(title="BPB of everything scored so far", xlabel="targets scored", ylabel="bits per byte")
     axes[1].set(title=f"the same, less that of \u201c{next(iter(curves))}\u201d", xlabel="targets scored")
-    axes[0].legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(len(curves), 5), frameon=False, fontsize="small")
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
