@@ -1201,9 +1201,9 @@ class Evaluator:
         self.probe, self.distributions, self.peek = torch.tensor(list(probe), device=process.device), {}, 0.0
         Evaluator.made += 1
 
-    def blocks(self, begin: int, end: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def blocks(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Blocks that cover targets [begin, end): first target, end, and first input of each one's window."""
-        w, s = window, self.stride
+        w, s = self.window, self.stride
         low = np.concatenate((np.arange(begin, min(w, end), s), np.arange(max(begin, w), end, s)))
         high = np.minimum(low + s, np.where(low < w, min(w, end), end))
         return low, high, np.where(low < w, 0, low + s - w)
@@ -1211,7 +1211,7 @@ class Evaluator:
     def score(self, begin: int, end: int, tick=lambda done: None):
         """Score targets [begin, end), blocks shared out over the ranks. `tick` hears how much is done, 0 to 1."""
         rank, world, device = self.process.rank, self.process.world, self.process.device
-        blocks = np.stack(self.blocks(begin, end, self.window))
+        blocks = np.stack(self.blocks(begin, end))
         mine = torch.from_numpy(blocks[:, blocks.shape[1] * rank // world : blocks.shape[1] * (rank + 1) // world])
         mine, n = mine.to(device), mine.size(1)
         if not self.batch:  # of equal size, so that a compiled model sees one shape; later calls keep it
@@ -1428,7 +1428,7 @@ def walk_full(walk: Walk, model: GPT) -> int:
     return chunks
 
 
-LORA_CONTEXT = 64
+LORA_CONTEXT = 64  # tokens before a chunk that go in when it is learnt
 
 
 class LoraAdapters:
@@ -1552,11 +1552,11 @@ def learn_documents(walk: Walk, adapters: LoraAdapters, window: int, rows: Tenso
     evaluator, chunk = walk.evaluator, min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len)
     window = min(window, chunk + LORA_CONTEXT)
     learns, start = low + chunk < stop, (low + chunk - window).maximum(first)[:, None]
-    places = (start + torch.arange(window, device=low.device)).minimum(low[:, None] + chunk - 1)
+    inputs = (start + torch.arange(window, device=low.device)).minimum(low[:, None] + chunk - 1)
     targets, last = low[:, None] + torch.arange(chunk, device=low.device), evaluator.stream.targets
     tokens = evaluator.lesson(targets + 1, learns)
     adapters.attach(rows)
-    nats = evaluator.forward(evaluator.stream.tokens[places.clamp(max=last)], tokens, targets - start, evaluator.window)
+    nats = evaluator.forward(evaluator.stream.tokens[inputs.clamp(max=last)], tokens, targets - start, evaluator.window)
     walk.undone += adapters.step(nats, rows, learns)
 
 
@@ -1656,8 +1656,7 @@ class Audit:
 
     def causal(self) -> tuple[bool, str]:
         """Random tokens from a cut on must leave every loss before it as it was, and the distribution at it."""
-        worst, learnt, tolerance = 0.0, [], 0.0
-        noise = 0.0
+        worst, noise, tolerance, learnt = 0.0, 0.0, 0.0, []
         if not exact_audit(self.cfg, self.process):  # how far honest runs differ whose batches have other shapes
             again = self.trial(self.ids, val_batch_size=self.cfg.eval_len * self.process.world).result()
             noise = float(np.abs(again.nats - self.score.nats).max())
@@ -1980,8 +1979,7 @@ class Run:
         if cfg.ttt_enabled:
             return test_time_train(cfg, self.process, log, model, stream, budget, probe)
         stride = cfg.eval_stride if cfg.final_sliding_eval_enable and cfg.eval_stride else cfg.eval_len
-        return evaluate(cfg, self.process, log, compiled(model, cfg, self.process), stride=stride, stream=stream,
-                        label="audit", probe=probe), {}
+        return evaluate(cfg, self.process, log, compiled(model, cfg, self.process), stream, stride, "audit", probe), {}
 
     def audit(self, weights: dict[str, Tensor]):
         """AUDIT=1: try the evaluation behind val_bpb, on these weights, in chunks that leave room for updates."""
@@ -2003,13 +2001,14 @@ class Run:
         seed = int((self.summary["artifact"] or {"sha256": f"{self.cfg.seed:x}"})["sha256"][:8], 16)  # not to be chosen
         cfg = dataclasses.replace(self.cfg, seed=seed)
         result = audit(cfg, self.process, self.log, trial, self.stream, self.tokenizer.sp)
-        if not (self.summary["eval"]["ttt"] or {}).get("stopped_by_budget"):  # and what was tried is what was run
+        stopped = (self.summary["eval"]["ttt"] or {}).get("stopped_by_budget")
+        if self.nats is not None and not stopped:  # and what was tried is what was run
             ids, real = self.stream.tokens[: tokens + 1].cpu().numpy(), {name: getattr(cfg, name) for name in small}
             same = min(len(ids) - 1, cfg.ttt_chunk_tokens if cfg.ttt_mode == "full" else tokens)
             nats = trial(ids, **real | {"eval_max_seconds": 0.0}).result().nats[:same]
             gap = abs(float(np.mean(nats.astype(np.float64) - self.nats[:same])))  # the mean: rounding cancels out
             said = f"the mean of {same} losses differs by {gap:.3g} nats between the run and a trial, allowed 0.01"
-            self.log(f"audit causal: {said}")
+            self.log(f"audit causal: {'ok' if gap <= 0.01 else 'FAILED'}, {said}")
             result["causal"]["detail"] += f"; {said}"
             result["causal"]["ok"] &= gap <= 0.01
             result["ok"] &= result["causal"]["ok"]

@@ -574,6 +574,12 @@ def test_an_audit_is_of_what_was_run(launch, artifact, tmp_path):
     assert "between the run and a trial" in run.summary["reasons"][0]
 
 
+def test_an_audit_without_an_evaluation(launch, artifact):
+    """Every score switched off: what would be behind val_bpb is audited all the same."""
+    run = launch(MODEL_PATH=artifact, AUDIT=1, AUDIT_TOKENS=64, **CLI | {"TTT_ENABLED": 0})
+    assert run.code == 0 and run.summary["audit"]["ok"] and run.summary["val_bpb"] is None, run.err
+
+
 def test_a_stream_without_documents_and_chunks_beyond_it(launch, artifact, tmp_path, corpus):
     folder, header = tmp_path / "plain", struct.pack("<256i", 20240520, 1, 90, *[0] * 253)
     shutil.copytree(corpus, folder)
