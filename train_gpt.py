@@ -1534,7 +1534,7 @@ def walk_documents(walk: Walk, adapters: LoraAdapters, window: int, places: int,
             for some in offsets.split(max(tokens_per_pass(walk.cfg, walk.process, False) // (window * len(rows)), 1)):
                 adapters.attach(rows, len(some))
                 begins, ends = low + some, (low + (some + stride).clamp(max=chunk)).minimum(stop)
-                starts = (begins + stride - window).minimum(begins).maximum(first)  # a window ends where its block does
+                starts = (begins + stride - window).maximum(first)  # a window ends where its block does
                 evaluator.record(begins.flatten(), ends.flatten(), starts.flatten(), window)
         walk.chunks += int((left > 0).sum())
         if (left > chunk).any() and walk.may_learn(walk.total - walk.work, False):

@@ -88,9 +88,10 @@ def test_lora_without_a_rate_is_each_document_by_itself(tiny):
     assert np.allclose(walk(cfg, ids)[0].nats, np.concatenate(expected), atol=1e-4)
 
 
-def test_documents_couple_nothing(tiny):
+@pytest.mark.parametrize("places", [1, 2, 8])
+def test_documents_couple_nothing(tiny, places):
     """A document's losses are those of the document alone: gradient, clip, Adam and adapters are its own."""
-    cfg, cuts = tiny(**SMALL | MODES[0] | {"TTT_GRAD_CLIP": 0.1}), [0, 60, 61, 95, 150]
+    cfg, cuts = tiny(**SMALL | MODES[0] | {"TTT_GRAD_CLIP": 0.1, "VAL_BATCH_SIZE": places * 16}), [0, 60, 61, 95, 150]
     ids = tokens(211, 3, cuts)
     together = walk(cfg, ids)[0].nats
     for a, b in itertools.pairwise([*cuts, 210]):
