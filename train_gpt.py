@@ -125,6 +125,22 @@ class Config:
 
     export_enabled: bool = var(True, "0|1", "0: evaluate the averaged weights without an artifact", "Export")
     artifact_limit_bytes: int = var(16_000_000, ">=1", "code + model bytes at most")
+    export_fill: bool = var(True, "0|1", "1: finer values, up to 8 bits each, in the room that is left (seed: 0)")
+    export_max_seconds: float = var(-1.0, ">=-1", "calibration and search at most, taken from MAX_WALLCLOCK_SECONDS; "
+                                    "-1: 2% of that, 10 s at least, a quarter at most; without a cap no limit")
+    calibration_tokens: int = var(65536, ">=1", "training tokens on which rounding is calibrated and judged")
+    save_float: bool = var(False, "0|1", "1: also keep the averaged weights, to export again with MODEL_PATH")
+    compressor: str = var("rans", "rans|zstd", "coder of the quantised values")
+    quant: str = var("balanced", "balanced|rowmax|mse|std|gptq", "rounding; rowmax: as published; mse: clips of least "
+                     "squared error; std: clips at QUANT_CLIP standard deviations of a row; gptq: the same with error "
+                     "feedback; balanced: gptq with steps by what an error in a row and a column costs")
+    quant_bits_attn: float = var(6.0, "2..8", "bits of attention matrices, one more halves steps; a search starts here")
+    quant_bits_mlp: float = var(6.0, "2..8", "the same for MLP matrices")
+    quant_bits_embed: float = var(8.0, "2..8", "for the token embedding and an untied output layer")
+    quant_bits_bigram: float = var(8.0, "2..8", "for the bigram embedding and its projection")
+    quant_bits_sidecar: float = var(6.0, "2..8", "for the sidecar")
+    quant_clip: float = var(12.85, ">0", "std, gptq: where a matrix is clipped, in standard deviations of a row")
+    quant_clip_embed: float = var(20.0, ">0", "std, gptq: the same for embeddings")
     quant_min_numel: int = var(65536, ">=0", "tensors up to this many elements are kept in fp16")
 
     final_eval_enable: bool = var(True, "0|1", "1: score float and int6 weights without overlap", "Evaluation")
@@ -166,6 +182,13 @@ class Config:
         return self.eval_seq_len or self.train_seq_len
 
     @property
+    def export_seconds(self) -> float:
+        """Guard on calibration and search, 0 for none: it is training time, so training ends that much sooner."""
+        cap = self.max_wallclock_seconds * self.train_enabled
+        auto = self.export_max_seconds < 0
+        return min(max(10.0, cap / 50), cap / 4) if auto else self.export_max_seconds
+
+    @property
     def mlp_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
 
@@ -186,12 +209,13 @@ class Config:
 
 
 PRESETS = {
-    "seed": {},  # the defaults above are the published ones
+    "seed": {"export_fill": False},  # the defaults above are the published ones, but for QUANT, which is better
     "demo": {  # a few minutes on two CPU cores, on the embedded corpus
         "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "sparse_start_layer": 2,
         "train_seq_len": 256, "train_batch_tokens": 4096, "iterations": 3000, "max_wallclock_seconds": 180.0,
         "warmdown_iters": 400, "warmup_steps": 0, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 100,
         "ema_decay": 0.97, "train_log_every": 50, "val_token_limit": 131072, "quant_min_numel": 4096,
+        "artifact_limit_bytes": 750_000,  # as many bytes a parameter as the challenge leaves the published model
     },
 }
 
@@ -316,6 +340,9 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
          f"TTT_FREEZE_BLOCKS={cfg.ttt_freeze_blocks}: the model has {cfg.num_layers} blocks"),
         (cfg.ttt_lora_rank <= cfg.model_dim or "ttt_lora_rank" not in cfg.explicit,
          f"TTT_LORA_RANK={cfg.ttt_lora_rank}: must not exceed the width MODEL_DIM={cfg.model_dim}"),
+        (not cfg.export_enabled or not trains or not cfg.max_wallclock_seconds or
+         0 < cfg.export_seconds < cfg.max_wallclock_seconds,
+         f"EXPORT_MAX_SECONDS={cfg.export_max_seconds:g}: must be above 0 and below MAX_WALLCLOCK_SECONDS"),
         (trains or cfg.model_path, "MODEL_PATH: TRAIN_ENABLED=0 needs the artifact to start from"),
         (not trains or cfg.train_batch_tokens % cfg.train_seq_len == 0,
          f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}"),
@@ -829,6 +856,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.cfg, self.dtype, self.skips = cfg, dtype, cfg.num_layers // 2
+        self.watch_output = None  # set by `calibrate`, which hooks the other layers
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
         self.bigram = Bigram(cfg) if cfg.bigram_vocab_size else None
         self.smear = nn.Parameter(torch.zeros(cfg.model_dim))
@@ -857,7 +885,7 @@ class GPT(nn.Module):
                         module.weight.mul_(1 / math.sqrt(2 * self.cfg.num_layers))
 
     def role(self, name: str) -> str:
-        """How a parameter is trained and stored: matrix (Muon, int6), embed, head (int8) or vector (fp16)."""
+        """How a parameter is trained: matrix (Muon), embed, head or vector (AdamW)."""
         if name in ("tok_emb.weight", "bigram.embed.weight"):
             return "embed"
         if name == "lm_head.weight":
@@ -892,8 +920,10 @@ class GPT(nn.Module):
                 stack.append(x)
         if rows is not None:
             x = x.gather(1, rows[:, :, None].expand(-1, -1, x.size(-1)))
-        head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-        logits = F.linear(norm(x), head.to(x.dtype))
+        name, head = ("tok_emb.weight", self.tok_emb) if self.lm_head is None else ("lm_head.weight", self.lm_head)
+        logits = F.linear(x := norm(x), head.weight.to(x.dtype))
+        if self.watch_output is not None:
+            self.watch_output(name, x, logits)
         logits = (cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap)).float()
         if targets is None:
             return logits
@@ -1044,103 +1074,514 @@ class Optimizers:
             self.flat.weights.copy_(self.average)
 
 
-# ==== Export: quantised rows, one compressed file that rebuilds the model by itself ===================================
-#   bytes 0-7    magic "GPT16MB" and format version
+# ==== Export: values rounded where it costs least, coded by their spread, in one file that rebuilds the model =========
+#   bytes 0-7    magic "GPT16MB" and format version 2
 #   bytes 8-11   length of the compressed header, little-endian
-#   then         zstd(header): JSON {"config": {...}, "tensors": [[name, shape, kind], ...]}
-#   then         zstd(payload): each tensor in header order; fp16 values, or for int6 and int8 one fp16 scale
-#                a row followed by one int8 a value
+#   then         zstd(header): JSON {"config": {...}, "coder": "rans" or "zstd", "sides": compressed bytes of the next
+#                part, "tensors": [[name, shape, kind, bits, offset], ...]}; offset: a tensor's first element in the
+#                stream of its kind (fp32, fp16, or the int8 values of kinds rows and grid)
+#   then         zstd(sides), as the bytes, lowest first, of: fp32 tensors; fp16 tensors, the fp16 steps a row of
+#                kind rows, rANS frequencies [CLASSES, 256]; then, as int8, log steps of rows and columns of kind
+#                grid, log spreads of rows and columns of all values
+#   then         the values, as rANS words or as a zstd frame of int8
 #   last 32      sha256 of everything before
 
-ARTIFACT_NAME, ARTIFACT_MAGIC = "final_model.int6.ptz", b"GPT16MB\x01"
-ARTIFACT_MOST = 1 << 32  # bytes that a frame may promise, so that a broken header cannot ask for everything
+BALANCED_STEP = 0.0025  # what QUANT_BITS mean to "balanced": 6 for a matrix and 8 for an embedding cost alike
+ARTIFACT_NAME, FLOAT_NAME, ARTIFACT_MAGIC = "final_model.int6.ptz", "final_model.float.ptz", b"GPT16MB\x02"
+HEADER_MOST, CLASSES, PRECISION = 1 << 20, 64, 14  # bytes of a header; rANS tables, and the bits of their frequencies
+GROUPS = ("bigram", "sidecar", "attn", "mlp", "embed")  # what has bits of its own: QUANT_BITS_<group>
 
 
-def quantize_rows(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Round w [rows, cols] to the published grid of "int6" or "int8". Returns int8 values and fp16 scales [rows].
+@dataclass
+class Stored:
+    """A tensor as the file holds it: numbers (fp32, fp16) or int8 values with their steps: an fp16 a row (rows), or
+    2**(k/8) of an int8 k a row and a column (grid)."""
 
-    The floor under the scale gives every row whose weights stay below 1 the same coarse step, which costs loss
-    and saves bytes: the values of small rows stay near zero, and zstd takes it from there.
-    """
-    if kind == "int6":
-        reach, low, high = w.abs().amax(1), -32, 31
-    else:  # clipped at a quantile; in pieces, since torch.quantile takes at most 16 M values
-        reach, low, high = torch.cat([p.abs().quantile(0.9999984, dim=1) for p in w.split(1024)]), -127, 127
-        w = torch.minimum(torch.maximum(w, -reach[:, None]), reach[:, None])
-    scale = (reach.clamp(min=1.0) / high).to(torch.float16)
-    return (w / scale.float()[:, None]).round().clamp(low, high).to(torch.int8), scale
+    kind: str
+    bits: float
+    values: np.ndarray
+    rows: np.ndarray | None = None
+    cols: np.ndarray | None = None
+
+    def tensor(self) -> Tensor:
+        """The fp32 values that the model computes with."""
+        roots, values = np.array([2 ** (i / 8) for i in range(8)], np.float32), self.values.astype(np.float32)
+        if self.kind == "grid":  # exact everywhere: a rounded root and a shift of the exponent
+            for steps, shape in ((self.rows, (-1, 1)), (self.cols, (1, -1))):
+                values *= np.ldexp(roots[steps & 7], steps >> 3).reshape(shape)
+        elif self.kind == "rows":
+            values *= self.rows.astype(np.float32)[:, None]
+        return torch.from_numpy(values)
 
 
-def tensor_kind(role: str, shape: tuple[int, ...], min_numel: int) -> str:
-    """How a tensor is stored: large matrices int6, large embeddings and heads int8, all else fp16."""
-    if role == "vector" or len(shape) != 2 or math.prod(shape) <= min_numel:
-        return "fp16"
-    return "int6" if role == "matrix" else "int8"
+def spreads(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log spreads of rows and columns of int8 values, in quarter octaves: their sum says how far a value tends to be
+    from 0, and so which table codes it. int8 [rows], [cols]"""
+    squares = np.square(values, dtype=np.float32)
+    rows, cols = np.ones(len(values), np.float32), np.ones(values.shape[1], np.float32)
+    for _ in range(3):
+        rows = (squares @ (1 / cols)) / len(cols) + np.float32(0.02)
+        cols = (1 / rows) @ squares / len(rows) + np.float32(0.02)
+    return tuple(np.rint(2 * np.log2(s.astype(np.float64))).astype(np.int8) for s in (rows, cols))
 
 
-def pack(model: GPT, min_numel: int) -> bytes:
-    """The model as the bytes of an artifact. The same weights give the same bytes."""
-    table, payload = [], []
-    for name, p in model.named_parameters():
-        w = p.detach().float().cpu()
-        table.append([name, list(w.shape), kind := tensor_kind(model.role(name), w.shape, min_numel)])
-        values, scale = (w.to(torch.float16), w.new_empty(0)) if kind == "fp16" else quantize_rows(w, kind)
-        payload += [scale.numpy().tobytes(), values.numpy().tobytes()]
-    config = {f.name: getattr(model.cfg, f.name) for f in MODEL_FIELDS}
-    header = json.dumps({"config": config, "tensors": table}, separators=(",", ":")).encode()
-    header, body = (zstandard.ZstdCompressor(level=22).compress(part) for part in (header, b"".join(payload)))
-    blob = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + body
+def classes(rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """The table of each value, from the log spreads. uint8 [rows * cols]"""
+    return np.clip(rows.astype(np.int16)[:, None] + cols + 16, 0, CLASSES - 1).astype(np.uint8).ravel()
+
+
+def frequencies(counts: np.ndarray) -> np.ndarray:
+    """Counts [CLASSES, 256] as uint16 frequencies: 2**PRECISION in sum a table, at least 1 where any are."""
+    result = np.zeros(counts.shape, np.int64)
+    for row, count in zip(result, counts, strict=True):
+        if total := count.sum():
+            row[:] = np.where(count, np.maximum((count << PRECISION) // total, 1), 0)
+            row[count.argmax()] += (1 << PRECISION) - row.sum()  # never below 1: at most 255 others were raised to 1
+    return result.astype(np.uint16)
+
+
+def rans_lanes(count: int) -> int:
+    return max(min(count, max(count // 4096, 32)), 1)
+
+
+def rans_encode(symbols: np.ndarray, table_of: np.ndarray, tables: np.ndarray) -> bytes:
+    """uint8 symbols, each under its table of `tables` [CLASSES, 256], as uint16 words. Many interleaved states, one a
+    lane, make each step a numpy operation. (ANS, https://arxiv.org/abs/1311.2540)"""
+    n, lanes = len(symbols), rans_lanes(len(symbols))
+    share, start = tables.astype(np.uint64).ravel(), (np.cumsum(tables, 1) - tables).astype(np.uint64).ravel()
+    states, words, shift, half = np.full(lanes, 1 << 16, np.uint64), [], np.uint64(PRECISION), np.uint64(16)
+    for begin in range((n - 1) // lanes * lanes, -1, -lanes):  # last symbol first: what comes out is read backwards
+        part = slice(begin, min(begin + lanes, n))
+        index = table_of[part].astype(np.int32) * 256 + symbols[part]
+        f, x = share[index], states[: part.stop - begin]
+        full = x >= f << np.uint64(32 - PRECISION)
+        words.append(x[full].astype("<u2"))
+        x[full] >>= half
+        quotient, rest = np.divmod(x, f)
+        x[:] = (quotient << shift) + rest + start[index]
+    words += [(states >> half).astype("<u2"), states.astype("<u2")]
+    return np.concatenate(words[::-1]).tobytes()
+
+
+def rans_decode(data: bytes, table_of: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """The symbols of `rans_encode`, uint8 [len(table_of)]. Raises ValueError for data that it cannot have written."""
+    n, lanes, mask = len(table_of), rans_lanes(len(table_of)), np.uint32((1 << PRECISION) - 1)
+    words, sums = np.frombuffer(data, "<u2"), tables.astype(np.int64).sum(1)
+    used = np.bincount(table_of, minlength=CLASSES) > 0
+    if not np.isin(sums, (0, 1 << PRECISION)).all() or not sums[used].all() or len(words) < 2 * lanes:
+        raise ValueError("tables that do not code the values")
+    share, start = tables.astype(np.uint32).ravel(), (np.cumsum(tables, 1) - tables).astype(np.uint32).ravel()
+    lookup = np.zeros((CLASSES, 1 << PRECISION), np.uint8)
+    lookup[sums > 0] = [np.repeat(np.arange(256, dtype=np.uint8), row) for row in tables[sums > 0]]
+    lookup, at, symbols = lookup.ravel(), 2 * lanes, np.empty(n, np.uint8)
+    states = words[:lanes].astype(np.uint32) | words[lanes:at].astype(np.uint32) << np.uint32(16)
+    for begin in range(0, n, lanes):
+        table = table_of[begin : begin + lanes].astype(np.int32)
+        x = states[: len(table)]
+        slot = x & mask
+        symbols[begin : begin + lanes] = symbol = lookup[(table << PRECISION) + slot]
+        index = (table << 8) + symbol
+        x[:] = share[index] * (x >> np.uint32(PRECISION)) + slot - start[index]
+        low = np.flatnonzero(x < 1 << 16)
+        if at + len(low) > len(words):
+            raise ValueError("values that end early")
+        x[low] = x[low] << np.uint32(16) | words[at : at + len(low)]
+        at += len(low)
+    if at != len(words) or (states != 1 << 16).any():
+        raise ValueError("values that do not end where they should")
+    return symbols
+
+
+def count_values(stored) -> tuple[list, np.ndarray]:
+    """For each quantised tensor its (log spreads, table of each value, counts [CLASSES, 256]), and all counts' sum."""
+    parts = []
+    for s in stored:
+        table_of = classes(*(spread := spreads(s.values)))
+        index = table_of.astype(np.int32) * 256 + (s.values.ravel().astype(np.int32) + 128)
+        parts.append((spread, table_of, np.bincount(index, minlength=CLASSES * 256).reshape(CLASSES, 256)))
+    return parts, sum((p[2] for p in parts), np.zeros((CLASSES, 256), np.int64))
+
+
+def planes(numbers: np.ndarray) -> bytes:
+    """The numbers' lowest bytes, then their next ones, and so on: bytes of one kind compress better side by side."""
+    return numbers.view(np.uint8).reshape(-1, numbers.itemsize).T.tobytes()
+
+
+def pack(config: dict, stored: dict[str, Stored], coder: str = "rans") -> bytes:
+    """A file's bytes from the model's settings and its tensors; the same give the same."""
+    table, ends = [], collections.Counter()
+    for name, s in stored.items():
+        stream = "values" if s.rows is not None else s.kind
+        table.append([name, list(s.values.shape), s.kind, round(s.bits, 3), ends[stream]])
+        ends[stream] += s.values.size
+    of_kind = {kind: [s for s in stored.values() if s.kind == kind] for kind in ("fp32", "fp16", "rows", "grid")}
+    quantised = [s for s in stored.values() if s.rows is not None]
+    halves = [s.values.ravel() for s in of_kind["fp16"]] + [s.rows for s in of_kind["rows"]]
+    codes = [steps for s in of_kind["grid"] for steps in (s.rows, s.cols)]
+    if quantised and coder == "rans":
+        parts, counts = count_values(quantised)
+        tables = frequencies(counts)
+        halves.append(tables.ravel().view(np.float16))
+        codes += [c for spread, _, _ in parts for c in spread]
+        symbols = np.concatenate([s.values.ravel() for s in quantised]).view(np.uint8) ^ 128  # as value + 128
+        values = rans_encode(symbols, np.concatenate([table_of for _, table_of, _ in parts]), tables)
+    else:
+        values = zstandard.compress(b"".join(s.values.tobytes() for s in quantised), 22)
+    floats = np.concatenate([s.values.ravel() for s in of_kind["fp32"]] or [np.empty(0, np.float32)])
+    halves = np.concatenate(halves or [np.empty(0, np.float16)])
+    sides = zstandard.compress(planes(floats) + planes(halves) + b"".join(c.tobytes() for c in codes), 22)
+    header = {"config": config, "coder": coder, "sides": len(sides), "tensors": table}
+    header = zstandard.compress(json.dumps(header, separators=(",", ":")).encode(), 22)
+    blob = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + sides + values
     return blob + hashlib.sha256(blob).digest()
 
 
-def decompress(data: bytes) -> bytes:
-    """One zstd frame, whose promised size is checked before anything is allocated. Raises ValueError, ZstdError."""
+def decompress(data: bytes, most: int, exact: bool = True) -> bytes:
+    """One zstd frame of `most` bytes, or up to that, checked before any is allocated. Raises ValueError, ZstdError."""
     size = zstandard.frame_content_size(data)
-    if not 0 <= size <= ARTIFACT_MOST:
-        raise ValueError(f"a frame of {size} bytes")
-    return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+    if not 0 <= size <= most or (exact and size != most):
+        raise ValueError(f"a frame of {size} bytes for {most}")
+    return zstandard.ZstdDecompressor().decompress(data, max_output_size=max(size, 1), allow_extra_data=False)
 
 
-@np.errstate(all="ignore")  # forged values may overflow; a score that is no number is found later
-def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Tensor]]:
-    """An artifact's configuration (checked like environment variables) and its tensors in fp32.
+def check_header(header: dict, size: int) -> dict:
+    """A header's configuration, checked like environment variables, and its tensors against it. Raises ValueError and
+    what else a forged header can cause. `size`: the file's; a file cannot ask for more memory than it could fill."""
+    config = {f.name: header["config"][f.name] for f in MODEL_FIELDS}
+    config = {f.name: parse(f.type, f.metadata["accepts"], str(f.type(config[f.name])).replace("True", "1")
+                            .replace("False", "0")) for f in MODEL_FIELDS}
+    cfg = Config(train_enabled=False, model_path="-", ttt_enabled=False, final_sliding_eval_enable=False, **config)
+    if lines := conflicts(cfg, 1):
+        raise ValueError(lines[0])
+    with torch.device("meta"):  # nothing is allocated for a model that the file does not hold
+        wanted = {name: list(p.shape) for name, p in GPT(cfg).named_parameters()}
+    if wanted != {name: shape for name, shape, *_ in header["tensors"]} or len(wanted) != len(header["tensors"]):
+        raise ValueError("its tensors do not fit the model that its header describes")
+    ends = collections.Counter()
+    for name, shape, kind, bits, offset in header["tensors"]:
+        stream = "values" if kind in ("rows", "grid") else kind
+        if kind not in ("fp32", "fp16") and (stream != "values" or len(shape) != 2):
+            raise ValueError(f"{name} of kind {kind}")
+        if offset != ends[stream] or not 0 <= float(bits) <= 32:
+            raise ValueError(f"{name} at {offset} with {bits} bits")
+        ends[stream] += math.prod(shape)
+    if sum(ends.values()) > 8 * size + (1 << 22) or header["coder"] not in ("rans", "zstd"):
+        raise ValueError(f"{sum(ends.values())} elements by {header['coder']} in {size} bytes")
+    return config
 
-    Raises UserError, naming `source`, for anything that is not a whole, consistent artifact.
-    """
-    if len(blob) < 44 or blob[:8] != ARTIFACT_MAGIC:
+
+def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Stored]]:
+    """A file's model settings and tensors. Raises UserError, naming `source`, for all but a whole, consistent file."""
+    if len(blob) < 44 or blob[:7] != ARTIFACT_MAGIC[:7]:
         raise UserError(f"{source}: not an artifact of this script; give the {ARTIFACT_NAME} of a run")
+    if blob[7:8] != ARTIFACT_MAGIC[7:]:
+        raise UserError(f"{source}: of format {blob[7]}, this script reads {ARTIFACT_MAGIC[7]}; use its own script")
     if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
         raise UserError(f"{source}: damaged, its checksum does not match; copy or export it again")
     cut = 12 + struct.unpack("<I", blob[8:12])[0]
     try:
-        header, payload = json.loads(decompress(blob[12:cut])), decompress(blob[cut:-32])
-        config = {f.name: header["config"][f.name] for f in MODEL_FIELDS}
-        config = {f.name: parse(f.type, f.metadata["accepts"], str(f.type(config[f.name])).replace("True", "1")
-                                .replace("False", "0")) for f in MODEL_FIELDS}
-        tensors, offset = {}, 0
-        for name, shape, kind in header["tensors"]:
-            rows = 0 if kind == "fp16" else shape[0]
-            scale = np.frombuffer(payload, "<f2", rows, offset).astype(np.float32)
-            values = np.frombuffer(payload, "<f2" if kind == "fp16" else np.int8, math.prod(shape), offset + 2 * rows)
-            offset += 2 * rows + values.nbytes
-            values = values.astype(np.float32).reshape(shape)
-            tensors[name] = torch.from_numpy(values * scale[:, None] if rows else values)
-        if offset != len(payload):
-            raise ValueError("a payload longer than its table")
+        header = json.loads(decompress(blob[12:cut], HEADER_MOST, exact=False))
+        config = check_header(header, len(blob))
+        end = cut + header["sides"]
+        return config, read_tensors(header, blob[cut:end], blob[end:-32])
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
             zstandard.ZstdError) as error:  # whatever a forged header can cause
-        raise UserError(f"{source}: its header and payload do not agree ({type(error).__name__}: {error}); export it "
-                        "again") from None
-    return config, tensors
+        raise UserError(f"{source}: its parts do not agree ({type(error).__name__}: {error})"[:400].replace("\n", " ")
+                        + "; export it again") from None
 
 
-def build_model(cfg: Config, tensors: dict[str, Tensor], process: Process, source: str) -> GPT:
-    """A model on the device with an artifact's weights. Raises UserError where they do not fit the configuration."""
-    with torch.device("meta"):  # nothing is allocated for a model that the file does not hold
-        wanted = {name: p.shape for name, p in GPT(cfg).named_parameters()}
-    if wanted != {name: t.shape for name, t in tensors.items()}:
-        raise UserError(f"{source}: its tensors do not fit the model that its header describes; export it again")
-    model = GPT(cfg, process.dtype)
+def read_tensors(header: dict, sides: bytes, values: bytes) -> dict[str, Stored]:
+    """The tensors of a checked header. Raises ValueError or ZstdError where the parts have other sizes than it says."""
+    table, rans = header["tensors"], header["coder"] == "rans"
+    sizes = {kind: [math.prod(t[1]) for t in table if t[2] == kind] for kind in ("fp32", "fp16")}
+    quantised = [t for t in table if t[2] in ("rows", "grid")]
+    n32, n16 = sum(sizes["fp32"]), sum(sizes["fp16"]) + sum(t[1][0] for t in quantised if t[2] == "rows")
+    n16 += CLASSES * 256 if rans and quantised else 0
+    lengths = [length for t in quantised if t[2] == "grid" for length in t[1]]
+    lengths += [length for t in quantised for length in t[1]] if rans else []
+    raw = np.frombuffer(decompress(sides, 4 * n32 + 2 * n16 + sum(lengths)), np.uint8)
+    floats = raw[: 4 * n32].reshape(4, n32).T.copy().view("<f4").ravel()
+    halves = raw[4 * n32 : len(raw) - sum(lengths)].reshape(2, n16).T.copy().view("<f2").ravel()
+    codes = iter(np.split(raw[len(raw) - sum(lengths) :].view(np.int8), np.cumsum(lengths)[:-1]) if lengths else ())
+    steps = {t[0]: (next(codes), next(codes)) for t in quantised if t[2] == "grid"}
+    at = sum(sizes["fp16"])
+    for name, shape, kind, _, _ in quantised:
+        if kind == "rows":
+            steps[name], at = (halves[at : at + shape[0]], None), at + shape[0]
+    if rans and quantised:
+        table_of = np.concatenate([classes(next(codes), next(codes)) for _ in quantised])
+        decoded = rans_decode(values, table_of, halves[at:].view("<u2").reshape(CLASSES, 256))
+        decoded = (decoded ^ 128).view(np.int8)
+    else:
+        decoded = np.frombuffer(decompress(values, sum(math.prod(t[1]) for t in quantised)), np.int8)
+    streams, tensors = {"fp32": floats, "fp16": halves}, {}
+    for name, shape, kind, bits, offset in table:
+        part = streams.get(kind, decoded)[offset : offset + math.prod(shape)].reshape(shape)
+        tensors[name] = Stored(kind, float(bits), part, *steps.get(name, ()))
+    return tensors
+
+
+def is_quantised(name: str, p: Tensor, min_numel: int) -> bool:
+    """Whether a tensor becomes int8 values: large matrices, embeddings and heads; all else stays fp16."""
+    return name.endswith(".weight") and p.numel() > min_numel
+
+
+def group_of(name: str) -> str:
+    """The tensor's group, one of GROUPS."""
+    return next((g for g in GROUPS if name.startswith(g) or f".{g}." in name), "embed")
+
+
+class Sensitivity:
+    """What rounding a matrix costs, from training text: H = E[x x'] of its inputs and G = E[(dL/dy)^2] of its outputs.
+
+    `factor` is the upper Cholesky factor of the inverse of H, with its rows and columns in `order`: an error of e at
+    column j costs e^2 / factor[j, j]^2 once the columns after it have made up for what they can. `weight`: G [rows].
+    """
+
+    def __init__(self, h: Tensor, g: Tensor):
+        h = h.double() + torch.eye(len(h), device=h.device) * (0.01 * h.diag().mean().item() + 1e-12)
+        self.order = torch.argsort(h.diag(), descending=True, stable=True)
+        h = torch.cholesky_inverse(torch.linalg.cholesky(h[self.order][:, self.order]))
+        self.factor, self.weight = torch.linalg.cholesky(h, upper=True).float(), g
+
+    def feed_back(self, u: Tensor, cols: Tensor | None, low: int, high: int) -> Tensor:
+        """Round u [rows, columns] to integers column by column; the columns not yet rounded take up each one's error.
+        `cols`: steps by which the columns were divided. (GPTQ, https://arxiv.org/abs/2210.17323)"""
+        factor = self.factor if cols is None else self.factor / cols[self.order]
+        u, values = u[:, self.order], torch.empty_like(u)
+        for begin in range(0, u.size(1), 128):
+            block = slice(begin, min(begin + 128, u.size(1)))
+            errors = torch.empty_like(u[:, block])
+            for j in range(block.start, block.stop):
+                values[:, j] = u[:, j].round().clamp(low, high)
+                errors[:, j - begin] = error = (u[:, j] - values[:, j]) / factor[j, j]
+                u[:, j : block.stop] -= error[:, None] * factor[j, j : block.stop]
+            u[:, block.stop :] -= errors @ factor[block, block.stop :]
+        result = torch.empty_like(values)
+        result[:, self.order] = values
+        return result
+
+
+def row_steps(w: Tensor, cfg: Config, bits: float, embedding: bool) -> Tensor:
+    """Steps [rows] that lay a grid of 2**bits values between the clips of each row by the rule QUANT, rounded to fp16.
+
+    The floor of the published rule gives every row whose weights stay below 1 the same coarse step: it costs loss and
+    saves bytes, since values near zero take few.
+    """
+    top, most = 2 ** (bits - 1) - 1, w.abs().amax(1)
+    if cfg.quant == "rowmax":
+        if embedding:  # in pieces, since torch.quantile takes at most 16 M values
+            most = torch.cat([p.abs().quantile(0.9999984, dim=1) for p in w.split(1024)])
+        reach = most.clamp(min=1.0)
+    elif cfg.quant == "mse":
+        tried = [most * share for share in torch.linspace(0.4, 1.0, 31).tolist()]
+        errors = [((w / (r[:, None] / top + 1e-30)).round().clamp(-top - 1, top) * r[:, None] / top - w).square().sum(1)
+                  for r in tried]
+        reach = torch.stack(tried).gather(0, torch.stack(errors).argmin(0)[None])[0]
+    else:
+        reach = (cfg.quant_clip_embed if embedding else cfg.quant_clip) * w.std(1)
+    return (reach / top).clamp(2**-24, 65504).to(torch.float16)  # what fp16 can hold
+
+
+def quantize(w: Tensor, cfg: Config, bits: float, embedding: bool, sensitivity: Sensitivity | None) -> Stored:
+    """Round a matrix by the rule QUANT; one bit more halves every step.
+
+    "balanced" makes the expected rise of the loss, G e^2 / 2 by Sensitivity, the same for every value of the model:
+    coarse where a row or column matters little, which the coder then turns into bytes. Rows end at 8 bits a value.
+    (A uniform step and an entropy coder are near the best: Gish and Pierce 1968; reverse water-filling.)
+    """
+    if cfg.quant == "balanced":
+        weight = sensitivity.weight.clamp(min=1e-3 * sensitivity.weight.mean() + 1e-20)
+        wish, cols = BALANCED_STEP * 2 ** (2 * embedding - bits) / weight.sqrt(), torch.empty_like(w[0])
+        cols[sensitivity.order] = sensitivity.factor.diag()
+        cols = torch.maximum(cols, (w / wish[:, None]).square().mean(0).sqrt() * 4 / 127)  # 127 reach 4 deviations
+        cols = (8 * cols.log2()).round().clamp(-128, 127)
+        most = (w / 2 ** (cols / 8)).abs().amax(1) / 127 + 1e-30
+        rows = (8 * torch.maximum(wish, most).log2()).ceil().clamp(-128, 127)
+        u = w / 2 ** (rows / 8)[:, None] / 2 ** (cols / 8)
+        values = sensitivity.feed_back(u, 2 ** (cols / 8), -127, 127)
+        return Stored("grid", bits, *(t.cpu().numpy().astype(np.int8) for t in (values, rows, cols)))
+    steps, low = row_steps(w, cfg, bits, embedding), max(-math.ceil(2 ** (bits - 1)), -127)
+    u, high = w / steps.float()[:, None], math.ceil(2 ** (bits - 1)) - 1
+    values = sensitivity.feed_back(u, None, low, high) if cfg.quant == "gptq" else u.round().clamp(low, high)
+    return Stored("rows", bits, values.cpu().numpy().astype(np.int8), steps.cpu().numpy())
+
+
+def text_loss(model: GPT, sequences: Tensor, size: int) -> float:
+    """Nats per token of `sequences` [n, T + 1], `size` at a time."""
+    with torch.no_grad():
+        means = [model(part[:, :-1], part[:, 1:]).double().mean(1) for part in sequences.split(size)]
+    return float(torch.cat(means).mean())
+
+
+def calibrate(model: GPT, sequences: Tensor, size: int, may_go_on) -> tuple[dict[str, Sensitivity], int]:
+    """Sensitivities of all matrices on training text [n, T + 1], and how many sequences time allowed, one at least.
+
+    Embeddings look rows up, so their H only tells how the gradient is spread over the columns; a tied one is seen as
+    the output layer.
+    """
+    sums, hooks = collections.defaultdict(lambda: [0.0, 0.0, 1e-30]), []  # of H, G, and what H is divided by
+
+    def watch(name: str, x: Tensor, y: Tensor):
+        x, entry = x.detach().flatten(0, 1).float(), sums[name]
+        entry[0], entry[2] = entry[0] + x.T @ x, entry[2] + len(x)
+        y.register_hook(lambda g: entry.__setitem__(1, entry[1] + g.flatten(0, 1).float().square().sum(0)))
+
+    def look_up(name: str, rows: int, ids: Tensor, y: Tensor):
+        def gradient(g: Tensor):
+            entry, squares = sums[name], g.flatten(0, 1).float().square()
+            entry[0], entry[2] = entry[0] + squares.sum(0).diag(), entry[2] + squares.sum(0).mean()
+            entry[1] = entry[1] + squares.new_zeros(rows).index_add_(0, ids.flatten(), squares.mean(1))
+        y.register_hook(gradient)
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            hooks.append(module.register_forward_hook(
+                lambda module, args, y, name=f"{name}.weight": watch(name, args[0], y)))
+        elif isinstance(module, nn.Embedding) and not (name == "tok_emb" and model.cfg.tie_embeddings):
+            hooks.append(module.register_forward_hook(
+                lambda module, args, y, name=f"{name}.weight": look_up(name, len(module.weight), args[0], y)))
+    model.watch_output, used = watch, 0
+    for part in sequences.split(size):
+        model(part[:, :-1], part[:, 1:]).sum().backward()
+        used += len(part)
+        if not may_go_on():
+            break
+    model.watch_output = None
+    for hook in hooks:
+        hook.remove()
+    for p in model.parameters():
+        p.grad = None
+    tokens = used * (sequences.size(1) - 1)
+    return {name: Sensitivity(h / n, g / tokens) for name, (h, g, n) in sums.items()}, used
+
+
+class Exporter:
+    """Rounds a trained model so that its file keeps the limit: at the bits asked for where that fits (EXPORT_FILL=0),
+    else at the bits that cost least by the loss measured on training text. Runs on one rank.
+
+    `room`: bytes that the file may take; `sequences` [n, T + 1]: training text; `seconds`: the guard, 0 for none.
+    """
+
+    def __init__(self, cfg: Config, log: Log, model: GPT, sequences: Tensor, size: int, room: int, seconds: float):
+        self.cfg, self.log, self.model, self.size, self.room = cfg, log, model, size, room
+        self.began, self.guard, self.report = time.perf_counter(), seconds, {"rule": cfg.quant, "attempts": 0}
+        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self.config = {f.name: getattr(cfg, f.name) for f in MODEL_FIELDS}
+        self.sequences, self.sensitivity = sequences, {}
+        self.groups = sorted({group_of(n) for n in self.weights if self.coarse(n)})
+        self.low, self.high = (0.0, 12.0) if cfg.quant == "balanced" else (2.0, 8.0)
+        if cfg.quant in ("balanced", "gptq") and self.groups:
+            self.sensitivity, used = calibrate(model, sequences, size, lambda: self.in_time(0.5))
+            self.bite(f"calibration on {used} of {len(sequences)} sequences" if used < len(sequences) else "")
+
+    def coarse(self, name: str) -> bool:
+        return is_quantised(name, self.weights[name], self.cfg.quant_min_numel)
+
+    def in_time(self, share: float = 1.0) -> bool:
+        return not self.guard or time.perf_counter() - self.began < share * self.guard
+
+    def bite(self, what: str):
+        if what:
+            self.log(f"export: EXPORT_MAX_SECONDS={self.guard:g} cut short: {what}")
+            self.report["cut_short"] = [*self.report.get("cut_short", []), what]
+
+    def rounded(self, bits: dict[str, float]) -> dict[str, Stored]:
+        """The tensors of the groups in `bits`."""
+        names = [(name, group_of(name)) for name in self.weights if self.coarse(name)]
+        return {n: quantize(self.weights[n], self.cfg, bits[g], g in ("embed", "bigram"), self.sensitivity.get(n))
+                for n, g in names if g in bits}
+
+    @torch.no_grad()
+    def put(self, tensors: dict[str, Stored]):
+        """Put these tensors in place of the model's own, which come back where there is none."""
+        for name, p in self.model.named_parameters():
+            p.copy_(tensors[name].tensor() if name in tensors else self.weights[name])
+
+    def loss(self, tensors: dict[str, Stored]) -> float:
+        """Nats per token of the model with these tensors on the training text."""
+        self.put(tensors)
+        return text_loss(self.model, self.sequences, self.size)
+
+    def packed(self, coarse: dict[str, Stored], coder: str) -> bytes:
+        """The file of these tensors, and of the others in fp16."""
+        small = {n: w.clamp(-65504, 65504).half().cpu().numpy() for n, w in self.weights.items() if n not in coarse}
+        stored = {n: coarse[n] if n in coarse else Stored("fp16", 16, small[n]) for n in self.weights}
+        return pack(self.config, stored, coder)
+
+    def attempt(self, bits: dict[str, float]) -> tuple[bytes, dict[str, Stored]]:
+        """The file at these bits, and its coarse tensors."""
+        self.report["attempts"] += 1
+        coarse = self.rounded(bits)
+        return self.packed(coarse, self.cfg.compressor), coarse
+
+    def slopes(self, bits: dict[str, float], whole: float) -> dict[str, tuple[float, float]]:
+        """For each group the loss that two bits less a value cost and the bytes that one bit takes."""
+        found = {}
+        for group in self.groups:
+            if not self.in_time():
+                self.bite(f"measuring {', '.join(g for g in self.groups if g not in found)}")
+                break
+            fine, coarse = (self.rounded({group: bits[group] - less}) for less in (0, 2))
+            sizes = [len(pack({}, tensors, self.cfg.compressor)) for tensors in (fine, coarse)]
+            found[group] = max(self.loss(coarse) - whole, 1e-7), max(sizes[0] - sizes[1], 8) / 2
+        return found
+
+    def allot(self, bits: dict[str, float], slopes: dict[str, tuple[float, float]], change: float) -> dict[str, float]:
+        """Bits that change the file by about `change` bytes at the least loss. A bit less takes four times the error,
+        so what a group should get is half the log of its loss for a byte, plus what all get alike."""
+        wish = {g: math.log2(loss / size) / 2 for g, (loss, size) in slopes.items()} or dict.fromkeys(bits, 0.0)
+        sizes = {g: size for g, (_, size) in slopes.items()} or {
+            g: sum(w.numel() / 8 for n, w in self.weights.items() if self.coarse(n) and group_of(n) == g) for g in bits}
+        low, high = -64.0, 64.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            new = {g: min(max(bits[g] + wish[g] + middle, self.low), self.high) for g in bits}
+            low, high = (low, middle) if sum((new[g] - bits[g]) * sizes[g] for g in bits) > change else (middle, high)
+        return new
+
+    def search(self) -> bytes | None:
+        """The file, or None where no setting keeps it within `room`."""
+        nominal = {g: getattr(self.cfg, f"quant_bits_{g}") for g in self.groups}
+        blob, coarse = self.attempt(nominal)
+        self.report |= {"bits": nominal, "bytes_first": len(blob), "tokens": self.sequences[:, 1:].numel()}
+        first, fits = len(blob), len(blob) <= self.room
+        if not self.groups or (fits and (not self.cfg.export_fill or first >= 0.995 * self.room)):
+            return blob if fits else None
+        self.log(f"export: {first} bytes at first, {abs(self.room - first)} {'to fill' if fits else 'too many'}; "
+                 "looking for the bits that matter " + ("most" if fits else "least"))
+        whole = self.loss({})
+        slopes, change, best = self.slopes(nominal, whole), 0.998 * self.room - first, (blob, nominal, coarse)
+        slopes, best, last = slopes if len(slopes) == len(nominal) else {}, best if fits else None, None
+        for turn in range(16):
+            bits = self.allot(nominal, slopes, change)
+            if bits == last or (best and (turn > 5 or not self.in_time())):
+                break
+            last, (blob, coarse) = bits, self.attempt(bits)
+            if len(blob) <= self.room and (not best or len(blob) > len(best[0])):
+                best = blob, bits, coarse
+            if 0.995 * self.room <= len(blob) <= self.room:
+                break
+            gain = min(max(change / ((len(blob) - first) or change), 0.5), 4.0)  # the bytes that a bit really takes
+            change += gain * (0.998 * self.room - len(blob))
+        if best and not self.in_time():
+            self.bite("filling the room" if fits else "the search")
+        if best:
+            self.report |= {"bits": best[1], "slopes": slopes, "loss_float": whole,
+                            "loss_first": self.loss(self.rounded(nominal)), "loss_file": self.loss(best[2])}
+            said = ", ".join(f"{g} {nominal[g]:g} -> {b:.2f}" for g, b in best[1].items())
+            self.log(f"export: bits {said}; {first} -> {len(best[0])} bytes; loss on {self.report['tokens']} tokens of "
+                     f"training text: float {whole:.4f}, first {self.report['loss_first'] - whole:+.4f}, "
+                     f"file {self.report['loss_file'] - whole:+.4f}")
+        self.put({})
+        return best and best[0]
+
+
+def build_model(cfg: Config, tensors: dict[str, Tensor], process: Process) -> GPT:
+    """A model on the device with these weights."""
+    with torch.device("meta"):  # nothing is drawn that is overwritten
+        model = GPT(cfg, process.dtype)
+    model.to_empty(device="cpu")
     model.load_state_dict(tensors)
     return model.to(process.device)
 
@@ -1828,7 +2269,7 @@ class Run:
     def __init__(self, cfg: Config, process: Process):
         """Open MODEL_PATH, tokenizer and data, look at the output folders. UserError for the first that fails."""
         self.process, self.code, self.artifact, self.train_tokens = process, SCRIPT.read_bytes(), None, None
-        self.read_seconds, self.nats = 0.0, None
+        self.read_seconds, self.nats, self.float = 0.0, None, False
         self.cfg = cfg = cfg if cfg.train_enabled else self.open_artifact(cfg)
         if cfg.eval_max_seconds < 0:
             self.cfg = cfg = dataclasses.replace(cfg, eval_max_seconds=600.0 if process.cuda else 0.0)
@@ -1843,7 +2284,7 @@ class Run:
             if cut_with != hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest():
                 raise UserError(f"TOKENIZER_PATH={self.tokenizer_path}: not the tokenizer that cut the data, by "
                                 f"{folder / 'manifest.json'}; give that one")
-        if cfg.train_enabled:
+        if cfg.train_enabled or (self.float and cfg.export_enabled):
             self.train_tokens = Tokens(folder, "train", cfg.vocab_size)
         tokens = Tokens(folder, "val", cfg.vocab_size)
         self.stream = open_stream(tokens, self.tokenizer, cfg.val_token_limit, process.device)
@@ -1859,9 +2300,9 @@ class Run:
             raise UserError(f"NLL_DUMP={cfg.nll_dump}: not a file in a folder that can be written to")
         self.summary = {
             "run_id": cfg.run_id, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
-            "overrides": cfg.overrides(), "hardware": process.hardware(), "train": None, "artifact": None,
-            "eval": {"float": None, "int6": None, "sliding": None, "ttt": None}, "audit": None, "val_bpb": None,
-            "valid": False, "reasons": [], "caveats": [], "seconds": {"read": self.read_seconds}}
+            "overrides": cfg.overrides(), "hardware": process.hardware(), "train": None, "export": None,
+            "artifact": None, "eval": {"float": None, "int6": None, "sliding": None, "ttt": None}, "audit": None,
+            "val_bpb": None, "valid": False, "reasons": [], "caveats": [], "seconds": {"read": self.read_seconds}}
 
     def open_artifact(self, cfg: Config) -> Config:
         """Read MODEL_PATH; returns the configuration with the artifact's model in it. Raises UserError."""
@@ -1871,30 +2312,33 @@ class Run:
         except OSError as error:
             raise UserError(f"MODEL_PATH={cfg.model_path}: {error.strerror}; give the path of an artifact") from None
         stored, tensors = unpack(blob, cfg.model_path)
+        self.float = any(s.kind == "fp32" for s in tensors.values())  # weights to export, not an artifact to score
         for name in cfg.explicit & stored.keys():
             if getattr(cfg, name) != stored[name]:
                 raise UserError(f"{name.upper()}={getattr(cfg, name)}: the artifact {cfg.model_path} was made with "
                                 f"{stored[name]}; unset it")
-        self.artifact, cfg = (blob, tensors), dataclasses.replace(cfg, **stored)
+        cfg = dataclasses.replace(cfg, **stored)
+        self.artifact = blob, {name: s.tensor() for name, s in tensors.items()}
         self.read_seconds = time.perf_counter() - began
         if lines := conflicts(cfg, 1):
             raise UserError(lines[0])
         return cfg
 
     def check(self, ranks: int, step_ms: float) -> str:
-        """What a run would do; UserError for more ranks than GPUs. The bytes are predicted from the published model's:
-        its int6 values took 4.6 bits each after zstd, its int8 values about 6.5; other training will differ."""
-        cfg, counts, (memory, _) = self.cfg, {"fp16": 0, "int6": 0, "int8": 0}, self.process.memory()
+        """What a run would do; UserError for more ranks than GPUs. The bytes are a guess before any search: a value
+        takes about 1.6 bits less than its grid has, as in the run of record; other training will differ."""
+        cfg, counts, (memory, _) = self.cfg, dict.fromkeys((*GROUPS, "fp16"), 0), self.process.memory()
         if self.process.cuda and ranks > torch.cuda.device_count():
             raise UserError(f"{ranks} ranks: this machine has {torch.cuda.device_count()} GPUs; launch at most as many")
         with torch.device("meta"):
             model = GPT(cfg)
         for name, p in model.named_parameters():
-            counts[tensor_kind(model.role(name), p.shape, cfg.quant_min_numel)] += p.numel()
-        total, limit = sum(counts.values()), cfg.artifact_limit_bytes
+            counts[group_of(name) if is_quantised(name, p, cfg.quant_min_numel) else "fp16"] += p.numel()
+        total, limit, kinds = sum(counts.values()), cfg.artifact_limit_bytes, {g: n for g, n in counts.items() if n}
         scored = (f"test-time training, {cfg.ttt_mode}" if cfg.ttt_enabled else f"sliding windows, stride "
                   f"{cfg.eval_stride}" if cfg.final_sliding_eval_enable and cfg.eval_stride else "windows side by side")
-        predicted = len(self.code) + int(counts["fp16"] * 2 + counts["int6"] * 4.6 / 8 + counts["int8"] * 6.5 / 8)
+        bits = {g: getattr(cfg, f"quant_bits_{g}") - 1.6 for g in GROUPS} | {"fp16": 16}
+        predicted = len(self.code) + int(sum(n * bits[g] / 8 for g, n in counts.items()))
         lines = [
             f"preset:     {cfg.preset} {json.dumps(cfg.overrides())}",
             f"machine:    {ranks} x {self.summary['hardware']['name']}, {str(self.process.dtype)[6:]}",
@@ -1902,12 +2346,14 @@ class Run:
             f"validation: {self.stream.targets:,} targets, {self.stream.bytes:,} bytes of {cfg.data_path}",
             f"evaluation: {scored}, {f'within {cfg.eval_max_seconds:g} s' if cfg.eval_max_seconds else 'no time limit'}"
             f"{', then an audit' if cfg.audit else ''}",
-            f"parameters: {total:,} ({', '.join(f'{n:,} {kind}' for kind, n in counts.items())})",
-            f"artifact:   about {predicted:,} bytes with code, limit {limit:,}" + ", over it" * (predicted > limit)]
+            f"parameters: {total:,} ({', '.join(f'{n:,} {kind}' for kind, n in kinds.items())})",
+            f"artifact:   about {predicted:,} bytes with code at first, limit {limit:,}; "
+            + ("coarser values will be sought" if predicted > limit else "to be filled" if cfg.export_fill else "fits")]
         if cfg.train_enabled:
             tokens = cfg.micro_batch_seqs * cfg.train_seq_len or tokens_per_pass(cfg, self.process, True)
             tokens = min(max(tokens, cfg.train_seq_len), cfg.train_batch_tokens // ranks)
             need, cap = 20 * total + tokens * activation_bytes(cfg), cfg.max_wallclock_seconds
+            cap -= cfg.export_seconds if cfg.export_enabled else 0
             steps = min(int(cap * 1000 / step_ms), cfg.iterations) if cap else cfg.iterations
             lines += [f"training:   {len(self.train_tokens):,} tokens in {len(self.train_tokens.paths)} shards",
                       f"memory:     about {need / 2**30:.1f} GiB of {memory / 2**30:.1f} GiB a rank",
@@ -1939,14 +2385,10 @@ class Run:
     def stages(self):
         """Train, average, export, read back, evaluate, audit: each if its switch is on."""
         cfg, summary = self.cfg, self.summary
-        if self.artifact:
+        if self.artifact and not self.float:
             model = self.adopt(cfg.model_path, *self.artifact)
         else:
-            torch.manual_seed(cfg.seed)
-            model = GPT(cfg, self.process.dtype).to(self.process.device)
-            self.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
-            with self.timed("train"):
-                summary["train"] = train(cfg, self.process, self.log, model, self.train_tokens, self.stream)
+            model = self.trained()
             if cfg.final_eval_enable:
                 self.score("float", "final_float", model, cfg.eval_len)
             if cfg.export_enabled:
@@ -1974,6 +2416,21 @@ class Run:
         if cfg.audit:
             self.audit(weights)
 
+    def trained(self) -> GPT:
+        """The model with its averaged weights: read from a float file, else trained, which leaves the guard's seconds
+        of MAX_WALLCLOCK_SECONDS to the export."""
+        cfg = self.cfg
+        if self.float:
+            return build_model(cfg, self.artifact[1], self.process)
+        torch.manual_seed(cfg.seed)
+        model = GPT(cfg, self.process.dtype).to(self.process.device)
+        self.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+        if cfg.export_enabled and cfg.max_wallclock_seconds:
+            cfg = dataclasses.replace(cfg, max_wallclock_seconds=cfg.max_wallclock_seconds - cfg.export_seconds)
+        with self.timed("train"):
+            self.summary["train"] = train(cfg, self.process, self.log, model, self.train_tokens, self.stream)
+        return model
+
     def final(self, cfg: Config, log: Log, model: GPT, stream: Stream, budget=None, probe=()) -> tuple[Evaluator, dict]:
         """The evaluation behind val_bpb: test-time training, else sliding windows, else windows side by side."""
         if cfg.ttt_enabled:
@@ -1993,7 +2450,7 @@ class Run:
         def trial(ids: np.ndarray, probe=(), **changes) -> Evaluator:
             cfg, exact = dataclasses.replace(self.cfg, **small | changes), exact_audit(self.cfg, self.process)
             cfg = cfg if exact else dataclasses.replace(cfg, use_compile="0")
-            model = build_model(cfg, weights, self.process, "audit")
+            model = build_model(cfg, weights, self.process)
             model.dtype = self.process.dtype if exact else torch.float32  # bf16 rounds more than a leak may show
             part = Stream(ids, self.tokenizer, self.process.device)
             return self.final(cfg, self.log.silent(), model, part, None, probe)[0]
@@ -2025,13 +2482,41 @@ class Run:
 
     def export(self, model: GPT) -> GPT:
         """Write the artifact and read it back on every rank, from rank 0's disk: nodes need not share one."""
-        path = os.path.join(self.cfg.log_dir, self.summary["run_id"], ARTIFACT_NAME)
-        with self.timed("export"):
-            if self.process.main:
-                write_atomically(Path(path), pack(model, self.cfg.quant_min_numel))
+        folder = os.path.join(self.cfg.log_dir, self.summary["run_id"])
+        path = os.path.join(folder, ARTIFACT_NAME)
+        blob = self.process.agree(self.process.together(lambda: self.process.main and self.encode(model, folder)))
+        if not blob:
+            self.summary["reasons"].append(f"no setting fits ARTIFACT_LIMIT_BYTES={self.cfg.artifact_limit_bytes}")
+            kept = self.cfg.model_path if self.float else os.path.join(folder, FLOAT_NAME)
+            self.log(f"export: no setting fits the limit; TRAIN_ENABLED=0 MODEL_PATH={kept} exports again")
+            return model
         with self.timed("read"):
-            blob = self.process.agree(Path(path).read_bytes() if self.process.main else None)
-            return self.adopt(path, blob, unpack(blob, path)[1])
+            return self.adopt(path, blob, {name: s.tensor() for name, s in unpack(blob, path)[1].items()})
+
+    def calibration_text(self) -> tuple[Tensor, int]:
+        """Sequences spread evenly over the training split, [n, T + 1], and how many of them a forward pass takes."""
+        tokens, length = self.train_tokens, self.cfg.train_seq_len
+        count = min(max(self.cfg.calibration_tokens // length, 1), max(len(tokens) // length, 1))
+        starts = [max(i * (len(tokens) - length) // count, 0) for i in range(count)]
+        text = torch.from_numpy(np.stack([tokens.read(s, length + 1) for s in starts]).astype(np.int32))
+        return text.to(self.process.device), max(tokens_per_pass(self.cfg, self.process, True) // length, 1)
+
+    def encode(self, model: GPT, folder: str) -> bytes | None:
+        """Round, code and write the artifact; the float weights too where they are wanted or nothing fits. One rank."""
+        cfg, room = self.cfg, self.cfg.artifact_limit_bytes - len(self.code)
+        text, size = self.calibration_text()
+        with self.timed("search"):
+            exporter = Exporter(cfg, self.log, model, text, size, room, cfg.export_seconds)
+            blob = exporter.search()
+            self.summary["export"] = exporter.report
+        with self.timed("export"):
+            if cfg.save_float or (blob is None and not self.float):
+                weights = {n: Stored("fp32", 32, w.cpu().numpy()) for n, w in exporter.weights.items()}
+                write_atomically(Path(folder, FLOAT_NAME), pack(exporter.config, weights))
+            if blob is not None:
+                write_atomically(Path(folder, ARTIFACT_NAME), blob)
+                blob = Path(folder, ARTIFACT_NAME).read_bytes()
+        return blob
 
     def adopt(self, path: str, blob: bytes, tensors: dict[str, Tensor]) -> GPT:
         """The model of an artifact. Its bytes are held against the limit; over it the run goes on, to end not valid."""
@@ -2044,7 +2529,7 @@ class Run:
             self.log(f"over the limit by {total - limit} bytes; all files are kept, the score is not valid")
         self.summary["artifact"] = {"path": path, "bytes_model": len(blob), "bytes_code": code,
                                     "bytes_total": total, "limit": limit, "sha256": hashlib.sha256(blob).hexdigest()}
-        return build_model(self.cfg, tensors, self.process, path)
+        return build_model(self.cfg, tensors, self.process)
 
     def score(self, key: str, tag: str, model: GPT, stride: int):
         forward = compiled(model, self.cfg, self.process)
@@ -2070,6 +2555,8 @@ class Run:
         facts = [  # (holds, where it is said, what is said)
             (summary["artifact"] is None, "reasons", "EXPORT_ENABLED=0: no artifact, the scores are of float weights"),
             (summary["val_bpb"] is None, "caveats", "no final evaluation ran"),
+            (bool(self.cfg.max_wallclock_seconds) and self.trained_seconds() > 1.01 * self.cfg.max_wallclock_seconds,
+             "caveats", f"training and export took {self.trained_seconds():.0f} s of MAX_WALLCLOCK_SECONDS"),
             (not self.stream.complete, "caveats", f"partial split: its first {self.stream.targets} targets"),
             (not data.startswith("fineweb10B"), "caveats", f"not the challenge's data: {data}"),
             (hardware["world_size"] != 8 or "H100" not in hardware["name"], "caveats",
@@ -2078,6 +2565,11 @@ class Run:
             summary[where] += [text] if holds else []
         summary["valid"] = not summary["reasons"]
         return int(failed)
+
+    def trained_seconds(self) -> float:
+        """Training seconds and those of calibration and search, which count as training."""
+        train = self.summary["train"]
+        return train["seconds"] + self.summary["seconds"].get("search", 0.0) if train else 0.0
 
     def table(self) -> str:
         """The result in one short table."""
