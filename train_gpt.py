@@ -5,6 +5,7 @@
     python train_gpt.py                                      one process: CPU or one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs
     TRAIN_ENABLED=0 MODEL_PATH=final_model.int6.ptz python train_gpt.py    score an artifact again
+    python train_gpt.py --inspect final_model.int6.ptz       what an artifact holds
 
 A run is: train -> average (EMA) -> export (int6 + zstd) -> read back -> evaluate -> test-time training, and the
 file reads in that order. Configuration is by environment variables and is checked before anything else.
@@ -356,7 +357,8 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
 
 def help_text() -> str:
     """All variables by stage: name, default (and the demo preset's where it differs), accepted values, meaning."""
-    lines = [__doc__.strip(), "", "Options: --help; --check [--step-ms MS] [--ranks N]: for N ranks at MS a step"]
+    lines = [__doc__.strip(), "", "Options: --help; --check [--step-ms MS] [--ranks N]: for N ranks at MS a step; "
+             "--inspect FILE: an artifact's contents"]
     for f in VARIABLES:
         demo = PRESETS["demo"].get(f.name)
         default = str(int(f.default) if f.type is bool else f.default) + (f" (demo: {demo})" if demo else "")
@@ -379,9 +381,11 @@ def leave(code: int, silent: bool = False):
 
 def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """Configuration and options of this launch. Ends the process for --help (0) and for bad values (2)."""
-    parser = argparse.ArgumentParser(add_help=False, usage="[VARIABLE=VALUE ...] train_gpt.py [--help | --check]")
+    parser = argparse.ArgumentParser(add_help=False, usage="[VARIABLE=VALUE ...] train_gpt.py [--help | --check | "
+                                     "--inspect FILE]")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--inspect", metavar="FILE")
     parser.add_argument("--step-ms", type=float, default=106.0)
     parser.add_argument("--ranks", type=int)
     options = parser.parse_args(argv)
@@ -1271,7 +1275,10 @@ def check_header(header: dict, size: int) -> dict:
 
 
 def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Stored]]:
-    """A file's model settings and tensors. Raises UserError, naming `source`, for all but a whole, consistent file."""
+    """A file's header, with the model's settings in "config", and its tensors.
+
+    Raises UserError, naming `source`, for all but a whole, consistent file.
+    """
     if len(blob) < 44 or blob[:7] != ARTIFACT_MAGIC[:7]:
         raise UserError(f"{source}: not an artifact of this script; give the {ARTIFACT_NAME} of a run")
     if blob[7:8] != ARTIFACT_MAGIC[7:]:
@@ -1281,9 +1288,8 @@ def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Stored]]:
     cut = 12 + struct.unpack("<I", blob[8:12])[0]
     try:
         header = json.loads(decompress(blob[12:cut], HEADER_MOST, exact=False))
-        config = check_header(header, len(blob))
-        end = cut + header["sides"]
-        return config, read_tensors(header, blob[cut:end], blob[end:-32])
+        header["config"], end = check_header(header, len(blob)), cut + header["sides"]
+        return header, read_tensors(header, blob[cut:end], blob[end:-32])
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
             zstandard.ZstdError) as error:  # whatever a forged header can cause
         raise UserError(f"{source}: its parts do not agree ({type(error).__name__}: {error})"[:400].replace("\n", " ")
@@ -1319,6 +1325,48 @@ def read_tensors(header: dict, sides: bytes, values: bytes) -> dict[str, Stored]
         part = streams.get(kind, decoded)[offset : offset + math.prod(shape)].reshape(shape)
         tensors[name] = Stored(kind, float(bits), part, *steps.get(name, ()))
     return tensors
+
+
+def inspect(path: str, limit: int) -> str:
+    """--inspect: what a file holds, tensor by tensor. Raises UserError where it cannot be read.
+
+    Bytes of a tensor: those of its values under their tables, and its share of the compressed sides.
+    """
+    try:
+        blob = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path[:300]!r}: {getattr(error, 'strerror', error)}; give the path of an artifact") from None
+    header, stored = unpack(blob, path)
+    quantised, start = [s for s in stored.values() if s.rows is not None], 12 + struct.unpack("<I", blob[8:12])[0]
+    parts, counts = count_values(quantised)
+    cost = PRECISION - np.log2(np.maximum(frequencies(counts), 1))
+    coded, payload = [float((part[2] * cost).sum()) / 8 for part in parts], len(blob) - start - header["sides"] - 32
+    raw = {n: s.values.nbytes if s.rows is None else s.rows.nbytes + len(s.values) for n, s in stored.items()}
+    lines = [" ".join(f"{n.upper()}={v}" for n, v in header["config"].items()), "",
+             f"{'tensor':32}{'shape':>14}{'kind':>6}{'bits':>7}{'entropy':>9}{'bytes':>12}{'share':>8}"]
+    sizes, coded_of = collections.Counter(), iter(coded)
+    for name, s in stored.items():
+        order0 = "" if s.rows is None else f"{entropy(s.values):.3f}"
+        size = raw[name] / sum(raw.values()) * header["sides"]
+        size += 0 if s.rows is None else next(coded_of) * payload / (sum(coded) or 1.0)
+        sizes[s.kind] += size
+        shape = "x".join(map(str, s.values.shape))
+        lines.append(f"{name:32}{shape:>14}{s.kind:>6}{s.bits:7.2f}{order0:>9}{size:12,.0f}{size / len(blob):8.2%}")
+    code, total = SCRIPT.stat().st_size, sum(s.values.size for s in stored.values())
+    kinds = ", ".join(f"{kind} {size:,.0f}" for kind, size in sizes.items())
+    order0 = sum(entropy(s.values) * s.values.size / 8 for s in quantised)
+    lines += ["", f"elements: {total:,}, {8 * len(blob) / total:.3f} bits each; bytes: {kinds}, frame {start + 32:,}",
+              f"values: {payload:,} bytes by {header['coder']}; their order-0 entropies are {order0:,.0f}",
+              f"file {len(blob):,} + code {code:,} = {len(blob) + code:,} bytes, "
+              f"{limit - len(blob) - code:,} left of {limit:,}"]
+    return "\n".join(lines)
+
+
+def entropy(values: np.ndarray) -> float:
+    """Order-0 entropy in bits a value of int8 `values`."""
+    counts = np.bincount(values.ravel().view(np.uint8), minlength=256)
+    shares = counts[counts > 0] / max(values.size, 1)
+    return float(-(shares * np.log2(shares)).sum())
 
 
 def is_quantised(name: str, p: Tensor, min_numel: int) -> bool:
@@ -1527,45 +1575,48 @@ class Exporter:
             found[group] = max(self.loss(coarse) - whole, 1e-7), max(sizes[0] - sizes[1], 8) / 2
         return found
 
-    def allot(self, bits: dict[str, float], slopes: dict[str, tuple[float, float]], change: float) -> dict[str, float]:
-        """Bits that change the file by about `change` bytes at the least loss. A bit less takes four times the error,
-        so what a group should get is half the log of its loss for a byte, plus what all get alike."""
-        wish = {g: math.log2(loss / size) / 2 for g, (loss, size) in slopes.items()} or dict.fromkeys(bits, 0.0)
-        sizes = {g: size for g, (_, size) in slopes.items()} or {
-            g: sum(w.numel() / 8 for n, w in self.weights.items() if self.coarse(n) and group_of(n) == g) for g in bits}
-        low, high = -64.0, 64.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            new = {g: min(max(bits[g] + wish[g] + middle, self.low), self.high) for g in bits}
-            low, high = (low, middle) if sum((new[g] - bits[g]) * sizes[g] for g in bits) > change else (middle, high)
-        return new
+    def shifted(self, bits: dict[str, float], slopes: dict, common: float) -> dict[str, float]:
+        """Bits that are worth the same: a bit less takes four times the error, so a group should get half the log of
+        its loss for a byte, less what that is on average, plus what all get alike."""
+        worth = {g: math.log2(loss / size) / 2 for g, (loss, size) in slopes.items()} or dict.fromkeys(bits, 0.0)
+        weight = {g: size for g, (_, size) in slopes.items()} or dict.fromkeys(bits, 1.0)
+        mean = sum(worth[g] * weight[g] for g in bits) / sum(weight.values())
+        return {g: min(max(bits[g] + worth[g] - mean + common, self.low), self.high) for g in bits}
 
     def search(self) -> bytes | None:
         """The file, or None where no setting keeps it within `room`."""
         nominal = {g: getattr(self.cfg, f"quant_bits_{g}") for g in self.groups}
         blob, coarse = self.attempt(nominal)
         self.report |= {"bits": nominal, "bytes_first": len(blob), "tokens": self.sequences[:, 1:].numel()}
-        first, fits = len(blob), len(blob) <= self.room
+        first, fits, best = len(blob), len(blob) <= self.room, (blob, nominal, coarse)
         if not self.groups or (fits and (not self.cfg.export_fill or first >= 0.995 * self.room)):
             return blob if fits else None
         self.log(f"export: {first} bytes at first, {abs(self.room - first)} {'to fill' if fits else 'too many'}; "
                  "looking for the bits that matter " + ("most" if fits else "least"))
-        whole = self.loss({})
-        slopes, change, best = self.slopes(nominal, whole), 0.998 * self.room - first, (blob, nominal, coarse)
-        slopes, best, last = slopes if len(slopes) == len(nominal) else {}, best if fits else None, None
-        for turn in range(16):
-            bits = self.allot(nominal, slopes, change)
-            if bits == last or (best and (turn > 5 or not self.in_time())):
+        whole, best = self.loss({}), best if fits else None
+        slopes = found if len(found := self.slopes(nominal, whole)) == len(nominal) else {}
+        elements = sum(w.numel() for name, w in self.weights.items() if self.coarse(name))
+        each = sum(size for _, size in slopes.values()) or elements / 8  # bytes that a bit more takes
+        common, under, over, last, aim = (0.998 * self.room - first) / each, None, None, None, 0.998 * self.room
+        for turn in range(16):  # of (common term, bytes) that fit and that do not, close in on the room
+            bits = self.shifted(nominal, slopes, common)
+            late = bool(best) and not self.in_time()
+            self.bite("the search" if late else "")
+            if late or bits == last or (best and turn > 7):
                 break
             last, (blob, coarse) = bits, self.attempt(bits)
-            if len(blob) <= self.room and (not best or len(blob) > len(best[0])):
-                best = blob, bits, coarse
+            if len(blob) <= self.room:
+                under = common, len(blob)
+                best = best if best and len(best[0]) >= len(blob) else (blob, bits, coarse)
+            else:
+                over = common, len(blob)
             if 0.995 * self.room <= len(blob) <= self.room:
                 break
-            gain = min(max(change / ((len(blob) - first) or change), 0.5), 4.0)  # the bytes that a bit really takes
-            change += gain * (0.998 * self.room - len(blob))
-        if best and not self.in_time():
-            self.bite("filling the room" if fits else "the search")
+            if under and over:
+                share = (aim - under[1]) / (over[1] - under[1])
+                common = under[0] + min(max(share, 0.1), 0.9) * (over[0] - under[0])
+            else:  # with larger steps each time, since a bit may take less than it did
+                common += (turn + 1) * (max if under else min)((aim - len(blob)) / each, 0.02 if under else -0.02)
         if best:
             self.report |= {"bits": best[1], "slopes": slopes, "loss_float": whole,
                             "loss_first": self.loss(self.rounded(nominal)), "loss_file": self.loss(best[2])}
@@ -2311,7 +2362,8 @@ class Run:
             blob = Path(cfg.model_path).read_bytes()
         except OSError as error:
             raise UserError(f"MODEL_PATH={cfg.model_path}: {error.strerror}; give the path of an artifact") from None
-        stored, tensors = unpack(blob, cfg.model_path)
+        header, tensors = unpack(blob, cfg.model_path)
+        stored = header["config"]
         self.float = any(s.kind == "fp32" for s in tensors.values())  # weights to export, not an artifact to score
         for name in cfg.explicit & stored.keys():
             if getattr(cfg, name) != stored[name]:
@@ -2592,6 +2644,10 @@ def main(cfg: Config, options: argparse.Namespace) -> int:
     """One launch on one rank. Returns the exit code; raises UserError."""
     started = time.perf_counter()
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode must not end a run
+    if options.inspect is not None:
+        own = cfg.artifact_limit_bytes if "artifact_limit_bytes" in cfg.explicit else Config.artifact_limit_bytes
+        print(inspect(options.inspect, own))
+        return 0
     process = Process(cfg.compute_dtype)
     run = process.together(lambda: Run(cfg, process))
     if options.check:

@@ -128,18 +128,11 @@ def test_switches(launch):
 def test_wallclock_cap(launch):
     run = launch(ITERATIONS=100000, MAX_WALLCLOCK_SECONDS=2, WARMDOWN_ITERS=20)
     train = run.summary["train"]
-    assert train["stop"] == "wallclock_cap" and 2 <= train["seconds"] < 4
+    assert train["stop"] == "wallclock_cap" and 1.5 <= train["seconds"] < 3.5, "a quarter is the export's"
     assert "stopping_early: wallclock_cap train_time:" in run.out
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     rates = [json.loads(line)["rate_factor"] for line in lines if "rate" in line]
     assert rates[0] == 1.0 and rates[-1] < 0.5
-
-
-def test_over_the_limit_keeps_everything_and_is_not_valid(launch):
-    run = launch(ARTIFACT_LIMIT_BYTES=1000)
-    s = run.summary
-    assert run.code == 1 and s["valid"] is False and "over the limit" in s["reasons"][0]
-    assert (run.folder / "final_model.int6.ptz").exists() and s["eval"]["sliding"] and "over the limit" in run.out
 
 
 def test_run_id_is_never_overwritten(launch):

@@ -1,0 +1,422 @@
+"""The export: rounding, coding, fitting the limit, and a file that opens safely."""
+
+import errno
+import io
+import os
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from conftest import ROOT, SCRIPT, TINY, clean_environment
+from test_parts import Lone, Quiet, model_of
+
+import train_gpt as t
+
+FUZZ = int(os.environ.get("FUZZ", "2000"))  # mutated files of each kind
+
+
+def exporter_of(cfg, noise=0.3, room=1 << 40, seconds=0.0, text=None):
+    torch.manual_seed(1)
+    text = torch.randint(2, cfg.vocab_size, (24, 33)) if text is None else text
+    return t.Exporter(cfg, Quiet(), model_of(cfg, noise=noise), text, 8, room, seconds)
+
+
+def file_of(cfg, **more) -> bytes:
+    exporter = exporter_of(cfg, **more)
+    return exporter.attempt({g: getattr(cfg, f"quant_bits_{g}") for g in exporter.groups})[0]
+
+
+# ---- rounding ----
+
+
+def test_rowmax_is_the_published_rule(tiny):
+    cfg = tiny(QUANT="rowmax")
+    w = torch.tensor([[0.5, -0.2, 0.016, 0.017], [2.0, -2.2, 0.0, 1.0]])
+    s = t.quantize(w, cfg, 6, False, None)
+    assert s.rows.tolist() == [np.float16(1 / 31), np.float16(2.2 / 31)] and s.rows.dtype == np.float16
+    assert s.values[0].tolist() == [round(x / float(s.rows[0])) for x in w[0].tolist()] and s.values[1, 1] == -31
+    w = torch.randn(5, 3000)
+    w[0, 0] = 40.0
+    s = t.quantize(w, cfg, 8, True, None)
+    clip = np.quantile(w.abs().numpy(), 0.9999984, axis=1)
+    assert np.allclose(s.rows, np.maximum(clip, 1) / 127, rtol=1e-3) and np.abs(s.values.astype(int)).max() == 127
+    assert (s.tensor() - w)[1:].abs().max() < 0.51 * clip[1:].max() / 127
+
+
+def test_mse_is_the_clip_of_least_squared_error(tiny):
+    cfg, w = tiny(QUANT="mse"), torch.randn(4, 400)
+    w[0, 0] = 9.0
+    found = t.quantize(w, cfg, 4, False, None)
+    error = (found.tensor() - w).square().sum(1)
+    for share in np.linspace(0.4, 1, 31):
+        step = (w.abs().amax(1, keepdim=True) * share / 7).half().float()
+        other = ((w / step).round().clamp(-8, 7) * step - w).square().sum(1)
+        assert (error <= other * 1.01).all(), share
+
+
+def test_std_clips_at_deviations(tiny):
+    cfg, w = tiny(QUANT="std", QUANT_CLIP=3, QUANT_CLIP_EMBED=5), torch.randn(4, 400)
+    assert np.allclose(t.quantize(w, cfg, 5, False, None).rows, 3 * w.std(1) / 15, rtol=1e-3)
+    assert np.allclose(t.quantize(w, cfg, 8, True, None).rows, 5 * w.std(1) / 127, rtol=1e-3)
+
+
+def output_error(w, stored, x) -> float:
+    return float((x @ (stored.tensor() - w).mT).square().sum())
+
+
+def test_feedback_and_steps_by_sensitivity_lower_the_output_error(tiny):
+    torch.manual_seed(0)
+    x = torch.randn(2000, 48) @ torch.randn(48, 48) * torch.logspace(-1.5, 0, 48)
+    w, g = 0.02 * torch.randn(40, 48), torch.logspace(-3, 0, 40)
+    sensitivity = t.Sensitivity(x.T @ x / len(x), torch.ones(40))
+    plain, fed = (t.quantize(w, tiny(QUANT=q), 5, False, sensitivity) for q in ("std", "gptq"))
+    assert np.array_equal(plain.rows, fed.rows) and output_error(w, fed, x) < 0.7 * output_error(w, plain, x)
+    sensitivity = t.Sensitivity(x.T @ x / len(x), g)
+
+    def error_at(bits):
+        s = t.quantize(w, tiny(), bits, False, sensitivity)
+        return float(((x @ (s.tensor() - w).mT).square().sum(0) * g).sum()) / len(x) / 2, s
+
+    (coarse, s), (fine, finer) = error_at(0.0), error_at(1.0)
+    assert fine < coarse / 2.5, "a bit halves the steps and quarters the cost"
+    assert s.rows[0] > s.rows[-1] + 20, "rows that matter less have coarser steps"
+    expected = s.values.size * t.BALANCED_STEP**2 / 24
+    assert 0.3 * expected < coarse < 3 * expected, "the cost of a value is the one asked for"
+    assert np.abs(finer.values.astype(int)).max() <= 127
+
+
+def test_calibration_measures_inputs_and_gradients(tiny):
+    """H and G of a layer, of the tied output and of a lookup, against sums over single sequences."""
+    cfg = tiny()
+    model, text = model_of(cfg, noise=0.3), torch.randint(2, 400, (6, 33))
+    found, used = t.calibrate(model, text, 4, lambda: True)
+    assert used == 6 and model.watch_output is None and all(p.grad is None for p in model.parameters())
+    assert set(found) == {n for n, _ in model.named_parameters() if n.endswith(".weight")}
+    layer, seen = model.blocks[1].mlp.fc, {}
+    hook = layer.register_forward_hook(lambda m, args, y: seen.update(x=args[0].detach(), y=y) or y.retain_grad())
+    model(text[:, :-1], text[:, 1:]).sum().backward()
+    hook.remove()
+    x, g = seen["x"].flatten(0, 1), seen["y"].grad.flatten(0, 1)
+    h = (x.T @ x / len(x)).double()
+    h += 0.01 * h.diag().mean() * torch.eye(len(h))
+    s = found["blocks.1.mlp.fc.weight"]
+    order = torch.argsort(h.diag(), descending=True, stable=True)
+    inverse = torch.linalg.inv(h[order][:, order])
+    assert torch.equal(order, s.order) and torch.allclose(s.factor.mT @ s.factor, inverse.float(), atol=1e-2)
+    assert torch.allclose(s.weight, g.square().sum(0) / len(x), rtol=1e-3)
+    ids = model.bigram.hash(text[:, :-1], (text[:, :-1] == 1) & cfg.bos_mask)
+    unused = np.setdiff1d(np.arange(cfg.bigram_vocab_size), ids.numpy())
+    weight = found["bigram.embed.weight"].weight
+    assert (weight[unused] == 0).all() and (weight > 0).sum() == cfg.bigram_vocab_size - len(unused)
+    assert t.calibrate(model, text, 4, lambda: False)[1] == 4
+
+
+# ---- coding ----
+
+
+@pytest.mark.parametrize("count, kind", [(1, "any"), (31, "any"), (33, "same"), (5000, "same"), (200_000, "any"),
+                                         (300_000, "narrow"), (100_000, "extremes")])
+def test_rans_gives_back_what_it_was_given(count, kind):
+    rng = np.random.default_rng(count)
+    table_of = rng.integers(0, t.CLASSES, count).astype(np.uint8)
+    symbols = {"any": rng.integers(0, 256, count), "same": np.full(count, 7), "extremes": rng.choice([0, 255], count),
+               "narrow": np.clip(rng.normal(128, 2.0 ** (table_of / 12)), 0, 255)}[kind].astype(np.uint8)
+    counts = np.bincount(table_of * np.int64(256) + symbols, minlength=t.CLASSES * 256).reshape(t.CLASSES, 256)
+    tables = t.frequencies(counts)
+    assert ((tables > 0) == (counts > 0)).all()
+    data = t.rans_encode(symbols, table_of, tables)
+    assert np.array_equal(t.rans_decode(data, table_of, tables), symbols)
+    shares = (counts / np.maximum(counts.sum(1, keepdims=True), 1))[counts > 0]
+    ideal = -(counts[counts > 0] * np.log2(shares)).sum() / 8
+    assert len(data) <= 1.01 * ideal + 4 * t.rans_lanes(count) + 8
+    for bad in (data[:-2], data + b"\0\0", data[2:]):
+        with pytest.raises(ValueError):
+            t.rans_decode(bad, table_of, tables)
+
+
+def weights_like_trained(cfg) -> dict:
+    """Stored values whose rows and columns differ in spread, as trained ones do."""
+    rng, stored = np.random.default_rng(0), {}
+    for name, p in t.GPT(cfg).named_parameters():
+        if p.ndim == 2 and name.endswith(".weight"):
+            rows, cols = (np.exp(rng.normal(0, 0.4, n)) for n in p.shape)
+            w = torch.from_numpy(rng.normal(0, 0.15, p.shape) * rows[:, None] * cols).float()
+            stored[name] = t.quantize(w, cfg, 6, False, None)
+        else:
+            stored[name] = t.Stored("fp16", 16, rng.normal(0, 1, p.shape).astype(np.float16))
+    return stored
+
+
+def test_smaller_than_its_entropy_and_than_torch_save(tiny):
+    cfg = tiny(MODEL_DIM=128, QUANT="rowmax", NUM_LAYERS=4)
+    stored = weights_like_trained(cfg)
+    quantised = [s for s in stored.values() if s.rows is not None]
+    config = {f.name: getattr(cfg, f.name) for f in t.MODEL_FIELDS}
+    blob, zstd = (t.pack(config, stored, coder) for coder in ("rans", "zstd"))
+    order0 = sum(t.entropy(s.values) * s.values.size / 8 for s in quantised)
+    parts, counts = t.count_values(quantised)
+    coded = t.rans_encode(np.concatenate([s.values.ravel() for s in quantised]).view(np.uint8) ^ 128,
+                          np.concatenate([p[1] for p in parts]), t.frequencies(counts))
+    assert len(coded) < order0, "rows and columns differ in spread, and are coded so"
+    torch.save({n: (torch.from_numpy(s.values), torch.from_numpy(s.rows) if s.rows is not None else None)
+                for n, s in stored.items()}, buffer := io.BytesIO())
+    assert len(blob) < 0.97 * len(zstandard.compress(buffer.getvalue(), 22))
+    assert len(blob) < len(zstd)
+
+
+@pytest.mark.parametrize("variables", [{"QUANT": q} for q in ("balanced", "rowmax", "mse", "std", "gptq")]
+                         + [{"COMPRESSOR": "zstd"}, {"TIE_EMBEDDINGS": 0}, {"QUANT_MIN_NUMEL": 10**9},
+                            {"BIGRAM_VOCAB_SIZE": 0, "SPARSE_HIDDEN_DIM": 0},
+                            {"QUANT_MIN_NUMEL": 0, "QUANT_BITS_MLP": 2.5}])
+def test_a_file_gives_back_what_was_stored(tiny, variables):
+    cfg = tiny(**variables)
+    exporter = exporter_of(cfg)
+    blob, coarse = exporter.attempt({g: getattr(cfg, f"quant_bits_{g}") for g in exporter.groups})
+    assert blob == file_of(cfg), "the same weights and settings must give the same bytes"
+    header, tensors = t.unpack(blob, "it")
+    assert all(header["config"][f.name] == getattr(cfg, f.name) for f in t.MODEL_FIELDS) and b"pickle" not in blob
+    for name, w in exporter.weights.items():
+        got = tensors[name].tensor()
+        assert tensors[name].values.shape == w.shape and (name in coarse) == (tensors[name].rows is not None)
+        assert torch.equal(got, coarse[name].tensor() if name in coarse else w.half().float()), name
+    assert bool(coarse) == (cfg.quant_min_numel < 10**9)
+    t.build_model(cfg, {n: s.tensor() for n, s in tensors.items()}, Lone())
+
+
+def test_float_files_are_exact(tiny):
+    cfg = tiny()
+    model = model_of(cfg, noise=0.3)
+    stored = {n: t.Stored("fp32", 32, p.detach().numpy()) for n, p in model.named_parameters()}
+    tensors = t.unpack(t.pack({f.name: getattr(cfg, f.name) for f in t.MODEL_FIELDS}, stored), "it")[1]
+    assert all(torch.equal(tensors[n].tensor(), p) for n, p in model.named_parameters())
+
+
+# ---- fitting the limit ----
+
+
+def test_the_search_keeps_the_limit_and_spends_it(tiny):
+    low = {"QUANT_BITS_ATTN": 2, "QUANT_BITS_MLP": 2, "QUANT_BITS_EMBED": 4, "QUANT_BITS_BIGRAM": 4}
+    cfg = tiny(MODEL_DIM=64, EXPORT_FILL=1, **low)  # far from the 8 bits where nothing is left to gain
+    nominal = len(file_of(cfg))
+    sizes, losses = {}, {}
+    for room in (nominal * 2 // 3, nominal * 9 // 10, nominal * 11 // 10, nominal * 10):
+        exporter = exporter_of(cfg, room=room)
+        sizes[room] = len(exporter.search())
+        losses[room] = exporter.report["loss_file"] - exporter.report["loss_float"]
+        assert sizes[room] <= room and set(exporter.report["slopes"]) == set(exporter.groups)
+        assert all(torch.equal(p, exporter.weights[n]) for n, p in exporter.model.named_parameters())
+    rooms = sorted(sizes)
+    assert all(sizes[r] > 0.99 * r for r in rooms[:3]), sizes
+    assert losses[rooms[0]] > 2 * losses[rooms[2]], losses
+    assert exporter_of(cfg, room=100).search() is None
+    left = exporter_of(tiny(MODEL_DIM=64, **low), room=nominal * 2)
+    assert len(left.search()) == nominal, "EXPORT_FILL=0 leaves room"
+
+
+def test_bits_go_where_they_matter(tiny):
+    exporter = exporter_of(tiny())
+    bits, slopes = {"attn": 6.0, "mlp": 6.0}, {"attn": (0.16, 1000.0), "mlp": (0.01, 1000.0)}
+    same, less = exporter.shifted(bits, slopes, 0.0), exporter.shifted(bits, slopes, -2.0)
+    assert exporter.shifted(bits, {}, -1.5) == {"attn": 4.5, "mlp": 4.5}, "without a measurement all alike"
+    assert same["attn"] - same["mlp"] == pytest.approx(2.0) and sum(same.values()) == pytest.approx(12.0)
+    assert less["attn"] == pytest.approx(5.0) and less["mlp"] == pytest.approx(3.0)
+    assert exporter.shifted(bits, slopes, -99) == {"attn": 0.0, "mlp": 0.0}
+
+
+def test_runs_over_and_under_the_limit(launch):
+    low = {"QUANT_BITS_ATTN": 3, "QUANT_BITS_MLP": 3, "QUANT_BITS_EMBED": 5, "QUANT_BITS_BIGRAM": 5}
+    first = launch(SAVE_FLOAT=1, ITERATIONS=30, **low)
+    assert first.code == 0, first.err
+    code, float_file = SCRIPT.stat().st_size, first.folder / "final_model.float.ptz"
+    again = {"TRAIN_ENABLED": 0, "MODEL_PATH": float_file} | low
+    size = first.summary["artifact"]["bytes_model"]
+    same = launch(run_id="same", ranks=2, **again)
+    assert same.code == 0 and same.summary["artifact"]["sha256"] == first.summary["artifact"]["sha256"]
+    losses = [run.summary["eval"]["int6"]["val_loss"] for run in (first, same)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for name, limit, fill in (("less", code + size * 3 // 4, 0), ("more", code + size * 5 // 4, 1)):
+        run = launch(run_id=name, ARTIFACT_LIMIT_BYTES=limit, EXPORT_FILL=fill, **again)
+        assert run.code == 0 and run.summary["valid"] and run.summary["artifact"]["bytes_total"] <= limit, run.out
+        assert "attn 3 -> " in run.out and "training text: float" in run.out
+        assert run.summary["artifact"]["bytes_total"] > limit - size // 20 and run.summary["export"]["slopes"]
+    none = launch(run_id="none", ARTIFACT_LIMIT_BYTES=code + 100, SAVE_FLOAT=1, **again)
+    assert none.code == 1 and "no setting fits" in none.summary["reasons"][0] and none.summary["artifact"] is None
+    assert not (none.folder / "final_model.int6.ptz").exists() and none.summary["eval"]["sliding"]
+    trained = launch(run_id="trained", ARTIFACT_LIMIT_BYTES=1000)
+    kept = trained.folder / "final_model.float.ptz"
+    assert trained.code == 1 and kept.exists() and f"MODEL_PATH={kept}" in trained.out
+    artifact = first.folder / "final_model.int6.ptz"
+    old = launch(run_id="old", TRAIN_ENABLED=0, MODEL_PATH=artifact, ARTIFACT_LIMIT_BYTES=9)
+    assert old.code == 1 and "over the limit" in old.summary["reasons"][0] and old.summary["eval"]["sliding"]
+
+
+def test_the_guard_is_said_and_taken_from_training(launch):
+    run = launch(MAX_WALLCLOCK_SECONDS=2, EXPORT_MAX_SECONDS=0.001, ITERATIONS=10**6, EXPORT_FILL=1,
+                 CALIBRATION_TOKENS=65536, TRAIN_LOG_EVERY=0)
+    assert run.code == 0 and "EXPORT_MAX_SECONDS=0.001 cut short: calibration on" in run.out, run.err
+    assert run.summary["export"]["cut_short"] and run.summary["train"]["stop"] == "wallclock_cap"
+    run = launch(run_id="long", MAX_WALLCLOCK_SECONDS=4, EXPORT_MAX_SECONDS=2, ITERATIONS=10**6, TRAIN_LOG_EVERY=0)
+    assert 2 <= run.summary["train"]["seconds"] < 2.5
+    for seconds in (0, 4, 5):
+        launch(run_id="no", MAX_WALLCLOCK_SECONDS=4, EXPORT_MAX_SECONDS=seconds).refused("EXPORT_MAX_SECONDS=")
+
+
+# ---- opening safely ----
+
+
+def sign(body: bytes) -> bytes:
+    return body + t.hashlib.sha256(body).digest()
+
+
+def forge(blob: bytes, edit) -> bytes:
+    """The file with an edited header text and a checksum that fits."""
+    cut = 12 + struct.unpack("<I", blob[8:12])[0]
+    header = zstandard.compress(edit(zstandard.decompress(blob[12:cut]).decode()).encode())
+    return sign(blob[:8] + struct.pack("<I", len(header)) + header + blob[cut:-32])
+
+
+@pytest.mark.parametrize("edit", [
+    lambda h: "[" * 100000, lambda h: h.replace('"num_layers":3', '"num_layers":Infinity'),
+    lambda h: h.replace('"num_layers":3', '"num_layers":4'), lambda h: h.replace("[400,32]", "[]"),
+    lambda h: h.replace("[400,32]", "[10,1280]"), lambda h: h.replace("[400,32]", f"[{10**30}]"),
+    lambda h: h.replace('"tok_emb.weight"', "5"), lambda h: h.replace('"model_dim":32', '"model_dim":16384'),
+    lambda h: h.replace('"tensors"', '"tensor"'), lambda h: "7", lambda h: h.replace('"grid"', '"rows"'),
+    lambda h: h.replace('"grid"', '"fp16"'), lambda h: h.replace('"grid"', '"other"'),
+    lambda h: h.replace('"rans"', '"zstd"'), lambda h: h.replace('"rans"', '"lzma"'),
+    lambda h: h.replace('"sides":', '"sides":1'), lambda h: h.replace('"sides":', '"sides":-'),
+    lambda h: h.replace('"grid",6.0,', '"grid",6.0,1'), lambda h: h.replace('"num_heads":4', '"num_heads":5'),
+])
+def test_forged_headers_are_refused(tiny, edit):
+    good = file_of(tiny())
+    assert t.unpack(forge(good, lambda h: h), "it")[0]["config"]["num_layers"] == 3
+    with pytest.raises(t.UserError, match="it: "):
+        t.unpack(forge(good, edit), "it")
+
+
+FUZZER = """
+import random, resource, struct, sys, time
+import train_gpt as t
+import zstandard
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+files, count, seed = [open(p, "rb").read() for p in sys.argv[3:]], int(sys.argv[1]), int(sys.argv[2])
+rng, base = random.Random(seed), peak()
+for f in files:
+    t.unpack(f, "it")
+honest, read, refused, slowest = peak(), 0, 0, 0.0
+for i in range(count):
+    blob, other = bytearray(rng.choice(files)), rng.choice(files)
+    cut = 12 + struct.unpack("<I", blob[8:12])[0]
+    kind = rng.randrange(6)
+    if kind == 0:
+        for _ in range(rng.choice((1, 1, 2, 8, 64))):
+            blob[rng.randrange(len(blob))] = rng.randrange(256)
+    elif kind == 1:
+        del blob[rng.randrange(len(blob)):]
+    elif kind == 2:
+        at = rng.randrange(len(blob))
+        blob[at:] = other[rng.randrange(len(other)):] if rng.random() < 0.5 else other[at:]
+    elif kind == 3:
+        at, size = rng.randrange(len(blob)), rng.randrange(1, 400)
+        blob[at:at] = rng.randbytes(size) if rng.random() < 0.5 else bytes(size)
+    else:  # the header's text, so that the rest is reached
+        text = bytearray(zstandard.decompress(bytes(blob[12:cut])))
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            at = rng.randrange(len(text))
+            if kind == 4:
+                text[at] = rng.choice(b'0123456789[]{},:"-eE. ') if rng.random() < 0.8 else rng.randrange(256)
+            else:
+                digits = [j for j, c in enumerate(text) if 48 <= c < 58]
+                text[rng.choice(digits)] = rng.choice(b"0123456789")
+        header = zstandard.compress(bytes(text))
+        blob[8:cut] = struct.pack("<I", len(header)) + header
+    if rng.random() < 0.85 and len(blob) > 44:  # a checksum that fits
+        blob[-32:] = t.hashlib.sha256(bytes(blob[:-32])).digest()
+    began = time.perf_counter()
+    try:
+        t.unpack(bytes(blob), "it")
+        read += 1
+    except t.UserError as error:
+        refused += 1
+        assert "\\n" not in str(error) and str(error).startswith("it: ")
+    slowest = max(slowest, time.perf_counter() - began)
+print(read, refused, slowest, base, honest, peak())
+"""
+
+
+def fuzz(files, count: int, seed: int) -> list[float]:
+    command = [sys.executable, "-W", "error", "-c", FUZZER, str(count), str(seed), *map(str, files)]
+    done = subprocess.run(command, env=clean_environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          timeout=3600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [float(x) for x in done.stdout.split()]
+
+
+def test_mutated_files_are_read_or_refused(tiny, tmp_path):
+    """Flipped, cut, spliced, stretched files and forged headers, most with a checksum that fits."""
+    for i, variables in enumerate(({}, {"QUANT": "rowmax"}, {"COMPRESSOR": "zstd"}, {"NUM_LAYERS": 2})):
+        (tmp_path / str(i)).write_bytes(file_of(tiny(**variables)))
+    read, refused, slowest, base, honest, peak = fuzz(sorted(tmp_path.iterdir()), FUZZ, 1)
+    assert read + refused == FUZZ and refused > FUZZ // 3 and slowest < 5
+    assert peak < 4 * honest and peak - base < 4 * (honest - base) + 64 * 1024, "in KiB"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "magic", "shard", "header", "version"])
+def test_damaged_files_are_one_line(launch, tiny, corpus, tmp_path, damage):
+    good = file_of(tiny())
+    bad = {"cut": good[: len(good) // 2], "flip": good[:200] + bytes([good[200] ^ 1]) + good[201:], "empty": b"",
+           "magic": b"X" + good[1:], "shard": (corpus / "fineweb_val_000000.bin").read_bytes(),
+           "header": sign(good[:8] + struct.pack("<I", 2**31) + good[12:-32]), "version": good[:7] + b"\1" + good[8:]}
+    (tmp_path / "bad.ptz").write_bytes(bad[damage])
+    launch(TRAIN_ENABLED=0, MODEL_PATH=tmp_path / "bad.ptz").refused("bad.ptz: ")
+    launch(options=("--inspect", str(tmp_path / "bad.ptz"))).refused("bad.ptz: ")
+
+
+def test_inspect_shows_every_tensor(launch, tiny, tmp_path):
+    cfg = tiny()
+    (tmp_path / "a.ptz").write_bytes(blob := file_of(cfg))
+    run = launch(options=("--inspect", "a.ptz"), DATA_PATH="nowhere")
+    assert run.code == 0, run.err
+    lines = run.out.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines if line.endswith("%")}
+    assert set(rows) == {n for n, _ in t.GPT(cfg).named_parameters()} and "MODEL_DIM=32" in lines[0]
+    assert rows["tok_emb.weight"][1:4] == ["400x32", "grid", "8.00"] and 0 < float(rows["tok_emb.weight"][4]) < 8
+    assert sum(float(r[-1][:-1]) for r in rows.values()) == pytest.approx(100, abs=8)
+    assert f"file {len(blob):,} + code {SCRIPT.stat().st_size:,}" in lines[-1]
+    assert f"{16_000_000 - len(blob) - SCRIPT.stat().st_size:,} left of 16,000,000" in lines[-1]
+    launch(options=("--inspect", "none.ptz")).refused("none.ptz")
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.ptz"
+    t.write_atomically(path, b"old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            with pytest.raises(t.UserError, match=r"a\.ptz: its 3 bytes cannot be written \(No space"):
+                t.write_atomically(path, b"new")
+        assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.ptz"]
+
+
+def test_a_full_disk_ends_in_one_line(launch, monkeypatch, tmp_path):
+    """A limit on file size stands in for a full disk: the log still fits, the float file does not."""
+    run = launch(ITERATIONS=2)
+    old = (run.folder / "final_model.int6.ptz").read_bytes()
+    code = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({SCRIPT.stat().st_size + 8192},) * 2);"
+            f"sys.argv = ['train_gpt.py']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")
+    env = clean_environment() | TINY | {"DATA_PATH": run.summary["config"]["data_path"], "LOG_DIR": str(tmp_path / "b"),
+                                        "RUN_ID": "full", "SAVE_FLOAT": "1", "MODEL_DIM": "96", "ITERATIONS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0, done.stderr
+    assert "final_model.float.ptz: its" in done.stderr and "cannot be written" in done.stderr
+    assert sorted(os.listdir(tmp_path / "b" / "full")) == ["metrics.jsonl", "train.log"]
+    assert old == (run.folder / "final_model.int6.ptz").read_bytes()
