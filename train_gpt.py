@@ -1250,7 +1250,7 @@ def decompress(data: bytes, most: int, exact: bool = True) -> bytes:
 
 def check_header(header: dict, size: int) -> dict:
     """A header's configuration, checked like environment variables, and its tensors against it. Raises ValueError and
-    what else a forged header can cause. `size`: the file's; a file cannot ask for more memory than it could fill."""
+    what else a forged header can cause. `size`: the file's; beyond 64 M elements each must take a bit of it."""
     config = {f.name: header["config"][f.name] for f in MODEL_FIELDS}
     config = {f.name: parse(f.type, f.metadata["accepts"], str(f.type(config[f.name])).replace("True", "1")
                             .replace("False", "0")) for f in MODEL_FIELDS}
@@ -1269,7 +1269,7 @@ def check_header(header: dict, size: int) -> dict:
         if offset != ends[stream] or not 0 <= float(bits) <= 32:
             raise ValueError(f"{name} at {offset} with {bits} bits")
         ends[stream] += math.prod(shape)
-    if sum(ends.values()) > 8 * size + (1 << 22) or header["coder"] not in ("rans", "zstd"):
+    if sum(ends.values()) > 8 * size + (1 << 26) or header["coder"] not in ("rans", "zstd"):
         raise ValueError(f"{sum(ends.values())} elements by {header['coder']} in {size} bytes")
     return config
 
@@ -1466,7 +1466,7 @@ def calibrate(model: GPT, sequences: Tensor, size: int, may_go_on) -> tuple[dict
     """Sensitivities of all matrices on training text [n, T + 1], and how many sequences time allowed, one at least.
 
     Embeddings look rows up, so their H only tells how the gradient is spread over the columns; a tied one is seen as
-    the output layer.
+    the output layer. Nothing is returned where the model's gradients are not finite.
     """
     sums, hooks = collections.defaultdict(lambda: [0.0, 0.0, 1e-30]), []  # of H, G, and what H is divided by
 
@@ -1501,6 +1501,8 @@ def calibrate(model: GPT, sequences: Tensor, size: int, may_go_on) -> tuple[dict
     for p in model.parameters():
         p.grad = None
     tokens = used * (sequences.size(1) - 1)
+    if not all(math.isfinite(float(h.sum() + g.sum())) for h, g, _ in sums.values()):
+        return {}, used
     return {name: Sensitivity(h / n, g / tokens) for name, (h, g, n) in sums.items()}, used
 
 
@@ -1518,10 +1520,13 @@ class Exporter:
         self.config = {f.name: getattr(cfg, f.name) for f in MODEL_FIELDS}
         self.sequences, self.sensitivity = sequences, {}
         self.groups = sorted({group_of(n) for n in self.weights if self.coarse(n)})
-        self.low, self.high = (0.0, 12.0) if cfg.quant == "balanced" else (2.0, 8.0)
         if cfg.quant in ("balanced", "gptq") and self.groups:
             self.sensitivity, used = calibrate(model, sequences, size, lambda: self.in_time(0.5))
             self.bite(f"calibration on {used} of {len(sequences)} sequences" if used < len(sequences) else "")
+            if not self.sensitivity:
+                log("export: gradients on training text are not finite; QUANT=rowmax, which needs none, takes over")
+                self.cfg, self.report["rule"] = dataclasses.replace(cfg, quant="rowmax"), "rowmax"
+        self.low, self.high = (0.0, 12.0) if self.cfg.quant == "balanced" else (2.0, 8.0)
 
     def coarse(self, name: str) -> bool:
         return is_quantised(name, self.weights[name], self.cfg.quant_min_numel)
