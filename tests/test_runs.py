@@ -314,7 +314,7 @@ def test_readme_commands_run(command, corpus, tmp_path):
     for name in ("train_gpt.py", "run.sh", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("datasets", "tokenizers"))
-    tiny = TINY | {"DATA_PATH": str(corpus), "RUN_ID": "first", "CUDA_VISIBLE_DEVICES": ""}
+    tiny = TINY | {"DATA_PATH": str(corpus), "RUN_ID": "first", "CUDA_VISIBLE_DEVICES": "", "SAVE_FLOAT": "1"}
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     documents = [json.dumps({"text": f"Document {i} of mine. " * 40}) for i in range(60)]
     (tmp_path / "my.jsonl").write_text("\n".join(documents))
