@@ -7,7 +7,7 @@
     TRAIN_ENABLED=0 MODEL_PATH=final_model.int6.ptz python train_gpt.py    score an artifact again
     python train_gpt.py --inspect final_model.int6.ptz       what an artifact holds
 
-A run is: train -> average (EMA) -> export (int6 + zstd) -> read back -> evaluate -> test-time training, and the
+A run is: train -> average (EMA) -> export (round, fit, code) -> read back -> evaluate -> test-time training, and the
 file reads in that order. Configuration is by environment variables and is checked before anything else.
 Exit codes: 0 a finished run; 1 a finished run that failed a check, such as the limit; 2 something the user must mend.
 """

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -420,3 +421,28 @@ def test_a_full_disk_ends_in_one_line(launch, monkeypatch, tmp_path):
     assert "final_model.float.ptz: its" in done.stderr and "cannot be written" in done.stderr
     assert sorted(os.listdir(tmp_path / "b" / "full")) == ["metrics.jsonl", "train.log"]
     assert old == (run.folder / "final_model.int6.ptz").read_bytes()
+
+
+WRITER = """
+import sys
+import time
+from pathlib import Path
+import train_gpt as t
+print("ready", flush=True)
+while True:
+    for letter in (b"a", b"b"):
+        t.write_atomically(Path(sys.argv[1]), letter * 3_000_000)
+"""
+
+
+def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "a.ptz"
+    env = clean_environment() | {"PYTHONPATH": str(ROOT)}
+    for delay in (0.05, 0.11, 0.23):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], env=env, stdout=subprocess.PIPE)
+        assert writer.stdout.readline() == b"ready\n"
+        time.sleep(delay)
+        writer.kill()
+        writer.communicate()
+        assert not path.exists() or path.read_bytes() in (b"a" * 3_000_000, b"b" * 3_000_000)
+    assert path.exists()
