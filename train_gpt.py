@@ -1575,9 +1575,11 @@ class Exporter:
             if not self.in_time():
                 self.bite(f"measuring {', '.join(g for g in self.groups if g not in found)}")
                 break
-            fine, coarse = (self.rounded({group: bits[group] - less}) for less in (0, 2))
+            less = max(bits[group] - 2, self.low)
+            coarse, fine = (self.rounded({group: b}) for b in (less, less + 2))
             sizes = [len(pack({}, tensors, self.cfg.compressor)) for tensors in (fine, coarse)]
-            found[group] = max(self.loss(coarse) - whole, 1e-7), max(sizes[0] - sizes[1], 8) / 2
+            loss = max(self.loss(coarse) - whole, 1e-7) * 4 ** (less - (bits[group] - 2))  # as if at two bits less
+            found[group] = loss, max(sizes[0] - sizes[1], 8) / 2
         return found
 
     def shifted(self, bits: dict[str, float], slopes: dict, common: float) -> dict[str, float]:
@@ -1623,12 +1625,15 @@ class Exporter:
             else:  # with larger steps each time, since a bit may take less than it did
                 common += (turn + 1) * (max if under else min)((aim - len(blob)) / each, 0.02 if under else -0.02)
         if best:
-            self.report |= {"bits": best[1], "slopes": slopes, "loss_float": whole,
-                            "loss_first": self.loss(self.rounded(nominal)), "loss_file": self.loss(best[2])}
+            cost = ("not measured", "not measured")
+            self.report |= {"bits": best[1], "slopes": slopes, "loss_float": whole}
+            if self.in_time():
+                cost = [self.loss(tensors) - whole for tensors in (self.rounded(nominal), best[2])]
+                self.report |= {"loss_first": whole + cost[0], "loss_file": whole + cost[1]}
+                cost = [f"{c:+.4f}" for c in cost]
             said = ", ".join(f"{g} {nominal[g]:g} -> {b:.2f}" for g, b in best[1].items())
             self.log(f"export: bits {said}; {first} -> {len(best[0])} bytes; loss on {self.report['tokens']} tokens of "
-                     f"training text: float {whole:.4f}, first {self.report['loss_first'] - whole:+.4f}, "
-                     f"file {self.report['loss_file'] - whole:+.4f}")
+                     f"training text: float {whole:.4f}, first {cost[0]}, file {cost[1]}")
         self.put({})
         return best and best[0]
 

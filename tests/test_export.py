@@ -199,8 +199,10 @@ def test_float_files_are_exact(tiny):
 # ---- fitting the limit ----
 
 
-def test_the_search_keeps_the_limit_and_spends_it(tiny):
+@pytest.mark.parametrize("rule", ["balanced", "rowmax", "gptq"])
+def test_the_search_keeps_the_limit_and_spends_it(tiny, rule):
     low = {"QUANT_BITS_ATTN": 2, "QUANT_BITS_MLP": 2, "QUANT_BITS_EMBED": 4, "QUANT_BITS_BIGRAM": 4}
+    low = low if rule == "balanced" else {"QUANT": rule, "QUANT_CLIP": 3}
     cfg = tiny(MODEL_DIM=64, EXPORT_FILL=1, **low)  # far from the 8 bits where nothing is left to gain
     nominal = len(file_of(cfg))
     sizes, losses = {}, {}
