@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -71,8 +72,8 @@ def output_error(w, stored, x) -> float:
 
 def test_feedback_and_steps_by_sensitivity_lower_the_output_error(tiny):
     torch.manual_seed(0)
-    x = torch.randn(2000, 48) @ torch.randn(48, 48) * torch.logspace(-1.5, 0, 48)
-    w, g = 0.02 * torch.randn(40, 48), torch.logspace(-3, 0, 40)
+    x = torch.randn(2000, 200) @ torch.randn(200, 200) * torch.logspace(-1.5, 0, 200) / 2  # more than one block
+    w, g = 0.02 * torch.randn(40, 200), torch.logspace(-3, 0, 40)
     sensitivity = t.Sensitivity(x.T @ x / len(x), torch.ones(40))
     plain, fed = (t.quantize(w, tiny(QUANT=q), 5, False, sensitivity) for q in ("std", "gptq"))
     assert np.array_equal(plain.rows, fed.rows) and output_error(w, fed, x) < 0.7 * output_error(w, plain, x)
@@ -98,9 +99,11 @@ def test_calibration_measures_inputs_and_gradients(tiny):
     assert used == 6 and model.watch_output is None and all(p.grad is None for p in model.parameters())
     assert set(found) == {n for n, _ in model.named_parameters() if n.endswith(".weight")}
     layer, seen = model.blocks[1].mlp.fc, {}
-    hook = layer.register_forward_hook(lambda m, args, y: seen.update(x=args[0].detach(), y=y) or y.retain_grad())
+    hooks = [layer.register_forward_hook(lambda m, args, y: seen.update(x=args[0].detach(), y=y) or y.retain_grad()),
+             model.bigram.embed.register_forward_hook(lambda m, args, y: seen.update(e=y) or y.retain_grad())]
     model(text[:, :-1], text[:, 1:]).sum().backward()
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     x, g = seen["x"].flatten(0, 1), seen["y"].grad.flatten(0, 1)
     h = (x.T @ x / len(x)).double()
     h += 0.01 * h.diag().mean() * torch.eye(len(h))
@@ -112,6 +115,7 @@ def test_calibration_measures_inputs_and_gradients(tiny):
     ids = model.bigram.hash(text[:, :-1], (text[:, :-1] == 1) & cfg.bos_mask)
     unused = np.setdiff1d(np.arange(cfg.bigram_vocab_size), ids.numpy())
     weight = found["bigram.embed.weight"].weight
+    assert torch.allclose(weight.sum(), seen["e"].grad.square().mean(2).sum() / len(x), rtol=1e-3)
     assert (weight[unused] == 0).all() and (weight > 0).sum() == cfg.bigram_vocab_size - len(unused)
     assert t.calibrate(model, text, 4, lambda: False)[1] == 4
 
@@ -291,7 +295,8 @@ def forge(blob: bytes, edit) -> bytes:
     lambda h: h.replace('"grid"', '"fp16"'), lambda h: h.replace('"grid"', '"other"'),
     lambda h: h.replace('"rans"', '"zstd"'), lambda h: h.replace('"rans"', '"lzma"'),
     lambda h: h.replace('"sides":', '"sides":1'), lambda h: h.replace('"sides":', '"sides":-'),
-    lambda h: h.replace('"grid",6.0,', '"grid",6.0,1'), lambda h: h.replace('"num_heads":4', '"num_heads":5'),
+    lambda h: h.replace('"grid",6.0,', '"grid",6.0,1'), lambda h: h.replace('"grid",6.0,', '"grid",1e9,'),
+    lambda h: re.sub(r'("grid",8.0,)[1-9]\d*', r"\g<1>0", h), lambda h: h.replace('"num_heads":4', '"num_heads":5'),
 ])
 def test_forged_headers_are_refused(tiny, edit):
     good = file_of(tiny())
@@ -375,7 +380,8 @@ def test_damaged_files_are_one_line(launch, tiny, corpus, tmp_path, damage):
            "magic": b"X" + good[1:], "shard": (corpus / "fineweb_val_000000.bin").read_bytes(),
            "header": sign(good[:8] + struct.pack("<I", 2**31) + good[12:-32]), "version": good[:7] + b"\1" + good[8:]}
     (tmp_path / "bad.ptz").write_bytes(bad[damage])
-    launch(TRAIN_ENABLED=0, MODEL_PATH=tmp_path / "bad.ptz").refused("bad.ptz: ")
+    why = {"cut": "checksum", "flip": "checksum", "version": "of format 1"}.get(damage, "")
+    launch(TRAIN_ENABLED=0, MODEL_PATH=tmp_path / "bad.ptz").refused("bad.ptz: ", why)
     launch(options=("--inspect", str(tmp_path / "bad.ptz"))).refused("bad.ptz: ")
 
 
