@@ -1092,7 +1092,8 @@ class Optimizers:
 
 BALANCED_STEP = 0.0025  # what QUANT_BITS mean to "balanced": 6 for a matrix and 8 for an embedding cost alike
 ARTIFACT_NAME, FLOAT_NAME, ARTIFACT_MAGIC = "final_model.int6.ptz", "final_model.float.ptz", b"GPT16MB\x02"
-HEADER_MOST, CLASSES, PRECISION = 1 << 20, 64, 14  # bytes of a header; rANS tables, and the bits of their frequencies
+FILE_MOST, HEADER_MOST = 1 << 31, 1 << 20  # bytes of a file and of a header
+CLASSES, PRECISION = 64, 14  # rANS tables, and the bits of their frequencies
 GROUPS = ("bigram", "sidecar", "attn", "mlp", "embed")  # what has bits of its own: QUANT_BITS_<group>
 
 
@@ -1230,10 +1231,11 @@ def pack(config: dict, stored: dict[str, Stored], coder: str = "rans") -> bytes:
         symbols = np.concatenate([s.values.ravel() for s in quantised]).view(np.uint8) ^ 128  # as value + 128
         values = rans_encode(symbols, np.concatenate([table_of for _, table_of, _ in parts]), tables)
     else:
-        values = zstandard.compress(b"".join(s.values.tobytes() for s in quantised), 22)
+        values = zstandard.compress(b"".join(s.values.tobytes() for s in quantised), 22) if quantised else b""
     floats = np.concatenate([s.values.ravel() for s in of_kind["fp32"]] or [np.empty(0, np.float32)])
     halves = np.concatenate(halves or [np.empty(0, np.float16)])
-    sides = zstandard.compress(planes(floats) + planes(halves) + b"".join(c.tobytes() for c in codes), 22)
+    sides = planes(floats) + planes(halves) + b"".join(c.tobytes() for c in codes)
+    sides = zstandard.compress(sides, 3 if len(floats) else 22)  # nobody counts the bytes of a float file
     header = {"config": config, "coder": coder, "sides": len(sides), "tensors": table}
     header = zstandard.compress(json.dumps(header, separators=(",", ":")).encode(), 22)
     blob = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + sides + values
@@ -1274,11 +1276,23 @@ def check_header(header: dict, size: int) -> dict:
     return config
 
 
+def read_file(path: str) -> bytes:
+    """The bytes of an artifact. Raises UserError for what is no file, cannot be read, or larger than any artifact."""
+    try:
+        if Path(path).exists() and not (Path(path).is_file() and Path(path).stat().st_size <= FILE_MOST):
+            raise UserError(f"{path[:300]!r}: not an artifact of this script but a folder, a device or huge; "
+                            f"give the {ARTIFACT_NAME} of a run")
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path[:300]!r}: {getattr(error, 'strerror', error)}; give the path of an artifact") from None
+
+
 def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Stored]]:
     """A file's header, with the model's settings in "config", and its tensors.
 
     Raises UserError, naming `source`, for all but a whole, consistent file.
     """
+    source = source.replace("\n", " ")
     if len(blob) < 44 or blob[:7] != ARTIFACT_MAGIC[:7]:
         raise UserError(f"{source}: not an artifact of this script; give the {ARTIFACT_NAME} of a run")
     if blob[7:8] != ARTIFACT_MAGIC[7:]:
@@ -1318,11 +1332,15 @@ def read_tensors(header: dict, sides: bytes, values: bytes) -> dict[str, Stored]
         table_of = np.concatenate([classes(next(codes), next(codes)) for _ in quantised])
         decoded = rans_decode(values, table_of, halves[at:].view("<u2").reshape(CLASSES, 256))
         decoded = (decoded ^ 128).view(np.int8)
-    else:
+    elif quantised:
         decoded = np.frombuffer(decompress(values, sum(math.prod(t[1]) for t in quantised)), np.int8)
+    elif values:
+        raise ValueError("values that no tensor has")
+    if not (np.isfinite(floats).all() and np.isfinite(halves[:at]).all()):
+        raise ValueError("numbers that are not finite")
     streams, tensors = {"fp32": floats, "fp16": halves}, {}
     for name, shape, kind, bits, offset in table:
-        part = streams.get(kind, decoded)[offset : offset + math.prod(shape)].reshape(shape)
+        part = (streams[kind] if kind in streams else decoded)[offset : offset + math.prod(shape)].reshape(shape)
         tensors[name] = Stored(kind, float(bits), part, *steps.get(name, ()))
     return tensors
 
@@ -1332,10 +1350,7 @@ def inspect(path: str, limit: int) -> str:
 
     Bytes of a tensor: those of its values under their tables, and its share of the compressed sides.
     """
-    try:
-        blob = Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path[:300]!r}: {getattr(error, 'strerror', error)}; give the path of an artifact") from None
+    blob = read_file(path)
     header, stored = unpack(blob, path)
     quantised, start = [s for s in stored.values() if s.rows is not None], 12 + struct.unpack("<I", blob[8:12])[0]
     parts, counts = count_values(quantised)
@@ -1518,10 +1533,11 @@ class Exporter:
         self.began, self.guard, self.report = time.perf_counter(), seconds, {"rule": cfg.quant, "attempts": 0}
         self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
         self.config = {f.name: getattr(cfg, f.name) for f in MODEL_FIELDS}
-        self.sequences, self.sensitivity = sequences, {}
+        self.sequences, self.sensitivity, self.pass_seconds, self.attempt_seconds = sequences, {}, 0.0, 0.0
         self.groups = sorted({group_of(n) for n in self.weights if self.coarse(n)})
         if cfg.quant in ("balanced", "gptq") and self.groups:
             self.sensitivity, used = calibrate(model, sequences, size, lambda: self.in_time(0.5))
+            self.pass_seconds = (time.perf_counter() - self.began) / 3 * len(sequences) / used  # a guess
             self.bite(f"calibration on {used} of {len(sequences)} sequences" if used < len(sequences) else "")
             if not self.sensitivity:
                 log("export: gradients on training text are not finite; QUANT=rowmax, which needs none, takes over")
@@ -1531,8 +1547,9 @@ class Exporter:
     def coarse(self, name: str) -> bool:
         return is_quantised(name, self.weights[name], self.cfg.quant_min_numel)
 
-    def in_time(self, share: float = 1.0) -> bool:
-        return not self.guard or time.perf_counter() - self.began < share * self.guard
+    def in_time(self, share: float = 1.0, needs: float = 0.0) -> bool:
+        """Whether `needs` more seconds end within `share` of the guard."""
+        return not self.guard or time.perf_counter() - self.began + needs < share * self.guard
 
     def bite(self, what: str):
         if what:
@@ -1553,8 +1570,11 @@ class Exporter:
 
     def loss(self, tensors: dict[str, Stored]) -> float:
         """Nats per token of the model with these tensors on the training text."""
+        began = time.perf_counter()
         self.put(tensors)
-        return text_loss(self.model, self.sequences, self.size)
+        loss = text_loss(self.model, self.sequences, self.size)
+        self.pass_seconds = time.perf_counter() - began
+        return loss
 
     def packed(self, coarse: dict[str, Stored], coder: str) -> bytes:
         """The file of these tensors, and of the others in fp16."""
@@ -1565,22 +1585,27 @@ class Exporter:
     def attempt(self, bits: dict[str, float]) -> tuple[bytes, dict[str, Stored]]:
         """The file at these bits, and its coarse tensors."""
         self.report["attempts"] += 1
-        coarse = self.rounded(bits)
-        return self.packed(coarse, self.cfg.compressor), coarse
+        began, coarse = time.perf_counter(), self.rounded(bits)
+        blob = self.packed(coarse, self.cfg.compressor)
+        self.attempt_seconds = time.perf_counter() - began
+        return blob, coarse
 
-    def slopes(self, bits: dict[str, float], whole: float) -> dict[str, tuple[float, float]]:
-        """For each group the loss that two bits less a value cost and the bytes that one bit takes."""
-        found = {}
+    def slopes(self, bits: dict[str, float]) -> dict[str, tuple[float, float]]:
+        """For each group the loss that two bits less a value cost and the bytes that one bit takes; nothing where time
+        or numbers do not allow to measure all."""
+        found, whole = {}, None
         for group in self.groups:
-            if not self.in_time():
-                self.bite(f"measuring {', '.join(g for g in self.groups if g not in found)}")
-                break
+            if not self.in_time(needs=self.pass_seconds * (2 if whole is None else 1) + self.attempt_seconds):
+                self.bite("measuring what bits are worth")
+                return {}
+            whole = self.loss({}) if whole is None else whole
             less = max(bits[group] - 2, self.low)
             coarse, fine = (self.rounded({group: b}) for b in (less, less + 2))
             sizes = [len(pack({}, tensors, self.cfg.compressor)) for tensors in (fine, coarse)]
             loss = max(self.loss(coarse) - whole, 1e-7) * 4 ** (less - (bits[group] - 2))  # as if at two bits less
             found[group] = loss, max(sizes[0] - sizes[1], 8) / 2
-        return found
+        self.report |= {"slopes": found, "loss_float": whole}
+        return found if math.isfinite(sum(loss for loss, _ in found.values())) else {}
 
     def shifted(self, bits: dict[str, float], slopes: dict, common: float) -> dict[str, float]:
         """Bits that are worth the same: a bit less takes four times the error, so a group should get half the log of
@@ -1595,19 +1620,18 @@ class Exporter:
         nominal = {g: getattr(self.cfg, f"quant_bits_{g}") for g in self.groups}
         blob, coarse = self.attempt(nominal)
         self.report |= {"bits": nominal, "bytes_first": len(blob), "tokens": self.sequences[:, 1:].numel()}
-        first, fits, best = len(blob), len(blob) <= self.room, (blob, nominal, coarse)
+        first, fits, original = len(blob), len(blob) <= self.room, (blob, nominal, coarse)
         if not self.groups or (fits and (not self.cfg.export_fill or first >= 0.995 * self.room)):
             return blob if fits else None
         self.log(f"export: {first} bytes at first, {abs(self.room - first)} {'to fill' if fits else 'too many'}; "
                  "looking for the bits that matter " + ("most" if fits else "least"))
-        whole, best = self.loss({}), best if fits else None
-        slopes = found if len(found := self.slopes(nominal, whole)) == len(nominal) else {}
+        slopes, best = self.slopes(nominal), original if fits else None
         elements = sum(w.numel() for name, w in self.weights.items() if self.coarse(name))
         each = sum(size for _, size in slopes.values()) or elements / 8  # bytes that a bit more takes
         common, under, over, last, aim = (0.998 * self.room - first) / each, None, None, None, 0.998 * self.room
         for turn in range(16):  # of (common term, bytes) that fit and that do not, close in on the room
             bits = self.shifted(nominal, slopes, common)
-            late = bool(best) and not self.in_time()
+            late = bool(best) and not self.in_time(needs=self.attempt_seconds)
             self.bite("the search" if late else "")
             if late or bits == last or (best and turn > 7):
                 break
@@ -1625,17 +1649,24 @@ class Exporter:
             else:  # with larger steps each time, since a bit may take less than it did
                 common += (turn + 1) * (max if under else min)((aim - len(blob)) / each, 0.02 if under else -0.02)
         if best:
-            cost = ("not measured", "not measured")
-            self.report |= {"bits": best[1], "slopes": slopes, "loss_float": whole}
-            if self.in_time():
-                cost = [self.loss(tensors) - whole for tensors in (self.rounded(nominal), best[2])]
-                self.report |= {"loss_first": whole + cost[0], "loss_file": whole + cost[1]}
-                cost = [f"{c:+.4f}" for c in cost]
-            said = ", ".join(f"{g} {nominal[g]:g} -> {b:.2f}" for g, b in best[1].items())
-            self.log(f"export: bits {said}; {first} -> {len(best[0])} bytes; loss on {self.report['tokens']} tokens of "
-                     f"training text: float {whole:.4f}, first {cost[0]}, file {cost[1]}")
+            best = self.judged(original, best, fits)
         self.put({})
         return best and best[0]
+
+    def judged(self, first: tuple, best: tuple, fits: bool) -> tuple:
+        """Say what the search did and what it cost; a larger file that is no better than the first is dropped."""
+        said, whole = "cost not measured", self.report.get("loss_float")
+        if whole is not None and self.in_time(needs=2 * self.pass_seconds):
+            losses = [self.loss(tensors) for _, _, tensors in (first, best)]
+            self.report |= {"loss_first": losses[0], "loss_file": losses[1]}
+            said = (f"loss on {self.report['tokens']} tokens of training text: float {whole:.4f}, "
+                    f"first {losses[0] - whole:+.4f}, file {losses[1] - whole:+.4f}")
+            if fits and not losses[1] < losses[0]:
+                best, said = first, said + "; the first is no worse and is kept"
+        self.report["bits"] = best[1]
+        bits = ", ".join(f"{g} {first[1][g]:g} -> {b:.2f}" for g, b in best[1].items())
+        self.log(f"export: bits {bits}; {len(first[0])} -> {len(best[0])} bytes; {said}")
+        return best
 
 
 def build_model(cfg: Config, tensors: dict[str, Tensor], process: Process) -> GPT:
@@ -2368,10 +2399,7 @@ class Run:
     def open_artifact(self, cfg: Config) -> Config:
         """Read MODEL_PATH; returns the configuration with the artifact's model in it. Raises UserError."""
         began = time.perf_counter()
-        try:
-            blob = Path(cfg.model_path).read_bytes()
-        except OSError as error:
-            raise UserError(f"MODEL_PATH={cfg.model_path}: {error.strerror}; give the path of an artifact") from None
+        blob = read_file(cfg.model_path)
         header, tensors = unpack(blob, cfg.model_path)
         stored = header["config"]
         self.float = any(s.kind == "fp32" for s in tensors.values())  # weights to export, not an artifact to score
@@ -2450,7 +2478,9 @@ class Run:
         if self.artifact and not self.float:
             model = self.adopt(cfg.model_path, *self.artifact)
         else:
-            model = self.trained()
+            model, folder = self.trained(), os.path.join(cfg.log_dir, summary["run_id"])
+            if cfg.save_float:
+                self.process.together(lambda: self.process.main and self.keep_float(model, folder))
             if cfg.final_eval_enable:
                 self.score("float", "final_float", model, cfg.eval_len)
             if cfg.export_enabled:
@@ -2555,6 +2585,12 @@ class Run:
         with self.timed("read"):
             return self.adopt(path, blob, {name: s.tensor() for name, s in unpack(blob, path)[1].items()})
 
+    def keep_float(self, model: GPT, folder: str):
+        """Write the weights in fp32, to be exported again. On one rank."""
+        weights = {n: Stored("fp32", 32, p.detach().float().cpu().numpy()) for n, p in model.named_parameters()}
+        config = {f.name: getattr(model.cfg, f.name) for f in MODEL_FIELDS}
+        write_atomically(Path(folder, FLOAT_NAME), pack(config, weights))
+
     def calibration_text(self) -> tuple[Tensor, int]:
         """Sequences spread evenly over the training split, [n, T + 1], and how many of them a forward pass takes."""
         tokens, length = self.train_tokens, self.cfg.train_seq_len
@@ -2564,17 +2600,18 @@ class Run:
         return text.to(self.process.device), max(tokens_per_pass(self.cfg, self.process, True) // length, 1)
 
     def encode(self, model: GPT, folder: str) -> bytes | None:
-        """Round, code and write the artifact; the float weights too where they are wanted or nothing fits. One rank."""
+        """Round, code and write the artifact; where nothing fits keep the float weights. On one rank."""
         cfg, room = self.cfg, self.cfg.artifact_limit_bytes - len(self.code)
         text, size = self.calibration_text()
         with self.timed("search"):
             exporter = Exporter(cfg, self.log, model, text, size, room, cfg.export_seconds)
             blob = exporter.search()
-            self.summary["export"] = exporter.report
+            seconds, self.summary["export"] = time.perf_counter() - exporter.began, exporter.report
+            if cfg.export_seconds:
+                self.log(f"export: took {seconds:.1f} s of the {cfg.export_seconds:g} s kept for it")
         with self.timed("export"):
-            if cfg.save_float or (blob is None and not self.float):
-                weights = {n: Stored("fp32", 32, w.cpu().numpy()) for n, w in exporter.weights.items()}
-                write_atomically(Path(folder, FLOAT_NAME), pack(exporter.config, weights))
+            if blob is None and not self.float and not cfg.save_float:
+                self.keep_float(model, folder)
             if blob is not None:
                 write_atomically(Path(folder, ARTIFACT_NAME), blob)
                 blob = Path(folder, ARTIFACT_NAME).read_bytes()
@@ -2615,7 +2652,8 @@ class Run:
         summary, hardware, data = self.summary, self.summary["hardware"], Path(self.cfg.data_path).name
         failed = bool(summary["reasons"])
         facts = [  # (holds, where it is said, what is said)
-            (summary["artifact"] is None, "reasons", "EXPORT_ENABLED=0: no artifact, the scores are of float weights"),
+            (summary["artifact"] is None and not self.cfg.export_enabled, "reasons",
+             "EXPORT_ENABLED=0: no artifact, the scores are of float weights"),
             (summary["val_bpb"] is None, "caveats", "no final evaluation ran"),
             (bool(self.cfg.max_wallclock_seconds) and self.trained_seconds() > 1.01 * self.cfg.max_wallclock_seconds,
              "caveats", f"training and export took {self.trained_seconds():.0f} s of MAX_WALLCLOCK_SECONDS"),

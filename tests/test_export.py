@@ -224,6 +224,19 @@ def test_the_search_keeps_the_limit_and_spends_it(tiny, rule):
     assert len(left.search()) == nominal, "EXPORT_FILL=0 leaves room"
 
 
+def test_a_larger_file_that_is_no_better_is_not_taken(tiny):
+    class Worse(t.Exporter):
+        def loss(self, tensors):
+            return len(self.packed(tensors, "rans")) / 1e6  # more bytes, more loss
+
+    cfg, nominal = tiny(EXPORT_FILL=1, QUANT="std"), len(file_of(tiny(QUANT="std")))
+    text = torch.randint(2, 400, (8, 33))
+    torch.manual_seed(1)
+    exporter = Worse(cfg, Quiet(), model_of(cfg, noise=0.3), text, 8, nominal * 6 // 5, 0.0)
+    assert len(exporter.search()) == nominal and exporter.report["attempts"] > 1
+    assert exporter.report["bits"] == {"attn": 6.0, "bigram": 8.0, "embed": 8.0, "mlp": 6.0, "sidecar": 6.0}
+
+
 def test_bits_go_where_they_matter(tiny):
     exporter = exporter_of(tiny())
     bits, slopes = {"attn": 6.0, "mlp": 6.0}, {"attn": (0.16, 1000.0), "mlp": (0.01, 1000.0)}
@@ -235,8 +248,8 @@ def test_bits_go_where_they_matter(tiny):
 
 
 def test_runs_over_and_under_the_limit(launch):
-    low = {"QUANT_BITS_ATTN": 3, "QUANT_BITS_MLP": 3, "QUANT_BITS_EMBED": 5, "QUANT_BITS_BIGRAM": 5}
-    first = launch(SAVE_FLOAT=1, ITERATIONS=30, **low)
+    low = {"QUANT": "rowmax", "QUANT_BITS_ATTN": 3, "QUANT_BITS_MLP": 3, "QUANT_BITS_EMBED": 4, "QUANT_BITS_BIGRAM": 4}
+    first = launch(SAVE_FLOAT=1, ITERATIONS=60, **low)
     assert first.code == 0, first.err
     code, float_file = SCRIPT.stat().st_size, first.folder / "final_model.float.ptz"
     again = {"TRAIN_ENABLED": 0, "MODEL_PATH": float_file} | low
@@ -251,7 +264,8 @@ def test_runs_over_and_under_the_limit(launch):
         assert "attn 3 -> " in run.out and "training text: float" in run.out
         assert run.summary["artifact"]["bytes_total"] > limit - size // 20 and run.summary["export"]["slopes"]
     none = launch(run_id="none", ARTIFACT_LIMIT_BYTES=code + 100, SAVE_FLOAT=1, **again)
-    assert none.code == 1 and "no setting fits" in none.summary["reasons"][0] and none.summary["artifact"] is None
+    assert none.code == 1 and none.summary["artifact"] is None
+    assert len(none.summary["reasons"]) == 1 and "no setting fits" in none.summary["reasons"][0]
     assert not (none.folder / "final_model.int6.ptz").exists() and none.summary["eval"]["sliding"]
     trained = launch(run_id="trained", ARTIFACT_LIMIT_BYTES=1000)
     kept = trained.folder / "final_model.float.ptz"
@@ -397,7 +411,19 @@ def test_inspect_shows_every_tensor(launch, tiny, tmp_path):
     assert sum(float(r[-1][:-1]) for r in rows.values()) == pytest.approx(100, abs=8)
     assert f"file {len(blob):,} + code {SCRIPT.stat().st_size:,}" in lines[-1]
     assert f"{16_000_000 - len(blob) - SCRIPT.stat().st_size:,} left of 16,000,000" in lines[-1]
-    launch(options=("--inspect", "none.ptz")).refused("none.ptz")
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(1 << 40)
+    for bad in ("none.ptz", "pipe", "huge", ".", "/dev/zero"):
+        launch(options=("--inspect", bad)).refused(bad)
+
+
+def test_numbers_that_are_not_finite_are_refused(tiny):
+    cfg = tiny()
+    stored = {n: t.Stored("fp32", 32, p.detach().numpy()) for n, p in model_of(cfg, noise=0.3).named_parameters()}
+    stored["smear"].values[3] = np.nan
+    with pytest.raises(t.UserError, match="not finite"):
+        t.unpack(t.pack({f.name: getattr(cfg, f.name) for f in t.MODEL_FIELDS}, stored), "it")
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):

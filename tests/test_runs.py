@@ -114,7 +114,8 @@ def test_bad_world_size_is_one_line(launch):
 
 
 def test_switches(launch):
-    run = launch(EXPORT_ENABLED=0, EMA_ENABLED=0)
+    run = launch(EXPORT_ENABLED=0, EMA_ENABLED=0, SAVE_FLOAT=1)
+    assert (run.folder / "final_model.float.ptz").exists()
     s = run.summary
     assert run.code == 0 and s["artifact"] is None and s["valid"] is False and s["eval"]["int6"] is None
     assert not (run.folder / "final_model.int6.ptz").exists() and s["eval"]["float"] is not None
@@ -259,7 +260,7 @@ def test_bad_input_is_one_line(launch, corpus, tmp_path, name):
 
 
 def test_a_score_that_is_no_number_is_not_valid(launch):
-    run = launch(SCALAR_LR=100000, EMA_ENABLED=0, ITERATIONS=3, QUANT_MIN_NUMEL=100)
+    run = launch(SCALAR_LR=100000, EMA_ENABLED=0, ITERATIONS=3, QUANT_MIN_NUMEL=100, EXPORT_FILL=1)
     assert run.code == 1 and run.summary["valid"] is False and run.summary["eval"]["float"]["val_bpb"] is None
     assert "QUANT=rowmax, which needs none, takes over" in run.out
     assert any("not a finite number" in reason for reason in run.summary["reasons"])
