@@ -1610,11 +1610,14 @@ class Exporter:
 
     def shifted(self, bits: dict[str, float], slopes: dict, common: float) -> dict[str, float]:
         """Bits that are worth the same: a bit less takes four times the error, so a group should get half the log of
-        its loss for a byte, less what that is on average, plus what all get alike."""
+        its loss for a byte, less what that is on average, plus what all get alike. Small losses are measured with
+        noise, so no group moves far from the others, and less where the rule has weighed them already."""
         worth = {g: math.log2(loss / size) / 2 for g, (loss, size) in slopes.items()} or dict.fromkeys(bits, 0.0)
         weight = {g: size for g, (_, size) in slopes.items()} or dict.fromkeys(bits, 1.0)
         mean = sum(worth[g] * weight[g] for g in bits) / sum(weight.values())
-        return {g: min(max(bits[g] + worth[g] - mean + common, self.low), self.high) for g in bits}
+        far = 1.0 if self.cfg.quant == "balanced" else 2.0
+        moves = {g: min(max(worth[g] - mean, -far), far) + common for g in bits}
+        return {g: min(max(bits[g] + moves[g], self.low), self.high) for g in bits}
 
     def search(self) -> bytes | None:
         """The file, or None where no setting keeps it within `room`."""
