@@ -1277,15 +1277,16 @@ def check_header(header: dict, size: int) -> dict:
     return config
 
 
-def read_file(path: str) -> bytes:
+def read_file(path: str, variable: str = "") -> bytes:
     """The bytes of an artifact. Raises UserError for what is no file, cannot be read, or larger than any artifact."""
+    shown = f"{variable}{path[:300]!r}"
     try:
         if Path(path).exists() and not (Path(path).is_file() and Path(path).stat().st_size <= FILE_MOST):
-            raise UserError(f"{path[:300]!r}: not an artifact of this script but a folder, a device or huge; "
+            raise UserError(f"{shown}: not an artifact of this script but a folder, a device or huge; "
                             f"give the {ARTIFACT_NAME} of a run")
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise UserError(f"{path[:300]!r}: {getattr(error, 'strerror', error)}; give the path of an artifact") from None
+        raise UserError(f"{shown}: {getattr(error, 'strerror', error)}; give the path of an artifact") from None
 
 
 def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Stored]]:
@@ -2403,7 +2404,7 @@ class Run:
     def open_artifact(self, cfg: Config) -> Config:
         """Read MODEL_PATH; returns the configuration with the artifact's model in it. Raises UserError."""
         began = time.perf_counter()
-        blob = read_file(cfg.model_path)
+        blob = read_file(cfg.model_path, "MODEL_PATH=")
         header, tensors = unpack(blob, cfg.model_path)
         stored = header["config"]
         self.float = any(s.kind == "fp32" for s in tensors.values())  # weights to export, not an artifact to score
