@@ -317,6 +317,8 @@ def load_config(environ, ranks: int = 1) -> tuple[Config, list[str], list[str]]:
                      if cfg.ttt_enabled]
     problems += [] if problems else conflicts(cfg, ranks)
     idle = [f"{name}: no effect with TTT_MODE={cfg.ttt_mode}" for name in idle]
+    clips = sorted(cfg.explicit & {"quant_clip", "quant_clip_embed"}) if cfg.quant not in ("std", "gptq") else []
+    idle += [f"{name.upper()}: no effect with QUANT={cfg.quant}" for name in clips]
     return (cfg, problems + typos, idle) if cfg.strict_env else (cfg, problems, typos + idle)
 
 
@@ -773,6 +775,7 @@ class Attention(nn.Module):
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C], causal; queries and keys are normalised, then turned by RoPE."""
         b, t, c = x.shape
         q = norm(self.q(x).view(b, t, self.heads, self.head_dim))
         k, v = (matrix(x).view(b, t, self.kv_heads, self.head_dim) for matrix in (self.k, self.v))
@@ -1213,8 +1216,9 @@ def planes(numbers: np.ndarray) -> bytes:
     return numbers.view(np.uint8).reshape(-1, numbers.itemsize).T.tobytes()
 
 
-def pack(config: dict, stored: dict[str, Stored], coder: str = "rans") -> bytes:
+def pack(cfg: Config, stored: dict[str, Stored], coder: str = "rans") -> bytes:
     """A file's bytes from the model's settings and its tensors; the same give the same."""
+    config = {f.name: getattr(cfg, f.name) for f in MODEL_FIELDS}
     table, ends = [], collections.Counter()
     for name, s in stored.items():
         stream = "values" if s.rows is not None else s.kind
@@ -1534,7 +1538,6 @@ class Exporter:
         self.cfg, self.log, self.model, self.size, self.room = cfg, log, model, size, room
         self.began, self.guard, self.report = time.perf_counter(), seconds, {"rule": cfg.quant, "attempts": 0}
         self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-        self.config = {f.name: getattr(cfg, f.name) for f in MODEL_FIELDS}
         self.sequences, self.sensitivity, self.pass_seconds, self.attempt_seconds = sequences, {}, 0.0, 0.0
         self.groups = sorted({group_of(n) for n in self.weights if self.coarse(n)})
         if cfg.quant in ("balanced", "gptq") and self.groups:
@@ -1582,7 +1585,7 @@ class Exporter:
         """The file of these tensors, and of the others in fp16."""
         small = {n: w.clamp(-65504, 65504).half().cpu().numpy() for n, w in self.weights.items() if n not in coarse}
         stored = {n: coarse[n] if n in coarse else Stored("fp16", 16, small[n]) for n in self.weights}
-        return pack(self.config, stored, coder)
+        return pack(self.cfg, stored, coder)
 
     def attempt(self, bits: dict[str, float]) -> tuple[bytes, dict[str, Stored]]:
         """The file at these bits, and its coarse tensors."""
@@ -1603,7 +1606,7 @@ class Exporter:
             whole = self.loss({}) if whole is None else whole
             less = max(bits[group] - 2, self.low)
             coarse, fine = (self.rounded({group: b}) for b in (less, less + 2))
-            sizes = [len(pack({}, tensors, self.cfg.compressor)) for tensors in (fine, coarse)]
+            sizes = [len(pack(self.cfg, tensors, self.cfg.compressor)) for tensors in (fine, coarse)]
             loss = max(self.loss(coarse) - whole, 1e-7) * 4 ** (less - (bits[group] - 2))  # as if at two bits less
             found[group] = loss, max(sizes[0] - sizes[1], 8) / 2
         self.report |= {"slopes": found, "loss_float": whole}
@@ -2593,8 +2596,7 @@ class Run:
     def keep_float(self, model: GPT, folder: str):
         """Write the weights in fp32, to be exported again. On one rank."""
         weights = {n: Stored("fp32", 32, p.detach().float().cpu().numpy()) for n, p in model.named_parameters()}
-        config = {f.name: getattr(model.cfg, f.name) for f in MODEL_FIELDS}
-        write_atomically(Path(folder, FLOAT_NAME), pack(config, weights))
+        write_atomically(Path(folder, FLOAT_NAME), pack(model.cfg, weights))
 
     def calibration_text(self) -> tuple[Tensor, int]:
         """Sequences spread evenly over the training split, [n, T + 1], and how many of them a forward pass takes."""

@@ -143,3 +143,11 @@ def test_import_has_no_side_effects(tmp_path):
     command = [sys.executable, "-c", "import train_gpt"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
+
+
+def test_clips_without_effect_are_said():
+    def warned(**variables):
+        return train_gpt.load_config({"PRESET": "demo"} | variables)[2]
+
+    assert warned(QUANT_CLIP="9") == ["QUANT_CLIP: no effect with QUANT=balanced"]
+    assert warned(QUANT_CLIP="9", QUANT_CLIP_EMBED="9", QUANT="gptq") == []
