@@ -47,7 +47,7 @@ need() {
   writable || make_venv --system-site-packages
   local lines=()
   for module in "${missing[@]}"; do
-    while read -r line; do lines+=("$line"); done < <(grep -E "^$module\b" "$list")
+    while read -r line; do lines+=("$line"); done < <(grep -E "^(pytest-)?$module\b" "$list")
   done
   echo "installing ${missing[*]}" >&2
   "$py" -m pip install -q "${lines[@]}" || fail "installing ${missing[*]} failed; see above"
@@ -77,8 +77,9 @@ case $job in
     "$py" "$here/train_gpt.py" --check --ranks "$ranks"
     exec "$py" -m torch.distributed.run --standalone --nproc_per_node="$ranks" "$here/train_gpt.py" "$@" ;;
   test)
-    need "$here/tests/requirements.txt" pytest huggingface_hub
-    cd "$here" && exec "$py" -m pytest -q "$@" tests ;;
+    need "$here/tests/requirements.txt" pytest xdist huggingface_hub
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    cd "$here" && exec "$py" -m pytest -q -n auto --maxprocesses 4 "$@" tests ;;
   data)
     need "$here/data/requirements.txt" huggingface_hub
     exec "$py" "$here/data/prepare.py" fineweb "$@" ;;

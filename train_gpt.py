@@ -9,7 +9,8 @@
 
 A run is: train -> average (EMA) -> export (round, fit, code) -> read back -> evaluate -> test-time training, and the
 file reads in that order. Configuration is by environment variables and is checked before anything else.
-Exit codes: 0 a finished run; 1 a finished run that failed a check, such as the limit; 2 something the user must mend.
+Exit codes: 0 a finished run; 1 a finished run that failed a check, such as the limit; 2 something the user must mend;
+128+n after signal n, when RESUME=1 goes on.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import io
 import itertools
@@ -26,10 +28,15 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
+import signal
 import struct
 import sys
+import tempfile
+import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +69,13 @@ class Config:
     seed: int = var(1337, "0..4294967295", "random seed of weights and, with SHUFFLE=1, of the data order")
     log_dir: str = var("logs", "path", "where runs are kept")
     train_log_every: int = var(100, ">=0", "steps between train_loss lines, besides the first 10; 0 off")
+    ckpt_every_seconds: float = var(0.0, ">=0", "seconds between checkpoints, in training and in "
+                                    "test-time training; 0 off")
+    keep_ckpts: int = var(2, ">=1", "checkpoints of training that stay")
+    resume: str = var("0", "0|1|path", "1: go on with RUN_ID, or without it with the newest unfinished run of the same "
+                      "settings, or start; a checkpoint or a run's folder: go on with that")
+    nan_policy: str = var("stop", "stop|skip", "a step whose loss or gradient is not finite is dropped; stop: and ends "
+                          "the run; skip: only the fourth in a row does")
     strict_env: bool = var(True, "0|1", "1: a variable that looks misspelt stops the run; 0: it is a warning")
     env_extra: str = var("", "text", "comma-separated names of your own variables that may look like ours")
 
@@ -226,8 +240,8 @@ NOT_IMPLEMENTED = ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS", "L
                    "VE_ENABLED", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM")
 COMPANIONS = ("SWA_", "QAT_", "MTP_", "LAWA_", "DTG_", "VE_", "MUON_BETA2")  # settings of those: no effect
 # A name with a prefix of the first group was meant for us, one of the second never was.
-FAMILIES = ("ADAM_", "AUDIT_", "BIGRAM_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "ROPE_",
-            "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "XSA_")
+FAMILIES = ("ADAM_", "AUDIT_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "RESUME_",
+            "ROPE_", "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "XSA_")
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH", "PET_", "CUDA_", "NVIDIA_",
            "NCCL_", "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MODULE",
            "MATCHED_")
@@ -244,7 +258,8 @@ def parse(kind: type, accepts: str, raw: str):
     if kind is bool:
         ok, value = raw in ("0", "1"), raw == "1"
     elif kind is str:
-        ok = "\n" not in raw and "\0" not in raw and ("|" not in accepts or raw in accepts.split("|"))
+        ok = "\n" not in raw and "\0" not in raw and ("|" not in accepts or "path" in accepts or
+                                                     raw in accepts.split("|"))
         short = len(raw.encode()) < 200  # encode() refuses what no log could hold
         ok, value = ok and (accepts != "name" or raw not in (".", "..") and "/" not in raw and short), raw
     else:
@@ -257,6 +272,15 @@ def parse(kind: type, accepts: str, raw: str):
         ok = ok and abs(value) <= 1e15  # also refuses nan and inf
     if not ok:
         raise ValueError
+    return value
+
+
+def check_value(field: dataclasses.Field, value):
+    """A file's value for a variable, as it is. Raises ValueError or TypeError for what the variable does not accept."""
+    if type(value) not in (field.type, int if field.type is float else field.type):
+        raise TypeError(f"{field.name.upper()} is not of type {field.type.__name__}")
+    if value != "":
+        parse(field.type, field.metadata["accepts"], str(int(value) if field.type is bool else value))
     return value
 
 
@@ -301,7 +325,8 @@ def load_config(environ, ranks: int = 1) -> tuple[Config, list[str], list[str]]:
         try:
             values[f.name] = parse(f.type, f.metadata["accepts"], raw)
         except (ValueError, OverflowError):
-            problems.append(f"{name}={raw[:80]!r}: accepts {f.type.__name__} {f.metadata['accepts']}")
+            most = ", at most 1e15" if f.metadata["accepts"].startswith(">") else ""
+            problems.append(f"{name}={raw[:80]!r}: accepts {f.type.__name__} {f.metadata['accepts']}{most}")
     for name in NOT_IMPLEMENTED:
         if environ.get(name, "0") not in ("0", "", "0.0"):
             problems.append(f"{name}={environ[name][:80]!r}: not implemented in this script; unset it or set it to 0")
@@ -371,12 +396,22 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def one_line(problem) -> str:
+    """A message without the line breaks that file names and variables may bring."""
+    return " ".join(str(problem).splitlines())
+
+
 def leave(code: int, silent: bool = False):
     """End this rank. A silent one waits, since a launcher kills all ranks as soon as one has failed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     if silent:
         time.sleep(3)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a closed pipe or a full disk, which the interpreter would stumble over again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if os.environ.get("WORLD_SIZE", "1") != "1":
         os._exit(code)  # gloo's threads may outlive the interpreter and then abort the process
     sys.exit(code)
@@ -393,8 +428,9 @@ def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--ranks", type=int)
     options = parser.parse_args(argv)
     if options.help:
-        print(help_text())
-        sys.exit(0)
+        with contextlib.suppress(BrokenPipeError):
+            print(help_text())
+        leave(0)
     odd = [f"{name}={os.environ[name]!r}: is the launcher's to set; unset it or launch with torchrun" for name in
            ("RANK", "WORLD_SIZE", "LOCAL_RANK") if not re.fullmatch(r"[0-9]{1,6}", os.environ.get(name, "0"), re.A)]
     if options.ranks is None:
@@ -402,7 +438,7 @@ def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     cfg, problems, warnings = load_config(os.environ, max(options.ranks, 1))
     problems += odd + ["--ranks and --step-ms: must be above 0"] * (options.ranks < 1 or not options.step_ms > 0)
     silent = os.environ.get("RANK", "0") != "0"
-    lines = [f"error: {problem}\n" for problem in problems] + [f"warning: {warning}\n" for warning in warnings]
+    lines = [f"error: {one_line(p)}\n" for p in problems] + [f"warning: {one_line(w)}\n" for w in warnings]
     sys.stderr.writelines([] if silent else lines)
     if problems:
         leave(2, silent)
@@ -410,6 +446,7 @@ def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
 
 
 if __name__ == "__main__":  # here, so that a typo is answered before the seconds that importing torch takes
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save yet, and no traceback
     LAUNCH = read_launch(sys.argv[1:])
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a busy machine many times slower
 
@@ -420,22 +457,87 @@ import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import zstandard  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.distributed.rendezvous import rendezvous  # noqa: E402
 
 try:  # Hopper's FlashAttention-3, where someone has installed it
     from flash_attn_interface import flash_attn_func
 except ImportError:
     flash_attn_func = None
 
-# ==== Process and log: this rank among the others, its device, and what it tells people ===============================
+# ==== Process and log: this rank among the others, its device, the signals it gets, what it tells people ==============
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM, at a place where leaving loses nothing."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class PeerLost(Exception):
+    """An exchange with the other ranks failed, most likely because one is gone; that one says why."""
+
+
+class Signals:
+    """SIGINT and SIGTERM. The first raises Interrupted, or waits while it is held until what must be finished is
+    saved; a second one ends the process at once.
+
+    A thread listens, since a process that waits for another rank or for a kernel runs no handler of its own. Under
+    torchrun, which sends its own signal after the user's and kills after 30 s, signals within 2 s are one and the
+    process ends by itself before it is killed.
+    """
+
+    def __init__(self, listens: bool = False):
+        self.caught, self.held = 0, False
+        if listens:
+            reader, writer = os.pipe()
+            os.set_blocking(writer, False)
+            signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._handle)
+            threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+
+    def _handle(self, number: int, frame):
+        if not self.held:
+            raise Interrupted(number)
+
+    def _listen(self, reader: int):
+        launched, first = "TORCHELASTIC_RUN_ID" in os.environ, 0.0
+        while True:
+            number = os.read(reader, 1)[0]
+            if self.caught and not (launched and time.monotonic() - first < 2):
+                os._exit(128 + number)
+            if not self.caught:
+                self.caught, first = number, time.monotonic()
+                if self.held and os.environ.get("RANK", "0") == "0":
+                    sys.stderr.write(f"{signal.Signals(number).name}: finishing the step and saving; a second one "
+                                     "leaves at once\n")
+                if launched:
+                    end = threading.Timer(20.0, os._exit, (128 + number,))
+                    end.daemon = True
+                    end.start()
+
+    @contextlib.contextmanager
+    def hold(self):
+        """Within this a signal waits: it is looked for where there is something to save, or raised at the end."""
+        before, self.held = self.held, True
+        try:
+            yield
+        finally:
+            self.held = before
+        if self.caught and not before:
+            raise Interrupted(self.caught)
 
 
 class Process:
     """This rank, its device and the few ways it talks to the other ranks; with one rank nothing is sent.
 
-    Raises UserError when the machine has fewer GPUs than ranks.
+    Raises UserError when the machine has fewer GPUs than ranks, PeerLost when another rank is gone.
     """
 
-    def __init__(self, compute_dtype: str = "auto"):
+    def __init__(self, compute_dtype: str = "auto", signals: Signals | None = None):
+        self.signals, self.lock = signals or Signals(), None
         self.rank, self.world, local = (int(os.environ.get(n, d)) for n, d in
                                         (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
         self.main, self.cuda = self.rank == 0, torch.cuda.is_available()
@@ -446,26 +548,53 @@ class Process:
         if self.cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo")
+            with self._exchange():
+                store, *_ = next(rendezvous("env://", self.rank, self.world))
+                if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world):  # else restarts are not counted alike
+                    # torchrun keeps one store over restarts: without this a rank may meet a dead one's address
+                    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+                dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", store=store, rank=self.rank,
+                                        world_size=self.world)
         cpuinfo = Path("/proc/cpuinfo")
         self.cpuinfo = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
+        self.compute_in(compute_dtype)
+
+    def compute_in(self, compute_dtype: str):
+        """Set COMPUTE_DTYPE."""
         if compute_dtype == "auto":  # from features, never from a timing, so that a run is repeatable
             bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if self.cuda else
                     re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", self.cpuinfo))
             compute_dtype = "bf16" if bf16 else "fp32"
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[compute_dtype]
 
+    @contextlib.contextmanager
+    def _exchange(self):
+        try:
+            yield
+        except RuntimeError as error:
+            raise PeerLost(str(error).strip().splitlines()[0]) from error
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks, in place."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            with self._exchange():
+                dist.all_reduce(tensor)
         return tensor
+
+    def heard(self, seconds: float) -> tuple[float, int]:
+        """Rank 0's `seconds`, and the signal that any rank has caught, 0 for none; on every rank."""
+        both = torch.tensor((seconds if self.main else 0.0, self.signals.caught), dtype=torch.float64)
+        if self.world > 1:
+            with self._exchange():
+                dist.all_reduce(both, dist.ReduceOp.MAX)
+        return float(both[0]), int(both[1])
 
     def agree(self, value):
         """Rank 0's `value` on every rank, by way of the CPU so that no device is waited for."""
         box = [value]
         if self.world > 1:
-            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+            with self._exchange():
+                dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
     def together(self, action):
@@ -476,7 +605,7 @@ class Process:
         except UserError as error:
             message = str(error)
         except OSError as error:
-            message = f"{error.filename}: {error.strerror}; mend the path or its permissions"
+            message = f"{error.filename or 'output'}: {error.strerror}; mend the path or its permissions"
         if any(messages := self.gather(message)):
             raise UserError(next(filter(None, messages)), shared=True)
         return result
@@ -485,7 +614,8 @@ class Process:
         """Each rank's `value`, on every rank."""
         values = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value)
+            with self._exchange():
+                dist.all_gather_object(values, value)
         return values
 
     def memory(self) -> tuple[int, int]:
@@ -507,20 +637,36 @@ class Process:
 class Log:
     """Rank 0's voice: stdout, train.log and metrics.jsonl in `folder`. Other ranks are silent.
 
-    On a terminal progress is one live line, rewritten in place; elsewhere a plain line now and then.
+    On a terminal progress is one live line, rewritten in place; elsewhere a plain line now and then. What a full or
+    broken disk does not take is kept and written later: no run ends for a line.
     """
 
     def __init__(self, process: Process, folder: Path):
         self.main, self.folder, self.terminal, self._live_at = process.main, folder, sys.stdout.isatty(), 0.0
+        self._unwritten: dict[str, bytes] = {}
 
     def __call__(self, text: str, console: bool = True, file: str = "train.log"):
         """A line for people and for the field's log parsers."""
         if not self.main:
             return
         if console:
-            print(("\r\033[K" if self.terminal else "") + text, flush=True)
-        with open(self.folder / file, "a", encoding="utf-8") as out:
-            out.write(text + "\n")
+            self._print(("\r\033[K" if self.terminal else "") + text + "\n")
+        kept = self._unwritten.get(file, b"")
+        rest = kept + (text + "\n").encode("utf-8", "backslashreplace")
+        try:
+            with open(self.folder / file, "ab", buffering=0) as out:
+                while rest:
+                    rest = rest[out.write(rest) :]
+        except OSError as error:
+            if not kept:
+                self._print(f"warning: {self.folder / file}: {len(rest)} bytes cannot be written ({error.strerror}); "
+                            "the run goes on, make room and they are written with the next line\n")
+        self._unwritten[file] = rest
+
+    @staticmethod
+    def _print(text: str):
+        with contextlib.suppress(OSError):  # nor for a closed terminal
+            print(text, end="", flush=True)
 
     def silent(self):
         """The same log on a rank that says nothing."""
@@ -539,13 +685,145 @@ class Log:
             self._live_at = now
             text += f": {done:4.0%}, {duration(seconds)} elapsed, {duration(seconds / done - seconds)} left"
             width = shutil.get_terminal_size().columns - 1
-            print("\r\033[K" + text[:width] if self.terminal else text, end="" if self.terminal else "\n", flush=True)
+            self._print("\r\033[K" + text[:width] if self.terminal else text + "\n")
 
 
 def duration(seconds: float) -> str:
     """Seconds for people: 42s, 3m05s, 2h10m."""
     s = round(seconds)
     return f"{s}s" if s < 60 else f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+
+
+# ==== Checkpoints: what a run needs to go on where it stopped =========================================================
+
+
+def write_atomically(path: Path, data, size: int = 0):
+    """Write a file whole or not at all: bytes, or the `size` bytes that data(file) writes. Raises UserError naming the
+    path and the bytes needed."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            data(file) if callable(data) else file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: its {size or len(data)} bytes cannot be written ({error.strerror}); make room"
+                        ) from None
+
+
+def read_state(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The facts and tensors of a checkpoint. Raises UserError when it is not whole."""
+    try:
+        with np.load(path, allow_pickle=False) as file:  # zip: every array is read against its checksum
+            if sum(entry.file_size for entry in file.zip.infolist()) > path.stat().st_size:
+                raise ValueError("it claims more than it holds")
+            tensors = {name: torch.from_numpy(file[name]) for name in file.files}
+        facts = json.loads(bytes(tensors.pop("facts").numpy()))
+        check_settings(facts)
+        counts = [facts.get(name, 0) for name in ("step", "dropped", "seconds", "train_tokens")]
+        if any(isinstance(n, bool) or not 0 <= n <= 1e15 for n in counts) or counts[0] * 1.0 != int(counts[0]):
+            raise ValueError("its step or seconds cannot be")
+        if not parse(str, "name", facts["run_id"]):
+            raise ValueError("it does not say of which run")
+        return {**facts, "file": str(path)}, tensors
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a checkpoint or a run's folder") from None
+    except Exception as error:  # the library raises its own, zipfile's and zlib's errors on foreign bytes
+        raise UserError(f"{path}: not a whole checkpoint ({one_line(error) or 'empty'}); RESUME=1 takes the newest "
+                        "good one") from None
+
+
+def check_settings(facts: dict):
+    """ValueError, TypeError or KeyError where a file's settings are not what the variables would accept."""
+    settings, fields = facts["settings"], {f.name: f for f in VARIABLES}
+    for name in settings.keys() & fields.keys():
+        check_value(fields[name], settings[name])
+    if not set(facts["explicit"]) <= fields.keys() or not fields.keys() <= settings.keys():
+        raise ValueError("its settings are those of another script")
+
+
+def step_files(folder: Path) -> list[Path]:
+    """Checkpoints of training, oldest first."""
+    found = [p for p in folder.glob("step_*.npz") if re.fullmatch(r"step_\d+", p.stem, re.A)]
+    return sorted(found, key=lambda p: int(p.stem[5:]))
+
+
+class Checkpoints:
+    """A run's states in `folder`: .npz files (no pickle), each written whole or not at all by a background thread, so
+    that training waits for a copy in the device's memory only."""
+
+    def __init__(self, log: Log, keep: int, about: dict):
+        self.log, self.folder, self.keep, self.about = log, log.folder / "checkpoints", keep, about
+        self._pool, self._writing, self.newest, self.problem = ThreadPoolExecutor(1), None, "", ""
+
+    def save(self, name: str, tensors: dict[str, Tensor], facts: dict) -> bool:
+        """Begin to write a state; False if the one before is still being written."""
+        if self._writing and not self._writing.done():
+            return False
+        self.wait()
+        copies = {n: t.detach().clone() for n, t in tensors.items()}
+        side = next((torch.cuda.Stream(t.device) for t in copies.values() if t.is_cuda), None)
+        if side:  # on a stream of its own, so that training's does not wait for the way to the host
+            side.wait_stream(torch.cuda.current_stream())
+        self._writing = self._pool.submit(self._write, self.folder / name, copies, facts, side)
+        return True
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], facts: dict, side) -> Path:
+        with torch.cuda.stream(side) if side else contextlib.nullcontext():
+            arrays = {name: t.cpu().numpy() for name, t in tensors.items()}
+        if not all(np.isfinite(arrays[name]).all() for name in ("weights", "average") if name in arrays):
+            raise UserError(f"{path}: not written, its weights are not finite")
+        arrays["facts"] = np.frombuffer(json.dumps(self.about | facts).encode(), np.uint8)
+        size = sum(a.nbytes for a in arrays.values())
+        problems, places = [], [path, Path(tempfile.gettempdir(), f"{self.log.folder.name}_{path.name}")]
+        for place in places if facts.get("last") else places[:1]:  # all of the training: anywhere rather than nowhere
+            try:
+                write_atomically(place, lambda file: np.savez(file, **arrays), size)
+                break
+            except UserError as error:
+                problems.append(str(error))
+        else:
+            raise UserError("; ".join(problems))
+        for old in step_files(self.folder)[: -self.keep]:
+            old.unlink(missing_ok=True)
+        return place
+
+    def wait(self) -> str:
+        """Wait for the state being written. Its path, or nothing where it could not be written, which is said."""
+        writing, self._writing = self._writing, None
+        try:
+            if writing:
+                self.newest, self.problem = str(writing.result()), ""
+        except UserError as error:
+            self.problem = str(error)
+            self.log(f"warning: checkpoint {error}; the run goes on")
+        return "" if self.problem else self.newest
+
+    def remove(self, pattern: str):
+        """Delete what is not needed any more."""
+        with contextlib.suppress(OSError):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+            self.folder.rmdir()  # where nothing is left
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as named tensors."""
+    return {f"optimizer.{i}.{name}": value for i, state in optimizer.state_dict()["state"].items()
+            for name, value in state.items() if value is not None}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]):
+    """Put back what `optimizer_tensors` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            state.setdefault(int(name.split(".")[1]), {})[name.split(".")[2]] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # ==== Data: shards of tokens, the bytes that each target stands for, batches ==========================================
@@ -681,11 +959,11 @@ class Loader:
     the sequences within an epoch. A rank takes its contiguous share of a batch.
     """
 
-    def __init__(self, cfg: Config, tokens: Tokens, process: Process):
+    def __init__(self, cfg: Config, tokens: Tokens, process: Process, first: int = 0):
         self.cfg, self.tokens, self.process, self.seq_len = cfg, tokens, process, cfg.train_seq_len
         self.batch_seqs, self.epoch_seqs = cfg.train_batch_tokens // self.seq_len, max(len(tokens) // self.seq_len, 1)
         self._epoch, self._order = -1, np.empty(0)
-        self._pool, self._steps = ThreadPoolExecutor(1), itertools.count()
+        self._pool, self._steps = ThreadPoolExecutor(1), itertools.count(first)
         self._ahead = collections.deque(self._pool.submit(self.batch, next(self._steps)) for _ in range(2))
 
     def start_of(self, g: int) -> int:
@@ -1000,10 +1278,15 @@ class FlatWeights:
             self.loss.add_(loss.detach())
         process.sum_(self.buffer)
 
-    def clip_(self, limit: float):
-        """Scale the gradients down to a global norm of `limit`, without waiting for the device; 0 is off."""
+    def clip_(self, limit: float) -> Tensor:
+        """Scale the gradients down to a global norm of `limit`, 0 is off, without waiting for the device. Returns
+        whether they and the loss are finite; where not, the gradients are 0."""
+        norm = torch.linalg.vector_norm(self.grads)
         if limit > 0:
-            self.grads.mul_((limit / (torch.linalg.vector_norm(self.grads) + 1e-6)).clamp(max=1.0))
+            self.grads.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+        finite = torch.isfinite(norm + self.loss)
+        self.grads.masked_fill_(~finite, 0.0)
+        return finite
 
 
 def newton_schulz(g: Tensor, steps: int) -> Tensor:
@@ -1022,7 +1305,8 @@ class Optimizers:
     """Muon for matrices and AdamW for the rest, over the flat weights, and the weights' moving average.
 
     Muon takes the matrices of one shape as one batch, of which each rank treats its share and holds the momentum;
-    the sum over ranks gives everyone the whole update.
+    the sum over ranks gives everyone the whole update. A step whose loss or gradient is not finite changes nothing;
+    `bad` counts how many there were in a row, on the device so that nobody waits.
     """
 
     def __init__(self, cfg: Config, flat: FlatWeights, process: Process):
@@ -1036,13 +1320,14 @@ class Optimizers:
     def reset(self):
         """Fresh state, as before the first step."""
         cfg, flat, (rank, world) = self.cfg, self.flat, (self.process.rank, self.process.world)
-        self.shares = []  # (gradient, momentum, update), each [n, rows, cols]
-        for role, shape, begin, n in flat.spans:
+        self.momentum = torch.zeros_like(flat.weights[: len(self.update)])  # 0 in the shares of other ranks
+        self.bad, self.parts, self.shares = torch.zeros((), dtype=torch.int32, device=self.momentum.device), [], []
+        for role, shape, begin, n in flat.spans:  # shares: gradient, momentum, update, each [n, rows, cols]
             low, high = n * rank // world, n * (rank + 1) // world
             if role == "matrix" and low < high:
                 part = slice(begin + low * shape.numel(), begin + high * shape.numel())
-                grad, update = (t[part].view(high - low, *shape) for t in (flat.grads, self.update))
-                self.shares.append((grad, torch.zeros_like(grad), update))
+                self.parts.append(part)
+                self.shares.append([t[part].view(high - low, *shape) for t in (flat.grads, self.momentum, self.update)])
         embed_lr, groups = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr, []
         for role, lr, decay in (("embed", embed_lr, cfg.adam_wd), ("head", cfg.head_lr, 0.0),
                                 ("vector", cfg.scalar_lr, cfg.adam_wd)):
@@ -1057,24 +1342,44 @@ class Optimizers:
         cfg = self.cfg
         warm = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
         momentum = (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
-        self.flat.clip_(cfg.grad_clip_norm)
+        finite = self.flat.clip_(cfg.grad_clip_norm)
+        self.bad = torch.where(finite, 0, self.bad + 1)
         self.update.zero_()
         for grad, buffer, update in self.shares:
-            buffer.mul_(momentum).add_(grad)
+            buffer.mul_(torch.where(finite, momentum, 1.0)).add_(grad)
             nesterov = grad.add(buffer, alpha=momentum).to(update.dtype)
             stretch = max(1.0, grad.size(1) / grad.size(2)) ** 0.5
             update.copy_(self.orthogonalise(nesterov, cfg.muon_backend_steps) * stretch)
         self.process.sum_(self.update)
-        rate = cfg.matrix_lr * factor
-        self.flat.weights[: len(self.update)].mul_(1 - rate * cfg.muon_wd).add_(self.update, alpha=-rate)
+        rate = torch.where(finite, cfg.matrix_lr * factor, 0.0)
+        matrices = self.flat.weights[: len(self.update)]
+        matrices.mul_(1 - rate * cfg.muon_wd).addcmul_(self.update, rate, value=-1)
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * factor
+        self.adam.found_inf = (~finite).float()  # where 1, the fused kernel leaves everything as it is
         self.adam.step()
 
     @torch.no_grad()
     def track_average(self):
         if self.average is not None:
-            self.average.lerp_(self.flat.weights, 1 - self.cfg.ema_decay)
+            self.average.lerp_(self.flat.weights, torch.where(self.bad > 0, 0.0, 1 - self.cfg.ema_decay))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on, whole on every rank."""
+        bits = self.process.sum_(self.momentum.view(torch.int32).clone())  # as integers, so that each bit survives
+        average = {} if self.average is None else {"average": self.average}
+        return {"weights": self.flat.weights, "momentum": bits.view(torch.float32), **average,
+                **optimizer_tensors(self.adam)}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]):
+        """Put back what `tensors` gave, on any number of ranks."""
+        self.flat.weights.copy_(tensors["weights"])
+        for part in self.parts:
+            self.momentum[part].copy_(tensors["momentum"][part])
+        if self.average is not None:
+            self.average.copy_(tensors.get("average", tensors["weights"]))
+        restore_optimizer(self.adam, tensors)
 
     @torch.no_grad()
     def apply_average(self):
@@ -1258,9 +1563,7 @@ def decompress(data: bytes, most: int, exact: bool = True) -> bytes:
 def check_header(header: dict, size: int) -> dict:
     """A header's configuration, checked like environment variables, and its tensors against it. Raises ValueError and
     what else a forged header can cause. `size`: the file's; beyond 64 M elements each must take a bit of it."""
-    config = {f.name: header["config"][f.name] for f in MODEL_FIELDS}
-    config = {f.name: parse(f.type, f.metadata["accepts"], str(f.type(config[f.name])).replace("True", "1")
-                            .replace("False", "0")) for f in MODEL_FIELDS}
+    config = {f.name: check_value(f, header["config"][f.name]) for f in MODEL_FIELDS}
     cfg = Config(train_enabled=False, model_path="-", ttt_enabled=False, final_sliding_eval_enable=False, **config)
     if lines := conflicts(cfg, 1):
         raise ValueError(lines[0])
@@ -1686,20 +1989,6 @@ def build_model(cfg: Config, tensors: dict[str, Tensor], process: Process) -> GP
     return model.to(process.device)
 
 
-def write_atomically(path: Path, data: bytes):
-    """Write a file whole or not at all. Raises UserError naming the path and the bytes needed."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: its {len(data)} bytes cannot be written ({error.strerror}); make room") from None
-
-
 # ==== Evaluation: every target once, with up to a full window before it ===============================================
 
 
@@ -1750,7 +2039,8 @@ class Evaluator:
         return low, high, np.where(low < w, 0, low + s - w)
 
     def score(self, begin: int, end: int, tick=lambda done: None):
-        """Score targets [begin, end), blocks shared out over the ranks. `tick` hears how much is done, 0 to 1."""
+        """Score targets [begin, end), blocks shared out over the ranks. `tick` hears how much is done, 0 to 1, and may
+        say to stop."""
         rank, world, device = self.process.rank, self.process.world, self.process.device
         blocks = np.stack(self.blocks(begin, end))
         mine = torch.from_numpy(blocks[:, blocks.shape[1] * rank // world : blocks.shape[1] * (rank + 1) // world])
@@ -1762,15 +2052,17 @@ class Evaluator:
             pick = torch.arange(first, first + self.batch, device=device)
             low, high, start = mine[:, pick.clamp(max=n - 1)]
             self.record(low, torch.where(pick < n, high, 0), start, self.window)
-            tick(min(first + self.batch, n) / n)
+            if tick(min(first + self.batch, n) / n):
+                return
 
     @torch.no_grad()
     def record(self, low: Tensor, high: Tensor, start: Tensor, window: int):
         """Score one batch of blocks; the places from `high` on are computed for the shape and not recorded."""
         tokens, last = self.stream.tokens, self.stream.targets - 1
-        inputs = tokens[(start[:, None] + torch.arange(window, device=low.device)).clamp(max=last)]
+        length = min(window, last + 1)  # of what there is
+        inputs = tokens[(start[:, None] + torch.arange(length, device=low.device)).clamp(max=last)]
         targets = low[:, None] + torch.arange(self.stride, device=low.device)
-        rows, scored = (targets - start[:, None]).clamp(max=window - 1), targets < high[:, None]
+        rows, scored = (targets - start[:, None]).clamp(max=length - 1), targets < high[:, None]
         targets = targets.clamp(max=last)
         nats = self.forward(inputs, tokens[targets + 1], rows, self.window)
         for book, entry in ((self.nats, nats), (self.count, scored.int())):
@@ -1778,7 +2070,7 @@ class Evaluator:
         self.early += torch.where(scored, self.learnt[targets + 1], 0).sum()
         if len(self.probe) and bool(scored.any()):
             slot = (low[:, None] // self.stride * 7919) % scored.sum(1, keepdim=True).clamp(min=1)  # one place a window
-            later = torch.arange(window, device=low.device) > rows.gather(1, slot)
+            later = torch.arange(length, device=low.device) > rows.gather(1, slot)
             other = torch.where(later, (inputs * 31 + 17) % self.cfg.vocab_size, inputs)
             change = (self.forward(other, tokens[targets + 1], rows, self.window) - nats).abs()
             upto = scored & (torch.arange(self.stride, device=low.device) <= slot)
@@ -1803,6 +2095,19 @@ class Evaluator:
         self.learnt.index_add_(0, positions.flatten(), marks.flatten())
         return self.stream.tokens[positions]
 
+    def books(self, shared: bool) -> dict[str, Tensor]:
+        """What has been scored so far, to be kept: by all ranks when `shared`, else by this one."""
+        mine = {"nats": self.nats, "count": self.count, "early": self.early}
+        summed = {name: self.process.sum_(t.clone()) for name, t in mine.items()} if shared else mine
+        return {**summed, "learnt": self.learnt}
+
+    def restore(self, books: dict[str, Tensor], seconds: float, shared: bool):
+        """Go on with these books; shared ones are rank 0's."""
+        self.learnt.copy_(books["learnt"])
+        for name in ("nats", "count", "early") if self.process.main or not shared else ():
+            getattr(self, name).copy_(books[name])
+        self.started = time.perf_counter() - seconds
+
     def running_bpb(self, shared: bool = True) -> float:
         """BPB of what all ranks, or this rank, have scored so far."""
         sums = torch.stack((self.nats.sum(), (self.count * self.stream.target_bytes).sum().float()))
@@ -1822,10 +2127,10 @@ class Evaluator:
 
 def evaluate(cfg: Config, process: Process, log: Log, forward, stream: Stream, stride: int, label: str,
              probe=()) -> Evaluator:
-    """Score the whole stream; stride = EVAL_SEQ_LEN gives non-overlapping windows."""
+    """Score the whole stream, or until a signal that is held; stride = EVAL_SEQ_LEN gives non-overlapping windows."""
     evaluator = Evaluator(cfg, process, forward, stream, stride, probe)
-    evaluator.score(0, stream.targets,
-                    lambda done: log.live(label, done, time.perf_counter() - evaluator.started))
+    evaluator.score(0, stream.targets, lambda done: log.live(label, done, time.perf_counter() - evaluator.started) or
+                    process.signals.caught)
     return evaluator
 
 
@@ -1847,13 +2152,89 @@ class Budget:
 
 
 class Walk:
-    """One walk of test-time training over a stream: its clock, its lines, and when it must stop learning."""
+    """One walk of test-time training over a stream: its clock, its lines, when it must stop learning, and with
+    `checkpoints` its states. In lora mode ranks walk apart and each keeps its own; else they walk in step and rank 0
+    keeps one. `saved` is the state to go on from: facts and tensors."""
 
-    def __init__(self, cfg: Config, process: Process, log: Log, evaluator: Evaluator, budget: Budget):
+    counters = ("scoring", "work", "stopped", "chunks", "adapted", "undone", "_said", "lesson")
+
+    def __init__(self, cfg: Config, process: Process, log: Log, evaluator: Evaluator, budget: Budget,
+                 checkpoints: Checkpoints | None = None):
         self.cfg, self.process, self.log, self.evaluator, self.budget = cfg, process, log, evaluator, budget
         self.scoring, self.work, self.total, self.stopped = 0.0, 0.0, 0.0, False
         self.chunks, self.adapted, self.undone, self._said = 0, 0, 0, 0
         self.begun, self.lesson_began, self.lesson = budget.spent(), None, 0.0
+        self.checkpoints, self.kept, self.shared = checkpoints, 0.0, cfg.ttt_mode == "full"
+        self.saved = self.latest = None
+        if checkpoints:
+            self._restore()
+            self.kept = self._clock()[0]
+
+    def _clock(self) -> tuple[float, int]:
+        """Seconds of the budget and the signal caught; of rank 0 and of any rank where the ranks walk in step."""
+        now = self.budget.spent()
+        return self.process.heard(now) if self.shared else (now, self.process.signals.caught)
+
+    @property
+    def state_name(self) -> str:
+        return f"ttt_rank{0 if self.shared else self.process.rank}.npz"
+
+    def _key(self) -> str:
+        """What a state must have been made with for this walk to go on from it."""
+        settings = {n: v for n, v in self.cfg.settings().items() if n.startswith(("ttt_", "eval_s", "val_b", "comp"))}
+        return json.dumps([settings, self.checkpoints.about["artifact"], self.process.world, self.process.device.type,
+                           self.evaluator.stream.targets])
+
+    def _restore(self):
+        path, saved = self.checkpoints.folder / self.state_name, None
+        try:
+            if path.exists() and (self.process.main or not self.shared):
+                saved = read_state(path)
+                if saved[0].get("key") != self._key():
+                    raise UserError(f"{path}: of another artifact, other settings or other ranks")
+        except UserError as error:
+            saved = None
+            self.log(f"ttt: {error}; starting over")
+        self.saved = saved = self.process.agree(saved) if self.shared else saved
+        if saved:
+            facts = saved[0]
+            self.evaluator.restore(saved[1], facts["seconds"], self.shared)
+            self.evaluator.batch = facts["batch"]
+            for name in self.counters:
+                setattr(self, name, facts[name])
+            self.budget.started -= facts["seconds"]
+            self.begun = self.budget.spent() - facts["seconds"]
+            self.log(f"ttt: goes on from {facts['file']}, after {facts['chunks']} chunks and {facts['seconds']:.1f} s")
+
+    def keep(self, tensors, **facts):
+        """Between chunks: where CKPT_EVERY_SECONDS have passed or a signal was caught, keep the books, the tensors
+        that tensors() gives, and the facts that say where the walk is. Raises Interrupted after a signal."""
+        if not self.checkpoints:
+            return
+        (now, caught), self.latest = self._clock(), (tensors, facts)
+        if caught:
+            self.write()
+            raise Interrupted(caught)
+        if 0 < self.cfg.ckpt_every_seconds <= now - self.kept:
+            self.write(wait=False)
+            self.kept = now
+
+    def write(self, wait: bool = True):
+        """Write the latest state that `keep` was given."""
+        if not self.latest:
+            return
+        (tensors, facts), now = self.latest, self.now()
+        facts |= {name: getattr(self, name) for name in self.counters} | {
+            "key": self._key(), "seconds": now - self.begun, "batch": self.evaluator.batch}
+        books = self.evaluator.books(self.shared)
+        if wait:
+            self.checkpoints.wait()
+        if self.process.main or not self.shared:
+            self.checkpoints.save(self.state_name, books | tensors(), facts)
+        if wait:
+            self.checkpoints.wait()
+            if self.shared:  # no rank leaves before rank 0 has written
+                self.process.agree(None)
 
     def now(self) -> float:
         """Seconds of the budget spent; a lesson that may have been going on is over, its seconds noted."""
@@ -1936,8 +2317,7 @@ class FullAdapter:
             batch = starts[step % per_epoch * group :][:group]
             tokens = self.evaluator.lesson(batch[:, None] + torch.arange(length + 1, device=batch.device))
             flat.gather_gradients(self.evaluator.forward, tokens[rank::world], size, len(tokens), self.process)
-            bad += ~torch.isfinite(flat.loss)
-            flat.clip_(cfg.ttt_grad_clip)
+            bad += ~flat.clip_(cfg.ttt_grad_clip)
             self.optimizer.step()
             step += 1
         with torch.no_grad():
@@ -1953,8 +2333,12 @@ class FullAdapter:
 def walk_full(walk: Walk, model: GPT) -> int:
     """Score and learn chunk by chunk. Returns the number of chunks."""
     cfg, evaluator, n = walk.cfg, walk.evaluator, walk.evaluator.stream.targets
-    adapter, chunks = FullAdapter(cfg, walk.process, model, evaluator), -(-n // cfg.ttt_chunk_tokens)
-    for i in range(chunks):
+    adapter, chunks, first = FullAdapter(cfg, walk.process, model, evaluator), -(-n // cfg.ttt_chunk_tokens), 0
+    if walk.saved:
+        first = walk.saved[0]["chunks"]
+        adapter.flat.weights.copy_(walk.saved[1]["weights"])
+        restore_optimizer(adapter.optimizer, walk.saved[1])
+    for i in range(first, chunks):
         begin, end = i * cfg.ttt_chunk_tokens, min((i + 1) * cfg.ttt_chunk_tokens, n)
         with walk.scored(end - begin):
             evaluator.score(begin, end)
@@ -1966,6 +2350,8 @@ def walk_full(walk: Walk, model: GPT) -> int:
             if undone:
                 walk.log(f"ttt_chunk {i + 1}: its adaptation was not finite and is undone")
         walk.line(i + 1, chunks, rate, evaluator.running_bpb())
+        walk.chunks = i + 1
+        walk.keep(lambda: {"weights": adapter.flat.weights} | optimizer_tensors(adapter.optimizer))
     return chunks
 
 
@@ -2054,17 +2440,23 @@ def document_groups(cfg: Config, process: Process, stream: Stream, weights: int)
     return groups
 
 
-def walk_documents(walk: Walk, adapters: LoraAdapters, window: int, places: int, documents: np.ndarray, fixed: bool):
-    """Score and learn documents chunk by chunk, `places` at a time; one that ends gives its place to the next.
-    `fixed`: places that have run out of documents stay in the batch, so that a compiled model sees one shape."""
+def walk_documents(walk: Walk, adapters: LoraAdapters, group: int, window: int, places: int, documents: np.ndarray,
+                   fixed: bool):
+    """Score and learn a group's documents chunk by chunk, `places` at a time; one that ends gives its place to the
+    next. `fixed`: places without a document stay in the batch, so that a compiled model sees one shape."""
     evaluator, device, stride = walk.evaluator, walk.process.device, walk.evaluator.stride
-    chunk, queue = min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len), iter(documents.tolist())
-    begin, end, at = (np.zeros(places, dtype=np.int64) for _ in range(3))  # of each place's document; its next target
+    chunk, queue = min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len), collections.deque(documents.tolist())
+    begin, end, at = table = np.zeros((3, places), np.int64)  # of each place's document; its next target
     adapters.reset(places)
+    if walk.saved and walk.saved[0]["group"] == group:
+        table[:], queue = walk.saved[1]["places"].numpy(), collections.deque(walk.saved[0]["queue"])
+        adapters.weights.copy_(walk.saved[1]["adapters"])
+        restore_optimizer(adapters.adam, walk.saved[1])
     while True:
         free = np.flatnonzero(at >= end)
-        for place, document in zip(free.tolist(), queue, strict=False):
-            begin[place], end[place], at[place] = *document, document[0]
+        for place in free[: len(queue)].tolist():
+            begin[place], end[place] = document = queue.popleft()
+            at[place] = document[0]
         adapters.renew(free.tolist())
         if not (left := end - at).any():
             return
@@ -2083,7 +2475,9 @@ def walk_documents(walk: Walk, adapters: LoraAdapters, window: int, places: int,
             learn_documents(walk, adapters, window, *(x[kept] for x in (rows, first, low, stop)))
             walk.adapted += int((left > chunk).sum())
         walk.document_line()
-        at = np.minimum(at + chunk, end)
+        np.minimum(at + chunk, end, out=at)
+        walk.keep(lambda: {"adapters": adapters.weights, "places": torch.from_numpy(table),
+                           **optimizer_tensors(adapters.adam)}, group=group, queue=list(queue))
 
 
 def learn_documents(walk: Walk, adapters: LoraAdapters, window: int, rows: Tensor, first: Tensor, low: Tensor,
@@ -2107,9 +2501,15 @@ def walk_lora(walk: Walk, model: GPT) -> int:
     process, adapters = walk.process, LoraAdapters(walk.cfg, walk.process, model)
     groups = document_groups(walk.cfg, process, walk.evaluator.stream, len(adapters.initial))
     walk.total = sum(window * int((documents[:, 1] - documents[:, 0]).sum()) for window, _, documents in groups)
-    for window, places, documents in groups:
-        walk_documents(walk, adapters, window, places, documents, walk.evaluator.forward is not model)
+    for i, group in enumerate(groups):
+        if not walk.saved or walk.saved[0]["group"] <= i:
+            walk_documents(walk, adapters, i, *group, walk.evaluator.forward is not model)
     adapters.detach()
+    try:
+        process.heard(0.0)  # ranks that are done wait here for the others
+    except PeerLost:  # which were interrupted
+        walk.write()
+        raise
     counts = torch.tensor((walk.adapted, walk.undone, walk.chunks, walk.stopped), device=process.device)
     walk.adapted, walk.undone, walk.chunks, walk.stopped = process.sum_(counts).tolist()
     return walk.chunks
@@ -2133,14 +2533,15 @@ def prime(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream, t
 
 
 def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream, budget: Budget | None = None,
-                    probe=()) -> tuple[Evaluator, dict]:
+                    probe=(), checkpoints: Checkpoints | None = None) -> tuple[Evaluator, dict]:
     """Walk the stream once: score a chunk for good, learn from it, score the next. Changes `model` in full mode.
-    Returns the books and what to report of the walk."""
+    Returns the books and what to report of the walk. With `checkpoints` states of it are kept and gone on from."""
     lora = cfg.ttt_mode == "lora"
     stride = min(cfg.eval_stride, cfg.ttt_lora_chunk_tokens, cfg.eval_len) if lora else cfg.eval_stride
     evaluator = Evaluator(cfg, process, compiled(model, cfg, process), stream, stride, probe)
-    walk = Walk(cfg, process, log, evaluator, budget or Budget(cfg, process))
-    chunks = (walk_lora if lora else walk_full)(walk, model)
+    with process.signals.hold() if checkpoints else contextlib.nullcontext():
+        walk = Walk(cfg, process, log, evaluator, budget or Budget(cfg, process), checkpoints)
+        chunks = (walk_lora if lora else walk_full)(walk, model)
     if walk.undone:
         log(f"ttt: the adaptation of {walk.undone} chunks was not finite and is undone")
     return evaluator, {"chunks": chunks, "mode": cfg.ttt_mode, "adapted_chunks": walk.adapted - walk.undone,
@@ -2268,7 +2669,8 @@ class Trainer:
     """One rank's training: its share of each batch, the step and the clock."""
 
     def __init__(self, cfg: Config, process: Process, model: GPT):
-        self.cfg, self.process, self.started, self._event = cfg, process, 0.0, None
+        self.cfg, self.process, self.started, self._marks = cfg, process, 0.0, collections.deque()
+        self.bad, self.dropped, self.fault = 0, 0, ""  # steps dropped in a row, in all, and the last one
         self.flat, self.forward = FlatWeights(model, process.device), compiled(model, cfg, process)
         self.optimizers = Optimizers(cfg, self.flat, process)
         self.share = cfg.train_batch_tokens // cfg.train_seq_len // process.world
@@ -2276,15 +2678,28 @@ class Trainer:
         self.micro = max(n for n in range(1, self.share + 1) if self.share % n == 0 and n <= most)
 
     def step(self, tokens: Tensor, step: int, factor: float):
-        """One update from this rank's tokens [sequences, seq_len + 1]; leaves the mean loss in `flat.loss`."""
+        """One update from this rank's tokens [sequences, seq_len + 1]; leaves the mean loss in `flat.loss`, and says
+        in `bad`, `dropped` and `fault` what was dropped (on a GPU up to the step before, which is known by then)."""
         self.flat.gather_gradients(self.forward, tokens, self.micro, self.share * self.process.world, self.process)
         self.optimizers.step(step, factor)
         self.optimizers.track_average()
-        if self.process.cuda:  # wait for the step before this one: the clock stays true and the device never idles
-            previous, self._event = self._event, torch.cuda.Event()
-            self._event.record()
-            if previous:
-                previous.synchronize()
+        event = torch.cuda.Event() if self.process.cuda else None
+        self._marks.append((self.optimizers.bad.to("cpu", non_blocking=True), event, step + 1, factor))
+        if event:
+            event.record()
+        if not event or len(self._marks) > 1:
+            self._settle()
+
+    def _settle(self):
+        """Wait for the oldest step not waited for: the clock stays true and the device, one step ahead, never idles."""
+        bad, event, step, factor = self._marks.popleft()
+        if event:
+            event.synchronize()
+        self.bad = int(bad)
+        if self.bad:
+            self.dropped += 1
+            self.fault = (f"step {step}: the loss or a gradient is not finite, at rate {factor:.3g} x MATRIX_LR="
+                          f"{self.cfg.matrix_lr:g}, SCALAR_LR={self.cfg.scalar_lr:g}")
 
     def warm_up(self):
         """Prime compilation on random tokens at rate 0, which leaves the weights as they are; start the clock."""
@@ -2292,17 +2707,37 @@ class Trainer:
         for _ in range(self.cfg.warmup_steps):
             tokens = torch.randint(self.cfg.vocab_size, (self.share, self.cfg.train_seq_len + 1), generator=generator)
             self.step(tokens.to(self.process.device, torch.int32), 0, 0.0)
-        self.optimizers.reset()
         self.synchronize()
-        self.started = time.perf_counter()
+        self.optimizers.reset()
+        self.started, self.bad, self.dropped = time.perf_counter(), 0, 0
 
     def synchronize(self):
         if self.process.cuda:
             torch.cuda.synchronize()
+        while self._marks:
+            self._settle()
 
-    def seconds(self) -> float:
-        """Training seconds so far, the same on every rank."""
-        return self.process.agree(time.perf_counter() - self.started)
+    def state(self) -> dict[str, Tensor]:
+        """All that the steps to come depend on, whole on every rank."""
+        cuda = {"random_cuda": torch.cuda.get_rng_state()} if self.process.cuda else {}
+        return self.optimizers.tensors() | cuda | {"random": torch.get_rng_state()}
+
+    def restore(self, tensors: dict[str, Tensor], seconds: float):
+        """Go on from what `state` gave, with the clock at `seconds`. UserError for what another model gave."""
+        try:
+            if odd := [n for n, x in tensors.items() if x.dtype not in (torch.float32, torch.uint8)]:
+                raise TypeError(f"{odd[0]} is {tensors[odd[0]].dtype}")
+            self.optimizers.restore(tensors)
+            torch.set_rng_state(tensors["random"])
+            if self.process.cuda and "random_cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["random_cuda"])
+        except (LookupError, RuntimeError, ValueError, TypeError) as error:
+            raise UserError(f"the checkpoint is of another model or device ({error}); start afresh", True) from None
+        self.started = time.perf_counter() - seconds
+
+    def heard(self) -> tuple[float, int]:
+        """Training seconds so far and the signal that any rank has caught, the same on every rank."""
+        return self.process.heard(time.perf_counter() - self.started)
 
     @contextlib.contextmanager
     def off_the_clock(self):
@@ -2313,63 +2748,276 @@ class Trainer:
         self.started += time.perf_counter() - begin
 
 
-def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, stream: Stream) -> dict:
-    """Train `model` in place and leave the averaged weights in it. Returns the summary's `train` entry.
+NAN_MOST = 3  # steps in a row that NAN_POLICY=skip drops
 
-    Raises UserError when the loss stops being finite.
+
+def keep_state(trainer: Trainer, checkpoints: Checkpoints, step: int, seconds: float, last: bool):
+    """Begin to write the state after `step` steps; `last`: after waiting for the one before, wherever there is room."""
+    began = time.perf_counter()
+    state, facts = trainer.state(), {"step": step, "seconds": seconds, "dropped": trainer.dropped, "last": last}
+    if trainer.process.main:
+        if last:
+            checkpoints.wait()
+        kept = checkpoints.save(f"step_{step:07d}.npz", state, facts)
+        said = "is being written" if kept else "left out, the one before is still being written"
+        waited = 1000 * (time.perf_counter() - began)
+        checkpoints.log(f"checkpoint of step {step} {said}; training waited {waited:.0f} ms", console=False)
+
+
+def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, stream: Stream,
+          checkpoints: Checkpoints, saved: tuple[dict, dict[str, Tensor]] | None = None) -> dict:
+    """Train `model` in place, from the start or from a `saved` state, and leave the averaged weights in it. Returns
+    the summary's `train` entry.
+
+    Raises UserError when a loss or gradient is not finite and NAN_POLICY does not let the step be dropped, and
+    Interrupted after a signal, when the state is written.
     """
-    trainer = Trainer(cfg, process, model)
+    trainer, first, seconds = Trainer(cfg, process, model), 0, 0.0
     log(f"world_size:{process.world} grad_accum_steps:{trainer.share // trainer.micro} "
         f"micro_batch_seqs:{trainer.micro} compute_dtype:{str(process.dtype)[6:]} warmup_steps:{cfg.warmup_steps}")
     trainer.warm_up()
-    loader, step, seconds, stop = Loader(cfg, tokens, process), 0, 0.0, ""
-    while True:
-        stop = stop or ("iterations" if step == cfg.iterations else "")
-        clock = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
-        if (cfg.val_loss_every and step % cfg.val_loss_every == 0) or (stop and cfg.final_eval_enable):
-            with trainer.off_the_clock():
-                raw = evaluate(cfg, process, log, trainer.forward, stream, cfg.eval_len, "validation").result()
-            log(f"step:{step}/{cfg.iterations} val_loss:{raw.val_loss:.4f} val_bpb:{raw.val_bpb:.4f} {clock}")
-            log.metric(step=step, val_loss=raw.val_loss, val_bpb=raw.val_bpb, train_seconds=seconds)
-        if stop:
-            break
-        factor = rate_factor(cfg, step, seconds)
-        trainer.step(loader.next(), step, factor)
-        step, seconds = step + 1, trainer.seconds()
-        speed = step * cfg.train_batch_tokens / seconds
-        if cfg.max_wallclock_seconds and seconds >= cfg.max_wallclock_seconds:
-            stop = "wallclock_cap"
-        if cfg.train_log_every and (step <= 10 or step % cfg.train_log_every == 0 or stop):
-            loss = trainer.flat.loss.item()
-            if not math.isfinite(loss):
-                raise UserError(f"step {step}: the training loss is {loss}; lower MATRIX_LR, SCALAR_LR, TIED_EMBED_LR",
-                                shared=True)
-            log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
-                f"step_avg:{1000 * seconds / step:.2f}ms")
-            log.metric(step=step, train_loss=loss, train_seconds=seconds, rate_factor=factor, tokens_per_second=speed)
-        done = max(step / cfg.iterations, seconds / (cfg.max_wallclock_seconds or math.inf))
-        log.live(f"step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s" if cfg.train_log_every else f"step {step}",
-                 done, seconds, every=60.0)
+    if saved:
+        first, seconds, trainer.dropped = (saved[0][name] for name in ("step", "seconds", "dropped"))
+        trainer.restore(saved[1], seconds)
+    loader, step, kept, caught, dropped = Loader(cfg, tokens, process, first), first, seconds, 0, trainer.dropped
+    with process.signals.hold():
+        while True:
+            capped = 0 < cfg.max_wallclock_seconds <= seconds
+            stop = "wallclock_cap" if capped else "iterations" if step >= cfg.iterations else ""
+            if stop:
+                trainer.synchronize()
+            failed = trainer.dropped > dropped and (cfg.nan_policy == "stop" or trainer.bad > NAN_MOST)
+            due = 0 < cfg.ckpt_every_seconds <= seconds - kept
+            if step > first and (stop or caught or failed or due):
+                keep_state(trainer, checkpoints, step, seconds, bool(stop or caught or failed))
+                kept = seconds
+            if failed:
+                newest = process.agree(process.main and (checkpoints.wait() or checkpoints.newest))
+                advice = f"see why {NAN_MOST} in a row were not enough" if cfg.nan_policy == "skip" else (
+                    "set NAN_POLICY=skip")
+                raise UserError(f"{trainer.fault}; the step is dropped and the run ends; lower the rates or {advice}; "
+                                f"last good checkpoint: {newest or 'none'}", shared=True)
+            if trainer.dropped > dropped:
+                log(f"{trainer.fault}; the step is dropped, {max(trainer.bad, 1)} in a row")
+            dropped = trainer.dropped
+            if caught:
+                process.agree(process.main and checkpoints.wait())  # no rank leaves before it is written
+                raise Interrupted(caught)
+            clock = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
+            if (cfg.val_loss_every and step % cfg.val_loss_every == 0) or (stop and cfg.final_eval_enable):
+                with trainer.off_the_clock():
+                    evaluator = evaluate(cfg, process, log, trainer.forward, stream, cfg.eval_len, "validation")
+                    if (caught := trainer.heard()[1]):
+                        continue
+                    raw = evaluator.result()
+                log(f"step:{step}/{cfg.iterations} val_loss:{raw.val_loss:.4f} val_bpb:{raw.val_bpb:.4f} {clock}")
+                log.metric(step=step, val_loss=raw.val_loss, val_bpb=raw.val_bpb, train_seconds=seconds)
+            if stop:
+                break
+            factor = rate_factor(cfg, step, seconds)
+            trainer.step(loader.next(), step, factor)
+            step, (seconds, caught) = step + 1, trainer.heard()
+            speed, done = step * cfg.train_batch_tokens / seconds, step / cfg.iterations
+            done = max(done, seconds / (cfg.max_wallclock_seconds or math.inf))
+            if cfg.train_log_every and (step <= first + 10 or step % cfg.train_log_every == 0 or done >= 1):
+                loss = trainer.flat.loss.item()
+                log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
+                    f"step_avg:{1000 * seconds / step:.2f}ms")
+                log.metric(step=step, train_loss=loss if math.isfinite(loss) else None, train_seconds=seconds,
+                           rate_factor=factor, tokens_per_second=speed)
+            log.live(f"step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s" if cfg.train_log_every else f"step {step}",
+                     done, seconds, every=60.0)
     if stop == "wallclock_cap":
         log(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{cfg.iterations}")
     log(f"peak memory allocated: {process.memory()[1] // 2**20} MiB")
     trainer.optimizers.apply_average()
     if not bool(torch.isfinite(trainer.flat.weights).all()):
         raise UserError("training ended with weights that are not finite; lower the learning rates", shared=True)
-    return {"steps": step, "tokens": step * cfg.train_batch_tokens, "seconds": seconds,
-            "step_ms": 1000 * seconds / step, "stop": stop}
+    return {"steps": step, "tokens": step * cfg.train_batch_tokens, "seconds": seconds, "dropped_steps": dropped,
+            "step_ms": 1000 * seconds / max(step, 1), "stop": stop}
 
 
-# ==== Main: open and check, run the stages, leave a record =====================================================
+# ==== Main: find a run to go on with, open and check, run the stages, leave a record ==================================
+
+# What a run's continuation may change without a word; and what it may not, since the state hangs on it.
+UNBOUND = ("run_id", "log_dir", "resume", "preset", "strict_env", "env_extra", "train_log_every", "nll_dump",
+           "ckpt_every_seconds", "keep_ckpts", "nan_policy")
+BOUND = {f.name for f in MODEL_FIELDS} | {"seed", "shuffle", "train_batch_tokens", "train_enabled", "model_path"}
+
+
+NO_ROOM_SECONDS = 900.0  # how long a run waits for room on the disk before it gives up what is kept nowhere else
+
+
+def launcher() -> str:
+    """What tells this launch from any other, and stays the same when torchrun restarts its workers."""
+    began = ""
+    with contextlib.suppress(OSError):
+        began = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {platform.node()} {os.getppid()} {began}"
+
+
+def lock(folder: Path, patience: float = 0.0):
+    """Lock a run's folder for as long as this process lives; the lock of a dead one is no obstacle. Returns the open
+    file. UserError when a live run still has it after `patience` seconds."""
+    file, began = open(folder / "lock", "a+"), time.monotonic()
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() - began > patience:
+                file.seek(0)
+                raise UserError(f"RUN_ID={folder.name}: a live run writes into {folder} ({file.read(80).strip()}); "
+                                "wait for it or choose another RUN_ID") from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            break
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+    return file
+
+
+def read_progress(folder: Path) -> dict:
+    """The record of a run's finished stages; empty where there is none that can be read."""
+    try:
+        text, _, checksum = (folder / "progress.json").read_bytes().rpartition(b"\n")
+        record = json.loads(text) if hashlib.sha256(text).hexdigest().encode() == checksum else {}
+        if record:
+            check_settings(record)
+        return record
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return {}
+
+
+def search_runs(cfg: Config, restart: bool) -> Path | None:
+    """The newest unfinished run under LOG_DIR that this launch began before its restart; or, told to resume without a
+    RUN_ID, one of the same settings that no process is at."""
+    found = [(p.stat().st_mtime, p.parent) for p in Path(cfg.log_dir).glob("*/progress.json")]
+    mine = {name: value for name, value in cfg.settings().items() if name not in UNBOUND}
+    for _, folder in sorted(found, reverse=True):
+        record = read_progress(folder)
+        if restart and launcher() in record.get("launchers", ()):
+            return folder
+        if not restart and record and mine == {name: record["settings"].get(name) for name in mine}:
+            with contextlib.suppress(UserError, OSError):
+                lock(folder).close()
+                return folder
+    return None
+
+
+def place_to_resume(cfg: Config, restart: bool) -> tuple[Path | None, dict, dict[str, Tensor]]:
+    """The folder that RESUME or a restart means, None for a new one; and what the checkpoint holds that RESUME names.
+
+    Raises UserError for a path that is no checkpoint and no run's folder.
+    """
+    path = Path(cfg.resume)
+    if cfg.resume in ("0", "1"):
+        return Path(cfg.log_dir, cfg.run_id) if cfg.run_id else search_runs(cfg, restart), {}, {}
+    if path.is_dir():
+        if not any((path / name).exists() for name in ("progress.json", "summary.json", "checkpoints")):
+            raise UserError(f"RESUME={path}: no run's folder; give LOG_DIR/RUN_ID or a file of its checkpoints")
+        return path, {}, {}
+    facts, tensors = read_state(path)
+    if "step" not in facts:
+        raise UserError(f"RESUME={path}: a state of test-time training, which only RESUME=1 goes on from")
+    around = path.absolute().parents  # LOG_DIR/RUN_ID/checkpoints, unless the file was moved
+    inside = around[0].name == "checkpoints" and around[1].name == facts["run_id"] and "log_dir" not in cfg.explicit
+    home = around[2] if inside else Path(cfg.log_dir)
+    return home / facts["run_id"] if cfg.run_id in ("", facts["run_id"]) else None, facts, tensors
+
+
+def find_run(cfg: Config, process: Process) -> tuple[dict | None, dict[str, Tensor]]:
+    """What RESUME, or a restart by torchrun, asks to go on with: {"folder", "facts" of its newest good checkpoint,
+    "notes" to log, and what is in its progress.json}; and that checkpoint's tensors. On rank 0, which locks the folder.
+
+    Raises UserError for a live run, and for a path that is no checkpoint and no run.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if cfg.resume == "0" and not restart:
+        return None, {}
+    why, notes = "restart" if restart else f"RESUME={cfg.resume}", []
+    folder, facts, tensors = place_to_resume(cfg, restart)
+    if cfg.resume == "0" and folder and launcher() not in read_progress(folder).get("launchers", ()):
+        return None, {}  # not this launch's: refused, as at first
+    if folder is None or not folder.is_dir():
+        notes.append(f"{why}: " + ("a new run starts from it" if facts else "nothing to resume, starting afresh"))
+        return {"folder": None, "facts": facts, "notes": notes, "summary": None, "nats": None}, tensors
+    if (folder / "summary.json").exists() and not (folder / "progress.json").exists():
+        if facts:
+            raise UserError(f"{why}: the run in {folder} is finished; give a new RUN_ID to start from this checkpoint")
+        return {"finished": str(folder / "summary.json")}, {}
+    process.lock, progress = lock(folder, 10.0 * restart), read_progress(folder)
+    states, later = step_files(folder / "checkpoints"), []
+    if facts:  # that state and no later one; what was done after it is to be done again
+        progress = progress | {"summary": None, "nats": None}
+        later = [str(state) for state in states if int(state.stem[5:]) > facts["step"]]
+    for state in () if facts else reversed(states):
+        try:
+            facts, tensors = read_state(state)
+            break
+        except UserError as error:
+            notes.append(f"{why}: {error}; falling back to the one before")
+    artifact = (progress.get("summary") or {}).get("artifact")
+    own = folder / ARTIFACT_NAME
+    given = artifact and progress["settings"]["model_path"] and not own.exists()
+    scored = Path(artifact["path"]) if given else own
+    if artifact and artifact["sha256"] != file_hash(scored):
+        notes.append(f"{why}: {scored} is not the artifact that this run scored; that is done again")
+        progress["summary"]["artifact"] = None
+        progress["summary"]["eval"] |= {"int6": None, "sliding": None, "ttt": None}
+    if not facts and not (progress.get("summary") or {}).get("artifact"):
+        notes.append(f"{why}: nothing to resume in {folder}, starting afresh there")
+    found = {"folder": str(folder), "facts": facts, "notes": notes, "summary": None, "nats": None, "later": later}
+    return found | progress, tensors
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, empty where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def continued(cfg: Config, found: dict, ranks: int) -> Config:
+    """The settings of the run that was found, with what the environment sets anew. Raises UserError for a setting that
+    its state cannot go on with; others that change are noted."""
+    source = found if "settings" in found else found["facts"]
+    stored = {f.name: source["settings"][f.name] for f in VARIABLES if f.name in source.get("settings", {})}
+    changed = [n for n in sorted(cfg.explicit & stored.keys() - set(UNBOUND)) if getattr(cfg, n) != stored[n]]
+    for name in changed:
+        if name in BOUND:
+            raise UserError(f"{name.upper()}={getattr(cfg, name)}: the run to go on with has {stored[name]}; unset it, "
+                            "or start another run")
+        found["notes"].append(f"resumed with {name.upper()}={getattr(cfg, name)}, before {stored[name]}")
+    if changed and found["summary"]:  # what hung on them is done again
+        scores = all(n.startswith(("eval_", "val_", "final_", "ttt_", "audit")) for n in changed)
+        found["summary"] |= {"eval": dict.fromkeys(found["summary"]["eval"]), "audit": None, "reasons": []}
+        found["summary"]["artifact"] = found["summary"]["artifact"] if scores else None
+    if stored.get("nll_dump") and "nll_dump" not in cfg.explicit:  # no file chooses where this process writes
+        found["notes"].append(f"NLL_DUMP={stored['nll_dump']} of the run so far is not taken over; give it again")
+    given = {*cfg.explicit, "run_id", "log_dir", "resume", "nll_dump"}
+    kept = {n: v for n, v in stored.items() if n not in given}
+    if found["folder"]:
+        kept |= {"run_id": Path(found["folder"]).name, "log_dir": str(Path(found["folder"]).parent)}
+    cfg = dataclasses.replace(cfg, **kept, explicit=cfg.explicit | set(source.get("explicit", ())) - {"nll_dump"})
+    if lines := conflicts(cfg, ranks):
+        raise UserError(lines[0])
+    return cfg
 
 
 class Run:
     """One run: what it reads, opened and checked when it is made; its stages, in order; the summary they fill."""
 
-    def __init__(self, cfg: Config, process: Process):
-        """Open MODEL_PATH, tokenizer and data, look at the output folders. UserError for the first that fails."""
+    def __init__(self, cfg: Config, process: Process, found: dict | None = None, tensors: dict | None = None):
+        """Open MODEL_PATH, tokenizer and data, look at the output folders. UserError for the first that fails.
+        `found` and `tensors` are `find_run`'s."""
         self.process, self.code, self.artifact, self.train_tokens = process, SCRIPT.read_bytes(), None, None
-        self.read_seconds, self.nats, self.float = 0.0, None, False
+        self.read_seconds, self.nats, self.float, self.settings = 0.0, None, False, cfg.settings()
+        self.found, self.tensors = found or {"folder": None, "facts": {}, "notes": [], "summary": None}, tensors or {}
+        self.checkpoints = None
         self.cfg = cfg = cfg if cfg.train_enabled else self.open_artifact(cfg)
         if cfg.eval_max_seconds < 0:
             self.cfg = cfg = dataclasses.replace(cfg, eval_max_seconds=600.0 if process.cuda else 0.0)
@@ -2388,10 +3036,14 @@ class Run:
             self.train_tokens = Tokens(folder, "train", cfg.vocab_size)
         tokens = Tokens(folder, "val", cfg.vocab_size)
         self.stream = open_stream(tokens, self.tokenizer, cfg.val_token_limit, process.device)
+        count = len(self.train_tokens) if self.train_tokens else 0
+        if count != (before := self.found["facts"].get("train_tokens", count)):
+            raise UserError(f"DATA_PATH={folder}: {count} training tokens where the run to go on with had {before}; "
+                            "give the same data")
         run_folder, dump = Path(cfg.log_dir, cfg.run_id).absolute(), Path(cfg.nll_dump).absolute()
-        if cfg.run_id and run_folder.exists():
+        if cfg.run_id and run_folder.exists() and not self.found["folder"]:
             raise UserError(f"RUN_ID={cfg.run_id}: {run_folder} exists and no run is overwritten; choose another "
-                            "RUN_ID or move that folder away")
+                            "RUN_ID, or RESUME=1 if that run is to go on")
         here = next(p for p in (run_folder, *run_folder.parents) if p.exists())
         if not here.is_dir() or not os.access(here, os.W_OK):
             raise UserError(f"LOG_DIR={cfg.log_dir}: {here} is not a folder that can be written to")
@@ -2402,7 +3054,27 @@ class Run:
             "run_id": cfg.run_id, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
             "overrides": cfg.overrides(), "hardware": process.hardware(), "train": None, "export": None,
             "artifact": None, "eval": {"float": None, "int6": None, "sliding": None, "ttt": None}, "audit": None,
-            "val_bpb": None, "valid": False, "reasons": [], "caveats": [], "seconds": {"read": self.read_seconds}}
+            "val_bpb": None, "valid": False, "reasons": [], "caveats": [], "resumes": [],
+            "seconds": {"read": self.read_seconds}}
+        if record := self.found["summary"]:
+            done = ("train", "export", "artifact", "eval", "audit", "reasons", "resumes", "seconds")
+            self.summary |= {name: record[name] for name in done}
+            self.summary["seconds"]["read"] += self.read_seconds
+            self.nats = np.array(self.found["nats"], np.float32) if self.found["nats"] else None
+        self.refuse_too_large()
+
+    def refuse_too_large(self):
+        """UserError for a model or a batch that this machine's memory cannot hold, before anything is tried."""
+        cfg, memory = self.cfg, self.process.memory()[0]
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in GPT(cfg).parameters())
+        share = cfg.train_batch_tokens // self.process.world
+        need = 20 * weights + 4 * share + cfg.train_seq_len * activation_bytes(cfg)
+        need = need if cfg.train_enabled else 4 * weights
+        if need > memory:
+            raise UserError(f"MODEL_DIM={cfg.model_dim}, NUM_LAYERS={cfg.num_layers}, TRAIN_SEQ_LEN="
+                            f"{cfg.train_seq_len}, TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: need about "
+                            f"{need / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}; make them smaller")
 
     def open_artifact(self, cfg: Config) -> Config:
         """Read MODEL_PATH; returns the configuration with the artifact's model in it. Raises UserError."""
@@ -2460,16 +3132,26 @@ class Run:
         return "\n".join(lines)
 
     def start(self) -> Log:
-        """Make LOG_DIR/RUN_ID and write into its log what someone needs who reads it a year from now."""
-        cfg = self.cfg
+        """Make LOG_DIR/RUN_ID, or take it up again, and write into its log what someone needs who reads it a year from
+        now."""
+        cfg, found = self.cfg, self.found
         name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"_seed{cfg.seed}"
         if not cfg.run_id and Path(cfg.log_dir, name).exists():  # another run began in the same second
             name += f"_{os.getpid()}"
         folder = Path(cfg.log_dir) / (name := self.process.agree(name))
-        self.process.together(lambda: self.process.main and folder.mkdir(parents=True))
+        self.process.together(lambda: self.process.main and self.make(folder))
         self.log, self.summary["run_id"] = Log(self.process, folder), name
+        self.launchers = sorted(set(self.process.gather(launcher())))
+        self.checkpoints = Checkpoints(self.log, cfg.keep_ckpts, {
+            "run_id": name, "settings": self.settings, "explicit": sorted(cfg.explicit),
+            "train_tokens": len(self.train_tokens) if self.train_tokens else 0})
+        self.checkpoints.newest = found["facts"].get("file", "")
+        for note in found["notes"]:
+            self.log(note)
         versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
-        self.log(self.code.decode() + "=" * 100, console=False)
+        code = hashlib.sha256(self.code).hexdigest()
+        if code != self.found.get("code"):
+            self.log(self.code.decode() + "=" * 100, console=False)
         self.log(f"python {platform.python_version()} {versions}\nhardware {self.summary['hardware']}", console=False)
         self.log(f"config {json.dumps(cfg.settings())}", console=False)
         self.log(f"preset:{cfg.preset} seed:{cfg.seed} overrides:{json.dumps(cfg.overrides())}")
@@ -2478,23 +3160,75 @@ class Run:
             self.log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(self.train_tokens.paths)} "
                      f"tokens:{len(self.train_tokens)}")
         self.log(f"val_loader:tokens:{self.stream.targets} bytes:{self.stream.bytes}")
+        scored, facts = [key for key, value in self.summary["eval"].items() if value], found["facts"]
+        if facts or scored or self.summary["artifact"]:
+            where = f"step {facts['step']} in {facts['file']}" if facts else "its float weights"
+            where = "its artifact" if self.summary["artifact"] else where
+            other = "" if code == self.found.get("code", code) else "; by another version of the script"
+            self.summary["resumes"].append(f"resumed from {where}, scored so far: {', '.join(scored) or 'nothing'}"
+                                           f"{other}")
+            self.log(self.summary["resumes"][-1])
+        self.checkpoints.remove("*.partial")
+        self.keep_progress()
         return self.log
 
+    def make(self, folder: Path):
+        """A new run's folder, locked; in an old one what comes after the chosen checkpoint is set aside."""
+        for state in map(Path, self.found.get("later", ())):
+            os.replace(state, state.with_suffix(".aside"))
+        if not self.found["folder"]:
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                raise UserError(f"RUN_ID={folder.name}: another launch has just begun it; choose another RUN_ID"
+                                ) from None
+            self.process.lock = lock(folder)
+
+    def keep_progress(self):
+        """Record the stages that are finished, so that they need not be repeated."""
+        nats = self.nats[: audit_length(self.cfg)].tolist() if self.cfg.audit and self.nats is not None else []
+        record = {"run_id": self.summary["run_id"], "settings": self.settings, "explicit": sorted(self.cfg.explicit),
+                  "launchers": self.launchers, "code": hashlib.sha256(self.code).hexdigest(), "nats": nats,
+                  "summary": self.summary}
+        if self.process.main:
+            try:
+                text = json.dumps(record).encode()
+                text += b"\n" + hashlib.sha256(text).hexdigest().encode()
+                write_atomically(self.log.folder / "progress.json", text)
+            except UserError as error:
+                self.log(f"warning: {error}; the run goes on")
+
+    def how_to_resume(self) -> str:
+        """What to launch to go on after an end before the end."""
+        if not self.checkpoints:
+            return "nothing was done yet, launch it again"
+        newest = self.checkpoints.wait() or self.checkpoints.newest
+        where = f"LOG_DIR={shlex.quote(self.cfg.log_dir)} " if self.cfg.log_dir != Config.log_dir else ""
+        if newest and self.log.folder / "checkpoints" != Path(newest).parent:
+            return f"{where}RESUME={shlex.quote(newest)} goes on"
+        does = "goes on" if newest or self.summary["artifact"] else "starts again, nothing is saved yet"
+        problem = f"not saved: {self.checkpoints.problem}; " if self.checkpoints.problem else ""
+        return f"{problem}{where}RUN_ID={shlex.quote(self.summary['run_id'])} RESUME=1 {does}"
+
     def stages(self):
-        """Train, average, export, read back, evaluate, audit: each if its switch is on."""
+        """Train, average, export, read back, evaluate, audit: each if its switch is on and it is not done yet."""
         cfg, summary = self.cfg, self.summary
+        folder = os.path.join(cfg.log_dir, summary["run_id"])
         if self.artifact and not self.float:
             model = self.adopt(cfg.model_path, *self.artifact)
+        elif summary["artifact"]:
+            model = self.read_back(os.path.join(folder, ARTIFACT_NAME))
         else:
-            model, folder = self.trained(), os.path.join(cfg.log_dir, summary["run_id"])
+            model = self.trained()
             if cfg.save_float:
                 self.process.together(lambda: self.process.main and self.keep_float(model, folder))
             if cfg.final_eval_enable:
                 self.score("float", "final_float", model, cfg.eval_len)
             if cfg.export_enabled:
                 model = self.export(model)
+        self.keep_progress()
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        if cfg.ttt_enabled:
+        if cfg.ttt_enabled and not summary["eval"]["ttt"]:
             with self.timed("compile"):
                 prime(cfg, self.process, self.log, model, self.stream, self.tokenizer)
                 model.load_state_dict(weights)
@@ -2504,8 +3238,9 @@ class Run:
             kind = "int6" if summary["artifact"] else "float"
             self.score("sliding", f"final_{kind}_sliding_window", model, cfg.eval_stride)
         budget = Budget(cfg, self.process, summary["seconds"]["read"] + summary["seconds"].get("compile", 0.0))
-        if cfg.ttt_enabled:
-            evaluator, details = self.final(cfg, self.log, model, self.stream, budget)
+        if cfg.ttt_enabled and not summary["eval"]["ttt"]:
+            self.checkpoints.about["artifact"] = (summary["artifact"] or {}).get("sha256", "float")
+            evaluator, details = self.final(cfg, self.log, model, self.stream, budget, checkpoints=self.checkpoints)
             self.report("ttt", "legal_ttt", evaluator.result(), **details)
         final = next((s for s in reversed(summary["eval"].values()) if s), None)
         summary["val_bpb"] = final and final["val_bpb"]
@@ -2513,7 +3248,10 @@ class Run:
             spent = summary["seconds"]["read"] + summary["seconds"].get("compile", 0.0) + final["seconds"]
             summary["reasons"] += [f"evaluation took {spent:.0f} s, EVAL_MAX_SECONDS={budget.limit:g}"] * (
                 spent > budget.limit)
-        if cfg.audit:
+        if cfg.nll_dump and self.nats is not None and len(self.nats) == self.stream.targets:
+            np.save(buffer := io.BytesIO(), self.nats)
+            self.process.together(lambda: self.process.main and write_atomically(Path(cfg.nll_dump), buffer.getvalue()))
+        if cfg.audit and not summary["audit"]:
             self.audit(weights)
 
     def trained(self) -> GPT:
@@ -2527,14 +3265,19 @@ class Run:
         self.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
         if cfg.export_enabled and cfg.max_wallclock_seconds:
             cfg = dataclasses.replace(cfg, max_wallclock_seconds=cfg.max_wallclock_seconds - cfg.export_seconds)
+        saved = (self.found["facts"], self.process.agree(self.tensors)) if self.found["facts"] else None
         with self.timed("train"):
-            self.summary["train"] = train(cfg, self.process, self.log, model, self.train_tokens, self.stream)
+            self.summary["train"] = train(cfg, self.process, self.log, model, self.train_tokens, self.stream,
+                                          self.checkpoints, saved)
+        self.tensors = {}
+        self.keep_progress()
         return model
 
-    def final(self, cfg: Config, log: Log, model: GPT, stream: Stream, budget=None, probe=()) -> tuple[Evaluator, dict]:
+    def final(self, cfg: Config, log: Log, model: GPT, stream: Stream, budget=None, probe=(),
+              checkpoints=None) -> tuple[Evaluator, dict]:
         """The evaluation behind val_bpb: test-time training, else sliding windows, else windows side by side."""
         if cfg.ttt_enabled:
-            return test_time_train(cfg, self.process, log, model, stream, budget, probe)
+            return test_time_train(cfg, self.process, log, model, stream, budget, probe, checkpoints)
         stride = cfg.eval_stride if cfg.final_sliding_eval_enable and cfg.eval_stride else cfg.eval_len
         return evaluate(cfg, self.process, log, compiled(model, cfg, self.process), stream, stride, "audit", probe), {}
 
@@ -2593,6 +3336,12 @@ class Run:
         with self.timed("read"):
             return self.adopt(path, blob, {name: s.tensor() for name, s in unpack(blob, path)[1].items()})
 
+    def read_back(self, path: str) -> GPT:
+        """The model of the artifact that this run wrote before it was stopped."""
+        with self.timed("read"):
+            blob = self.process.agree(self.process.together(lambda: self.process.main and read_file(path)))
+            return self.adopt(path, blob, {name: s.tensor() for name, s in unpack(blob, path)[1].items()})
+
     def keep_float(self, model: GPT, folder: str):
         """Write the weights in fp32, to be exported again. On one rank."""
         weights = {n: Stored("fp32", 32, p.detach().float().cpu().numpy()) for n, p in model.named_parameters()}
@@ -2619,8 +3368,18 @@ class Run:
         with self.timed("export"):
             if blob is None and not self.float and not cfg.save_float:
                 self.keep_float(model, folder)
+            patience = 0.0 if self.float or self.checkpoints.wait() else NO_ROOM_SECONDS
+            while blob is not None:
+                try:
+                    write_atomically(Path(folder, ARTIFACT_NAME), blob)
+                    break
+                except UserError as error:
+                    if patience <= 0:
+                        raise
+                    self.log(f"{error}; the training is kept nowhere else: tried again for {patience:.0f} s")
+                time.sleep(5)
+                patience -= 5
             if blob is not None:
-                write_atomically(Path(folder, ARTIFACT_NAME), blob)
                 blob = Path(folder, ARTIFACT_NAME).read_bytes()
         return blob
 
@@ -2638,6 +3397,9 @@ class Run:
         return build_model(self.cfg, tensors, self.process)
 
     def score(self, key: str, tag: str, model: GPT, stride: int):
+        """Evaluate, unless that was done before the run was stopped."""
+        if self.summary["eval"][key]:
+            return
         forward = compiled(model, self.cfg, self.process)
         evaluator = evaluate(self.cfg, self.process, self.log, forward, self.stream, stride, key)
         self.report(key, tag, evaluator.result(), **({"stride": stride} if key == "sliding" else {}))
@@ -2653,10 +3415,12 @@ class Run:
         self.log(f"{tag} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} {more}"
                  f"eval_time:{1000 * score.seconds:.0f}ms")
         self.log(f"{tag}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
+        self.keep_progress()
 
     def judge(self) -> int:
         """Fill `valid`, `reasons` and `caveats`. Returns the exit code: 1 if a check failed."""
         summary, hardware, data = self.summary, self.summary["hardware"], Path(self.cfg.data_path).name
+        summary["reasons"] = list(dict.fromkeys(summary["reasons"]))  # a resumed run may have met one twice
         failed = bool(summary["reasons"])
         facts = [  # (holds, where it is said, what is said)
             (summary["artifact"] is None and not self.cfg.export_enabled, "reasons",
@@ -2666,12 +3430,36 @@ class Run:
              "caveats", f"training and export took {self.trained_seconds():.0f} s of MAX_WALLCLOCK_SECONDS"),
             (not self.stream.complete, "caveats", f"partial split: its first {self.stream.targets} targets"),
             (not data.startswith("fineweb10B"), "caveats", f"not the challenge's data: {data}"),
+            (bool(summary["resumes"]), "caveats", f"resumed {len(summary['resumes'])} times; what was lost in between "
+             "is not in its seconds"),
+            (any("resumed with" in note for note in self.found["notes"]), "caveats",
+             "; ".join(note for note in self.found["notes"] if "resumed with" in note)),
+            (bool(summary["train"] and summary["train"]["dropped_steps"]), "caveats", "steps that were not finite were "
+             "dropped"),
             (hardware["world_size"] != 8 or "H100" not in hardware["name"], "caveats",
              f"not 8 x H100: {hardware['world_size']} x {hardware['name']}")]
         for holds, where, text in facts:
             summary[where] += [text] if holds else []
         summary["valid"] = not summary["reasons"]
         return int(failed)
+
+    def finish(self, started: float) -> int:
+        """Judge the run, write summary.json, and remove what only a resumption needs. Returns the exit code."""
+        code, summary = self.judge(), self.summary
+        summary["memory_peak_bytes"] = self.process.memory()[1]
+        summary["seconds"]["total"] = summary["seconds"].get("total", 0.0) + time.perf_counter() - started
+        self.log(self.table())
+        text = re.sub(r"(?<=: )(NaN|-?Infinity)(?=,?\n)", "null", json.dumps(summary, indent=1))  # not JSON
+        self.process.together(lambda: self.process.main and write_atomically(self.log.folder / "summary.json",
+                                                                             (text + "\n").encode()))
+        self.checkpoints.wait()
+        self.checkpoints.remove("ttt_*")
+        if self.process.main:
+            if not self.cfg.ckpt_every_seconds:
+                self.checkpoints.remove("step_*")
+            for name in ("progress.json", "lock"):
+                (self.log.folder / name).unlink(missing_ok=True)
+        return code
 
     def trained_seconds(self) -> float:
         """Training seconds and those of calibration and search, which count as training."""
@@ -2695,43 +3483,71 @@ class Run:
         return "\n".join(lines + [f"note: {caveat}" for caveat in self.summary["caveats"]])
 
 
-def main(cfg: Config, options: argparse.Namespace) -> int:
-    """One launch on one rank. Returns the exit code; raises UserError."""
+def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
+    """One launch on one rank. Returns the exit code; raises UserError, Interrupted and PeerLost."""
     started = time.perf_counter()
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode must not end a run
     if options.inspect is not None:
         own = cfg.artifact_limit_bytes if "artifact_limit_bytes" in cfg.explicit else Config.artifact_limit_bytes
         print(inspect(options.inspect, own))
         return 0
-    process = Process(cfg.compute_dtype)
-    run = process.together(lambda: Run(cfg, process))
+    process = Process(cfg.compute_dtype, signals)
+    found, tensors = process.together(lambda: find_run(cfg, process) if process.main else (None, {}))
+    found = process.agree(found)
+    if found and "finished" in found:
+        if process.main:
+            print(f"nothing to do: the run is finished, see {found['finished']}")
+        return 0
+    if found:
+        cfg = process.together(lambda: continued(cfg, found, process.world))
+        process.compute_in(cfg.compute_dtype)
+    run = process.together(lambda: Run(cfg, process, found, tensors))
     if options.check:
         if process.main:
             print(run.check(options.ranks, options.step_ms))
         return 0
-    log = run.start()
-    run.stages()
-    code = run.judge()
-    run.summary["memory_peak_bytes"] = process.memory()[1]
-    run.summary["seconds"]["total"] = time.perf_counter() - started
-    log(run.table())
-    if process.main:
-        text = re.sub(r"(?<=: )(NaN|-?Infinity)(?=,?\n)", "null", json.dumps(run.summary, indent=1))  # not JSON
-        write_atomically(log.folder / "summary.json", (text + "\n").encode())
-        if cfg.nll_dump and run.nats is not None:
-            np.save(buffer := io.BytesIO(), run.nats)
-            write_atomically(Path(cfg.nll_dump), buffer.getvalue())
+    try:
+        log = run.start()
+        run.stages()
+        code = run.finish(started)
+    except Interrupted as stop:
+        stop.args = (f"interrupted by {stop}; {run.how_to_resume()}",)
+        raise
+    except UserError as error:
+        raise UserError(f"{error}; {run.how_to_resume()}", error.shared) from None
+    except PeerLost:
+        signals.held = True
+        run.how_to_resume()  # what is being written is finished
+        raise
     log(f"summary: {log.folder / 'summary.json'}")
     return process.agree(code)  # no rank leaves before rank 0 has written
 
 
 if __name__ == "__main__":
+    second, caught = os.environ.get("RANK", "0") != "0", Signals(listens=True)
     try:
-        leave(main(*LAUNCH))
+        leave(main(*LAUNCH, caught))
     except UserError as problem:
-        silent = problem.shared and os.environ.get("RANK", "0") != "0"
-        sys.stderr.write("" if silent else f"error: {problem}\n")
+        silent = problem.shared and second
+        sys.stderr.write("" if silent else f"error: {one_line(problem)}\n")
         leave(2, silent)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        leave(130)
+    except (Interrupted, KeyboardInterrupt) as problem:
+        said = str(problem) if "interrupted" in str(problem) else f"interrupted {problem}"
+        sys.stderr.write("" if second else said + "\n")
+        leave(128 + getattr(problem, "number", signal.SIGINT))
+    except PeerLost as problem:  # the lost rank says why, and the launcher ends this one
+        caught.held, patience = True, time.monotonic() + 10
+        while not caught.caught and time.monotonic() < patience:
+            time.sleep(0.1)
+        if not caught.caught:
+            sys.stderr.write(f"error: rank {os.environ['RANK']}: another rank is gone, see its message ({problem})\n")
+        leave(128 + caught.caught if caught.caught else 1)
+    except OSError as problem:
+        sys.stderr.write(f"error: {problem.filename or 'output'}: {problem.strerror}; mend the path or make room\n")
+        leave(2)
+    except Exception as problem:
+        if "an't allocate memory" in str(problem) or isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
+            sys.stderr.write("error: out of memory; lower MICRO_BATCH_SEQS, VAL_BATCH_SIZE or the model's size\n")
+            leave(2)
+        traceback.print_exc()
+        leave(1)

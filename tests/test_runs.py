@@ -142,15 +142,13 @@ def test_run_id_is_never_overwritten(launch):
     launch(run_id="mine", options=["--check"]).refused("RUN_ID=mine")
 
 
-def test_two_runs_of_one_second_have_two_folders(launch, tmp_path, monkeypatch):
+def test_two_runs_of_one_second_have_two_folders(tiny, corpus, tmp_path, monkeypatch):
     import train_gpt as t
 
     monkeypatch.setattr(t.time, "strftime", lambda form: "now")
     (tmp_path / "now_seed1").mkdir()
-    run = object.__new__(t.Run)
-    cfg, _, _ = t.load_config({"LOG_DIR": str(tmp_path), "SEED": "1"})
-    run.cfg, run.summary, run.code, run.process = cfg, {"hardware": {}}, b"", t.Process()
-    run.tokenizer_path, run.train_tokens, run.stream = "", None, type("S", (), {"targets": 1, "bytes": 1})
+    cfg = tiny(LOG_DIR=tmp_path, SEED=1, DATA_PATH=corpus)
+    run = t.Run(cfg, t.Process("fp32"))
     assert run.start().folder.name == f"now_seed1_{os.getpid()}"
 
 
