@@ -368,6 +368,7 @@ def test_a_signal_before_anything_is_saved_and_in_a_long_validation(start, tmp_p
     cut.until("world_size:")
     cut.process.send_signal(signal.SIGTERM)  # in the validation of step 0, which would take half an hour
     assert cut.end(20).code == 143 and "train_loss" not in cut.out and "nothing is saved yet" in cut.err
+    assert "RESUME=1: nothing to resume in " in cut.out
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
