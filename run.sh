@@ -3,6 +3,7 @@
 #   ./run.sh               train, export, read back and evaluate on whatever machine this is
 #   ./run.sh test [...]    the tests; arguments go to pytest
 #   ./run.sh data [...]    the published FineWeb shards; arguments go to data/prepare.py fineweb
+#   ./run.sh bench [...]   the speed of each part here, or against another script; arguments go to tools/bench.py
 # Variables of train_gpt.py pass through: SEED=7 ITERATIONS=500 ./run.sh
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -56,26 +57,34 @@ need() {
 job=${1:-train}
 [ $# -gt 0 ] && shift
 case $job in
-  -h | --help | help) sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
-  train | test | data) ;;
-  *) fail "no job named $job; the jobs are: (none), test, data; variables of train_gpt.py: python train_gpt.py --help" ;;
+  -h | --help | help) sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
+  train | test | data | bench) ;;
+  *) fail "no job named $job; the jobs are: (none), test, data, bench; variables of train_gpt.py: python train_gpt.py --help" ;;
 esac
 need "$here/requirements.txt" torch numpy sentencepiece zstandard
 
+# What a run needs that nobody has set: a preset for this machine, and data.
+choose() {
+  gpus=$("$py" -c 'import torch; print(torch.cuda.device_count())')
+  [ "$gpus" -gt 0 ] || export PRESET=${PRESET:-demo}
+  if [ -n "${DATA_PATH:-}" ]; then
+    [ -d "$DATA_PATH" ] || fail "DATA_PATH=$DATA_PATH: no such folder; unset it or make it with data/prepare.py"
+  elif [ ! -d data/datasets/fineweb10B_sp1024 ] && [ ! -d "$here/data/datasets/fineweb10B_sp1024" ]; then
+    echo "no FineWeb shards here (./run.sh data fetches them): using the embedded corpus"
+    export DATA_PATH=$here/data/datasets/embedded_sp${VOCAB_SIZE:-1024}
+    "$py" "$here/data/prepare.py" embedded --vocab-size "${VOCAB_SIZE:-1024}" --out "$DATA_PATH"
+  fi
+}
+
 case $job in
   train)
-    gpus=$("$py" -c 'import torch; print(torch.cuda.device_count())')
-    [ "$gpus" -gt 0 ] || export PRESET=${PRESET:-demo}
-    if [ -n "${DATA_PATH:-}" ]; then
-      [ -d "$DATA_PATH" ] || fail "DATA_PATH=$DATA_PATH: no such folder; unset it or make it with data/prepare.py"
-    elif [ ! -d data/datasets/fineweb10B_sp1024 ] && [ ! -d "$here/data/datasets/fineweb10B_sp1024" ]; then
-      echo "no FineWeb shards here (./run.sh data fetches them): using the embedded corpus"
-      export DATA_PATH=$here/data/datasets/embedded_sp${VOCAB_SIZE:-1024}
-      "$py" "$here/data/prepare.py" embedded --vocab-size "${VOCAB_SIZE:-1024}" --out "$DATA_PATH"
-    fi
+    choose
     ranks=$((gpus > 0 ? gpus : 1))
     "$py" "$here/train_gpt.py" --check --ranks "$ranks"
     exec "$py" -m torch.distributed.run --standalone --nproc_per_node="$ranks" "$here/train_gpt.py" "$@" ;;
+  bench)
+    choose
+    exec "$py" "$here/tools/bench.py" "$@" ;;
   test)
     need "$here/tests/requirements.txt" pytest xdist huggingface_hub
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -1,0 +1,70 @@
+"""The benchmark: what it reads from a script's log, and that its parts run on a tiny model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY, clean_environment
+
+sys.path.insert(0, str(ROOT / "tools"))
+import bench  # noqa: E402
+
+PUBLISHED = """step:1/40 train_loss:6.93 train_time:900ms step_avg:900.00ms
+step:10/40 train_loss:6.00 train_time:1800ms step_avg:180.00ms
+step:40/40 train_loss:5.50 train_time:4800ms step_avg:120.00ms
+step:40/40 val_loss:5.4000 val_bpb:3.2000 train_time:4800ms step_avg:120.00ms
+final_int6_roundtrip val_loss:5.4100 val_bpb:3.2100 eval_time:900ms
+final_int6_sliding_window val_loss:5.3000 val_bpb:3.1000 stride:64 eval_time:2500ms
+final_int6_sliding_window_exact val_loss:5.30000000 val_bpb:3.10000000
+"""
+
+
+def run(corpus, tmp_path, *arguments, **variables):
+    env = clean_environment() | TINY | {"DATA_PATH": str(corpus), "LOG_DIR": str(tmp_path / "logs")} | variables
+    return subprocess.run([sys.executable, str(ROOT / "tools" / "bench.py"), *arguments], env=env, cwd=tmp_path,
+                          text=True, capture_output=True, timeout=200)
+
+
+def test_a_log_of_the_field_is_read_without_its_first_steps():
+    assert bench.read_log(PUBLISHED) == {"step_ms": 100.0, "train_loss": 5.5, "sliding_loss": 5.3, "sliding_s": 2.5}
+    assert bench.read_log("") == {}
+
+
+def test_each_part_is_timed_and_recorded(corpus, tmp_path):
+    done = run(corpus, tmp_path, "--steps", "1", "--repeats", "2", "--windows", "4", "--ttt-tokens", "64")
+    assert done.returncode == 0, done.stderr
+    (record,) = (tmp_path / "logs").glob("bench_*.json")
+    parts = json.loads(record.read_text())["parts"]
+    for part in ("training step", "training", "share of the measured peak", "optimizers' share of a step", "load",
+                 "loader's share of a step", "evaluation, stride 8", "export", "peak memory"):
+        assert parts[part]["median"] > 0 and part in done.stdout
+    assert any(part.startswith("test-time training") for part in parts)
+
+
+def test_a_script_beside_ours(corpus, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text(f"print('''{PUBLISHED}''')\n")
+    done = run(corpus, tmp_path, "--against", str(other), "--repeats", "1", "--ranks", "1", ITERATIONS="14",
+               TRAIN_LOG_EVERY="2", TTT_ENABLED="0", EXPORT_FILL="0", AUDIT="0", SEED="7")
+    assert done.returncode == 0, done.stderr + done.stdout
+    (record,) = (tmp_path / "logs").glob("bench_*.json")
+    rows = json.loads(record.read_text())["against"]["median"]
+    assert rows["step_ms"]["other"] == 100.0 and rows["step_ms"]["ratio"] == 100.0 / rows["step_ms"]["ours"]
+    assert rows["sliding_s"]["other"] == 2.5
+
+
+@pytest.mark.parametrize("arguments, variables, says", [
+    (["--against", "missing.py"], {}, "missing.py: no such file"), (["--steps", "0"], {}, "at least 1"),
+    ([], {"DATA_PATH": "/nowhere"}, "/nowhere"), ([], {"NUM_LAYERS": "x"}, "NUM_LAYERS")])
+def test_bad_input_is_one_line(corpus, tmp_path, arguments, variables, says):
+    done = run(corpus, tmp_path, *arguments, **variables)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_script_that_fails_is_named(corpus, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text("raise SystemExit(3)\n")
+    done = run(corpus, tmp_path, "--against", str(other), "--repeats", "1", "--ranks", "1", ITERATIONS="12",
+               TTT_ENABLED="0", EXPORT_FILL="0", TRAIN_LOG_EVERY="1")
+    assert done.returncode == 2 and "other.py ended with exit code" in done.stderr.splitlines()[-1]

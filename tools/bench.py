@@ -1,0 +1,295 @@
+#!/usr/bin/env python3
+"""Time train_gpt.py part by part on this machine, or whole runs of it against another script of this field.
+
+    ./run.sh bench                                   a table, and JSON in LOG_DIR
+    ./run.sh bench --against other/train_gpt.py      whole runs, alternating, and their ratios
+
+The variables of train_gpt.py set the model, the data and the device's type as in a run. Parts are timed on one rank;
+whole runs on --ranks. Times are medians; the spread is the distance of the quartiles in percent of the median.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train_gpt.py does
+
+import torch  # noqa: E402
+
+import train_gpt as t  # noqa: E402
+
+
+def fail(problem: str):
+    sys.stderr.write(f"error: {problem}\n")
+    sys.exit(2)
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Median, and the distance of the quartiles in percent of it (0 with fewer than two values)."""
+    middle = statistics.median(values)
+    if len(values) < 2 or not middle:
+        return middle, 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, 100 * (high - low) / middle
+
+
+def flops_per_token(model: t.GPT, cfg: t.Config, length: int) -> float:
+    """Floating-point operations of a forward and backward pass: 6 a weight that multiplies and, for causal attention
+    of each layer, 6 T C; embeddings that are only looked up do not count, the tied one multiplies in the output."""
+    used = sum(p.numel() for name, p in model.named_parameters() if name != "bigram.embed.weight" and
+               (name != "tok_emb.weight" or cfg.tie_embeddings))
+    return 6.0 * used + 6.0 * cfg.num_layers * length * cfg.model_dim
+
+
+class Bench:
+    """The parts of a run, each timed alone after a warm-up."""
+
+    def __init__(self, cfg: t.Config, steps: int, repeats: int):
+        self.cfg, self.steps, self.repeats = cfg, steps, repeats
+        self.process, self.rows = t.Process(cfg.compute_dtype), {}
+        self.device = self.process.device
+        torch.manual_seed(cfg.seed)
+        self.folder = t.find_path(cfg.data_path)
+        if not self.folder.is_dir():
+            raise t.UserError(f"DATA_PATH={self.folder}: no such folder; set DATA_PATH")
+        path = Path(cfg.tokenizer_path or self.folder / "tokenizer.model")
+        path = path if cfg.tokenizer_path or path.exists() else t.find_path(t.DEFAULT_TOKENIZER)
+        self.tokenizer = t.Tokenizer(path, cfg.vocab_size)
+        self.tokens = t.Tokens(self.folder, "train", cfg.vocab_size)
+        self.log = t.Log(self.process, Path(os.devnull)).silent()
+        self.model = t.GPT(cfg, self.process.dtype).to(self.device)
+        self.trainer = t.Trainer(cfg, self.process, self.model)
+
+    def timed(self, action) -> float:
+        """Seconds of `action`, the device's work included."""
+        self.synchronize()
+        began = time.perf_counter()
+        action()
+        self.synchronize()
+        return time.perf_counter() - began
+
+    def synchronize(self):
+        if self.process.cuda:
+            torch.cuda.synchronize()
+
+    def add(self, name: str, values: list[float], unit: str, digits: int = 1):
+        middle, percent = spread(values)
+        self.rows[name] = {"median": middle, "spread_percent": percent, "unit": unit, "n": len(values)}
+        print(f"{name:32}{middle:>16,.{digits}f} {unit:<10} ±{percent:.1f}%  of {len(values)}", flush=True)
+
+    def peak(self) -> float:
+        """What matrix products reach here in the type of the run, in FLOP/s."""
+        n = 8192 if self.process.cuda else 2048
+        a, b = (torch.randn(n, n, device=self.device).to(self.process.dtype) for _ in "ab")
+        self.timed(lambda: a @ b)
+        times = [self.timed(lambda: a @ b) for _ in range(max(self.repeats, 5))]
+        self.add(f"peak {str(self.process.dtype)[6:]} {n}x{n}", [2 * n**3 / s / 1e12 for s in times], "TFLOP/s", 3)
+        return 2 * n**3 / min(times)
+
+    def training(self):
+        """Whole steps; then the optimizers alone, and waiting for the loader alone."""
+        cfg, trainer, peak = self.cfg, self.trainer, self.peak()
+        first = self.timed(lambda: self.step(0))
+        self.add("first step, compilation included", [first], "s", 2)
+        loader = t.Loader(cfg, self.tokens, self.process, 1)
+        for _ in range(2):
+            trainer.step(loader.next(), 0, 1.0)
+        trainer.synchronize()
+        marks, waits = [], []
+        for _ in range(self.repeats):
+            began, waited = time.perf_counter(), 0.0
+            for step in range(self.steps):
+                asked = time.perf_counter()
+                tokens = loader.next()
+                waited += time.perf_counter() - asked
+                trainer.step(tokens, step, 1.0)
+            trainer.synchronize()
+            marks.append((time.perf_counter() - began) / self.steps)
+            waits.append(waited / self.steps)
+        self.add("training step", [1000 * s for s in marks], "ms")
+        share = cfg.train_batch_tokens // self.process.world
+        self.add("training", [share / s for s in marks], "tokens/s", 0)
+        flops = share * flops_per_token(self.model, cfg, cfg.train_seq_len)
+        self.add("share of the measured peak", [100 * flops / s / peak for s in marks], "%")
+
+        def update():
+            trainer.optimizers.step(self.steps, 1.0)
+            trainer.optimizers.track_average()
+
+        update()
+        step = statistics.median(marks)
+        self.add("optimizers' share of a step", [100 * self.timed(update) / step for _ in range(self.repeats)], "%")
+        self.add("loader's share of a step", [100 * s / step for s in waits], "%", 2)
+
+    def step(self, number: int):
+        self.trainer.step(t.Loader(self.cfg, self.tokens, self.process, number).next(), number, 1.0)
+
+    def stream(self, targets: int) -> t.Stream:
+        tokens = t.Tokens(self.folder, "val", self.cfg.vocab_size)
+        return t.open_stream(tokens, self.tokenizer, min(targets, len(tokens) - 1), self.device)
+
+    def evaluation(self, windows: int):
+        """Sliding windows over the start of the validation text."""
+        cfg, stream = self.cfg, self.stream(windows * self.cfg.eval_stride)
+        forward = t.compiled(self.model, cfg, self.process)
+
+        def score():
+            t.evaluate(cfg, self.process, self.log, forward, stream, cfg.eval_stride, "")
+
+        score()
+        count = -(-stream.targets // cfg.eval_stride)
+        times = [self.timed(score) for _ in range(self.repeats)]
+        self.add(f"evaluation, stride {cfg.eval_stride}", [count / s for s in times], "windows/s")
+
+    def adaptation(self, targets: int):
+        """Test-time training from the same weights each time."""
+        cfg = dataclasses.replace(self.cfg, ttt_enabled=True, eval_max_seconds=0.0)
+        stream, weights = self.stream(targets), self.trainer.flat.weights.clone()
+
+        def adapt():
+            t.test_time_train(cfg, self.process, self.log, self.model, stream)
+
+        times = []
+        for _ in range(self.repeats + 1):
+            times.append(self.timed(adapt))
+            with torch.no_grad():
+                self.trainer.flat.weights.copy_(weights)
+        self.add(f"test-time training, {cfg.ttt_mode}", [stream.targets / s for s in times[1:]], "tokens/s", 0)
+
+    def artifact(self):
+        """Search and code the artifact, then read it back."""
+        cfg = self.cfg
+        length = cfg.train_seq_len
+        rows = [torch.from_numpy(self.tokens.read(i * length, length + 1).astype("int32"))
+                for i in range(max(cfg.calibration_tokens // length, 1))]
+        text, size = torch.stack(rows).to(self.device), max(t.tokens_per_pass(cfg, self.process, True) // length, 1)
+        room, blobs = cfg.artifact_limit_bytes - t.SCRIPT.stat().st_size, []
+
+        def write():
+            exporter = t.Exporter(cfg, self.log, self.model, text, size, room, cfg.export_seconds)
+            blobs.append(exporter.search())
+
+        self.add("export", [self.timed(write)], "s", 2)
+        if blobs[-1] is None:
+            return print("load: not measured, the artifact does not fit its limit")
+
+        def load():
+            header, stored = t.unpack(blobs[-1], "the artifact")
+            t.build_model(cfg, {name: entry.tensor() for name, entry in stored.items()}, self.process)
+
+        self.add("load", [self.timed(load) for _ in range(self.repeats)], "s", 2)
+
+
+# ---- whole runs of two scripts ---------------------------------------------------------------------------------------
+
+
+def read_log(text: str) -> dict:
+    """Training step ms, of the steps after the tenth, and sliding evaluation seconds, from a script's output.
+
+    Lines of this field: `step:N/M train_loss:X train_time:Tms step_avg:Ams` and `final_..._sliding... eval_time:Tms`.
+    """
+    marks = [(int(n), float(ms)) for n, ms in re.findall(r"^step:(\d+)/\d+ .*?train_time:([\d.]+)ms", text, re.M)]
+    early, late = [m for m in marks if m[0] >= 10][:1], marks[-1:]
+    found = {}
+    if early and late[0][0] > early[0][0]:
+        found["step_ms"] = (late[0][1] - early[0][1]) / (late[0][0] - early[0][0])
+    if losses := re.findall(r"^step:(\d+)/\d+ train_loss:([\d.]+)", text, re.M):
+        found["train_loss"] = float(losses[-1][1])
+    if lines := re.findall(r"^final_\w*sliding\w* val_loss:([\d.]+) .*?eval_time:([\d.]+)ms", text, re.M):
+        found["sliding_loss"], found["sliding_s"] = float(lines[-1][0]), float(lines[-1][1]) / 1000
+    return found
+
+
+def whole_run(script: Path, ranks: int, folder: Path) -> dict:
+    """One launch of `script` with this environment, in a folder of its own; the seconds it took, and its log's."""
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(script)]
+    environment = dict(os.environ)  # that run is in another folder
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        if os.environ.get(name):
+            environment[name] = str(Path(os.environ[name]).absolute())
+    began = time.perf_counter()
+    done = subprocess.run(command, env=environment | {"LOG_DIR": str(folder)}, cwd=folder, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    (folder / "output.txt").write_text(done.stdout)
+    found = read_log(done.stdout) | {"seconds": time.perf_counter() - began}
+    if done.returncode or "step_ms" not in found:
+        why = f"ended with exit code {done.returncode}" if done.returncode else "printed no two steps from step 10 on"
+        fail(f"{script} {why}; what it printed is in {folder / 'output.txt'}")
+    return found
+
+
+NAMES = {"step_ms": "training step, ms", "sliding_s": "sliding evaluation, s", "seconds": "launch to end, s",
+         "train_loss": "last training loss", "sliding_loss": "sliding loss, nats/token"}
+
+
+def against(other: Path, ranks: int, repeats: int, folder: Path) -> dict:
+    """Alternate whole runs of both scripts; medians and the other's share of ours."""
+    runs = {"ours": [], "other": []}
+    for i in range(repeats):
+        for who, script in (("ours", t.SCRIPT), ("other", other))[:: 1 if i % 2 == 0 else -1]:
+            runs[who].append(whole_run(script, ranks, folder / f"{who}_{i + 1}"))
+            said = ", ".join(f"{NAMES[key]} {value:.4g}" for key, value in runs[who][-1].items())
+            print(f"{who} {i + 1}: {said}", flush=True)
+    print(f"\n{'median of ' + str(repeats):28}{'ours':>12}{'other':>12}{'other/ours':>12}{'spread':>16}")
+    rows = {}
+    for key, name in NAMES.items():
+        sides = [[run[key] for run in runs[who] if key in run] for who in runs]
+        if not all(sides):
+            print(f"{name:28}{'not printed by ' + ('other' if sides[0] else 'ours'):>36}")
+            continue
+        (a, wide), (b, other_wide) = map(spread, sides)
+        rows[key] = {"ours": a, "other": b, "ratio": b / a, "spread_percent": [wide, other_wide]}
+        print(f"{name:28}{a:12.4f}{b:12.4f}{b / a:12.3f}{f'±{wide:.1f}% ±{other_wide:.1f}%':>16}")
+    return {"runs": runs, "median": rows, "script": str(other), "ranks": ranks}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", metavar="SCRIPT", type=Path, help="another script of this field")
+    parser.add_argument("--steps", type=int, default=5, help="training steps in one measurement (5)")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of a part (5), or runs of a script")
+    parser.add_argument("--windows", type=int, default=64, help="windows that evaluation scores (64)")
+    parser.add_argument("--ttt-tokens", type=int, default=4096, help="targets of test-time training (4096)")
+    parser.add_argument("--ranks", type=int, default=max(torch.cuda.device_count(), 1), help="of whole runs (all GPUs)")
+    options = parser.parse_args()
+    if min(options.steps, options.repeats, options.windows, options.ttt_tokens, options.ranks) < 1:
+        fail("--steps, --repeats, --windows, --ttt-tokens and --ranks must be at least 1")
+    if options.against and not options.against.is_file():
+        fail(f"--against {options.against}: no such file")
+    cfg, _ = t.read_launch([])
+    out = Path(cfg.log_dir).absolute() / f"bench_{time.strftime('%Y%m%d-%H%M%S')}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    hardware = t.Process(cfg.compute_dtype).hardware()
+    record = {"hardware": hardware, "torch": torch.__version__, "settings": cfg.settings()}
+    print(f"{hardware['name']}, {hardware['threads']} threads, torch {torch.__version__}", flush=True)
+    if options.against:
+        record["against"] = against(options.against.resolve(), options.ranks, options.repeats, out.with_suffix(""))
+    else:
+        bench = Bench(cfg, options.steps, options.repeats)
+        bench.training()
+        bench.evaluation(options.windows)
+        bench.artifact()
+        bench.adaptation(options.ttt_tokens)  # last, since it freezes weights
+        bench.add("peak memory", [bench.process.memory()[1] / 2**20], "MiB", 0)
+        record["parts"] = bench.rows
+    out.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except t.UserError as problem:
+        fail(t.one_line(problem))
+    except OSError as problem:
+        fail(f"{problem.filename or 'output'}: {problem.strerror}")
