@@ -10,7 +10,7 @@ from conftest import ROOT, TINY, clean_environment
 sys.path.insert(0, str(ROOT / "tools"))
 import bench  # noqa: E402
 
-PUBLISHED = """step:1/40 train_loss:6.93 train_time:900ms step_avg:900.00ms
+PUBLISHED = """step:1/40 train_loss:6.93 train_time:1200ms step_avg:1200.00ms
 step:10/40 train_loss:6.00 train_time:1800ms step_avg:180.00ms
 step:40/40 train_loss:5.50 train_time:4800ms step_avg:120.00ms
 step:40/40 val_loss:5.4000 val_bpb:3.2000 train_time:4800ms step_avg:120.00ms

@@ -58,13 +58,8 @@ class Bench:
         self.process, self.rows = t.Process(cfg.compute_dtype), {}
         self.device = self.process.device
         torch.manual_seed(cfg.seed)
-        self.folder = t.find_path(cfg.data_path)
-        if not self.folder.is_dir():
-            raise t.UserError(f"DATA_PATH={self.folder}: no such folder; set DATA_PATH")
-        path = Path(cfg.tokenizer_path or self.folder / "tokenizer.model")
-        path = path if cfg.tokenizer_path or path.exists() else t.find_path(t.DEFAULT_TOKENIZER)
-        self.tokenizer = t.Tokenizer(path, cfg.vocab_size)
-        self.tokens = t.Tokens(self.folder, "train", cfg.vocab_size)
+        self.run = t.Run(cfg, self.process)  # opens and checks the data; writes nothing before it is started
+        self.tokens = self.run.train_tokens
         self.log = t.Log(self.process, Path(os.devnull)).silent()
         self.model = t.GPT(cfg, self.process.dtype).to(self.device)
         self.trainer = t.Trainer(cfg, self.process, self.model)
@@ -116,9 +111,8 @@ class Bench:
             marks.append((time.perf_counter() - began) / self.steps)
             waits.append(waited / self.steps)
         self.add("training step", [1000 * s for s in marks], "ms")
-        share = cfg.train_batch_tokens // self.process.world
-        self.add("training", [share / s for s in marks], "tokens/s", 0)
-        flops = share * flops_per_token(self.model, cfg, cfg.train_seq_len)
+        self.add("training", [cfg.train_batch_tokens / s for s in marks], "tokens/s", 0)
+        flops = cfg.train_batch_tokens * flops_per_token(self.model, cfg, cfg.train_seq_len)
         self.add("share of the measured peak", [100 * flops / s / peak for s in marks], "%")
 
         def update():
@@ -134,8 +128,8 @@ class Bench:
         self.trainer.step(t.Loader(self.cfg, self.tokens, self.process, number).next(), number, 1.0)
 
     def stream(self, targets: int) -> t.Stream:
-        tokens = t.Tokens(self.folder, "val", self.cfg.vocab_size)
-        return t.open_stream(tokens, self.tokenizer, min(targets, len(tokens) - 1), self.device)
+        tokens = t.Tokens(t.find_path(self.cfg.data_path), "val", self.cfg.vocab_size)
+        return t.open_stream(tokens, self.run.tokenizer, targets, self.device)
 
     def evaluation(self, windows: int):
         """Sliding windows over the start of the validation text."""
@@ -168,11 +162,8 @@ class Bench:
     def artifact(self):
         """Search and code the artifact, then read it back."""
         cfg = self.cfg
-        length = cfg.train_seq_len
-        rows = [torch.from_numpy(self.tokens.read(i * length, length + 1).astype("int32"))
-                for i in range(max(cfg.calibration_tokens // length, 1))]
-        text, size = torch.stack(rows).to(self.device), max(t.tokens_per_pass(cfg, self.process, True) // length, 1)
-        room, blobs = cfg.artifact_limit_bytes - t.SCRIPT.stat().st_size, []
+        text, size = self.run.calibration_text()
+        room, blobs = cfg.artifact_limit_bytes - len(self.run.code), []
 
         def write():
             exporter = t.Exporter(cfg, self.log, self.model, text, size, room, cfg.export_seconds)
