@@ -3326,18 +3326,15 @@ class Run:
     def export(self, model: GPT) -> GPT:
         """Write the artifact and read it back on every rank, from rank 0's disk: nodes need not share one."""
         folder = os.path.join(self.cfg.log_dir, self.summary["run_id"])
-        path = os.path.join(folder, ARTIFACT_NAME)
-        blob = self.process.agree(self.process.together(lambda: self.process.main and self.encode(model, folder)))
-        if not blob:
+        if not self.process.agree(self.process.together(lambda: self.process.main and self.encode(model, folder))):
             self.summary["reasons"].append(f"no setting fits ARTIFACT_LIMIT_BYTES={self.cfg.artifact_limit_bytes}")
             kept = self.cfg.model_path if self.float else os.path.join(folder, FLOAT_NAME)
             self.log(f"export: no setting fits the limit; TRAIN_ENABLED=0 MODEL_PATH={kept} exports again")
             return model
-        with self.timed("read"):
-            return self.adopt(path, blob, {name: s.tensor() for name, s in unpack(blob, path)[1].items()})
+        return self.read_back(os.path.join(folder, ARTIFACT_NAME))
 
     def read_back(self, path: str) -> GPT:
-        """The model of the artifact that this run wrote before it was stopped."""
+        """The model of the artifact that this run wrote, now or before it was stopped."""
         with self.timed("read"):
             blob = self.process.agree(self.process.together(lambda: self.process.main and read_file(path)))
             return self.adopt(path, blob, {name: s.tensor() for name, s in unpack(blob, path)[1].items()})
@@ -3355,8 +3352,8 @@ class Run:
         text = torch.from_numpy(np.stack([tokens.read(s, length + 1) for s in starts]).astype(np.int32))
         return text.to(self.process.device), max(tokens_per_pass(self.cfg, self.process, True) // length, 1)
 
-    def encode(self, model: GPT, folder: str) -> bytes | None:
-        """Round, code and write the artifact; where nothing fits keep the float weights. On one rank."""
+    def encode(self, model: GPT, folder: str) -> bool:
+        """Round, code and write the artifact, and say whether one fits; else keep the float weights. On one rank."""
         cfg, room = self.cfg, self.cfg.artifact_limit_bytes - len(self.code)
         text, size = self.calibration_text()
         with self.timed("search"):
@@ -3379,9 +3376,7 @@ class Run:
                     self.log(f"{error}; the training is kept nowhere else: tried again for {patience:.0f} s")
                 time.sleep(5)
                 patience -= 5
-            if blob is not None:
-                blob = Path(folder, ARTIFACT_NAME).read_bytes()
-        return blob
+        return blob is not None
 
     def adopt(self, path: str, blob: bytes, tensors: dict[str, Tensor]) -> GPT:
         """The model of an artifact. Its bytes are held against the limit; over it the run goes on, to end not valid."""
