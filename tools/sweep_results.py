@@ -1,0 +1,331 @@
+"""What a sweep ends in: results.csv, results.md and a plot, from the summary.json of each of its runs.
+
+Used by tools/sweep.py. The plot needs tools/requirements.txt; without it the tables come all the same.
+"""
+
+import collections
+import csv
+import io
+import math
+import shlex
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from train_gpt import write_atomically
+
+SCORES = ("float", "int6", "sliding", "ttt")
+MARKERS = "osD^vP*X"
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+MOST_LINES = 8  # beyond it a plot has a row for each setting instead
+
+
+def counted(items) -> list[tuple]:
+    """Each item and how often it occurs, in the order of their first."""
+    return list(collections.Counter(items).items())
+
+
+def plain(value) -> str:
+    """A setting as it would be given."""
+    return str(int(value)) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass
+class Result:
+    """A run's figures; what it did not do itself is from the runs that did it for it."""
+
+    run: object  # tools/sweep.py's Run
+    settings: dict[str, str]  # of the swept variables, as given or by default
+    bpb: dict[str, float | None]  # of each score
+    val_bpb: float | None = None
+    val_loss: float | None = None
+    bytes: int | None = None
+    train_seconds: float | None = None  # search included
+    eval_seconds: float | None = None  # what EVAL_MAX_SECONDS limits
+    seconds: float | None = None  # of its own process
+    valid: bool = False
+    reason: str = ""
+    caveats: list[str] = field(default_factory=list)
+
+
+def collect(runs, swept: list[str]) -> list[Result]:
+    """The figures of every run. A score that was not repeated comes from a run that agrees on all stages up to it."""
+    summaries = {run.name: run.summary() or {} for run in runs}
+    stages = {"float": ("train", "score"), "int6": ("train", "export", "score"), "ttt": ("train", "export", "score",
+                                                                                        "adapt")}
+    stages["sliding"] = stages["int6"]
+    scored: dict[tuple, tuple] = {}
+    for run in runs:
+        for key, entry in summaries[run.name].get("eval", {}).items():
+            if entry:
+                scored.setdefault((key, run.stage_key(*stages[key])), (entry, summaries[run.name]))
+    return [result_of(run, swept, summaries, {key: scored.get((key, run.stage_key(*stages[key]))) for key in SCORES})
+            for run in runs]
+
+
+def result_of(run, swept: list[str], summaries: dict, scores: dict) -> Result:
+    settings = {name: run.given.get(name) or plain(getattr(run.cfg, name.lower())) for name in swept}
+    summary = summaries[run.name]
+    if not summary:
+        return Result(run, settings, dict.fromkeys(SCORES), reason=run.reason or run.state)
+    own, spent = summary["eval"], summary["seconds"]
+    foreign = {key: found for key, found in scores.items() if found and not own[key]}
+    reasons = summary["reasons"] + [reason for key, (_, other) in foreign.items() for reason in other["reasons"]
+                                    if reason.startswith(f"{key}:")]
+    trained = (summaries[run.weights.name].get("train") or {}).get("seconds")
+    searched = (summaries[run.artifact.name].get("seconds") or {}).get("search", 0.0)
+    last = next((key for key in reversed(SCORES) if own[key]), None)
+    return Result(
+        run, settings, {key: (own[key] or (scores[key] or [{}])[0]).get("val_bpb") for key in SCORES},
+        summary["val_bpb"], own[last]["val_loss"] if last else None, (summary["artifact"] or {}).get("bytes_total"),
+        None if trained is None else trained + searched,
+        spent["read"] + spent.get("compile", 0.0) + own[last]["seconds"] if last else None, spent["total"],
+        summary["valid"] and len(reasons) == len(summary["reasons"]), "; ".join(dict.fromkeys(reasons)),
+        summary["caveats"])
+
+
+@dataclass
+class Group:
+    """Results that differ in SEED alone."""
+
+    settings: dict[str, str]
+    results: list[Result]
+
+    def values(self, figure) -> list[float]:
+        """`figure` of each result, where there is one."""
+        return [x for x in map(figure, self.results) if x is not None]
+
+    def bpb(self) -> list[float]:
+        return self.values(lambda r: r.val_bpb)
+
+    @property
+    def mean(self) -> float:
+        """Infinite without a score, so that it sorts last."""
+        return statistics.mean(self.bpb()) if self.bpb() else math.inf
+
+    @property
+    def valid(self) -> int:
+        return sum(r.valid for r in self.results)
+
+    @property
+    def title(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+
+
+def spread(values: list[float], digits: int = 4) -> str:
+    """Mean and, of several, sample standard deviation."""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def grouped(results: list[Result]) -> list[Group]:
+    """Groups in the order of their first run."""
+    groups: dict[tuple, Group] = {}
+    for result in results:
+        settings = {name: value for name, value in result.settings.items() if name != "SEED"}
+        groups.setdefault(tuple(settings.values()), Group(settings, [])).results.append(result)
+    return list(groups.values())
+
+
+def best_of(groups: list[Group]) -> Group | None:
+    """The lowest mean among those whose runs are all valid, or else among all with a score."""
+    scored = [g for g in groups if g.bpb()]
+    return min([g for g in scored if g.valid == len(g.results)] or scored, key=lambda g: g.mean, default=None)
+
+
+def headline(groups: list[Group]) -> str:
+    """The best setting in a line."""
+    best = best_of(groups)
+    if best is None:
+        return "no run has a score"
+    n = len(best.bpb())
+    seeds = f" ({n} seeds)" if n > 1 else ""
+    kind = "best" if best.valid == len(best.results) else "lowest, though not valid,"
+    return f"{kind} {spread(best.bpb())} BPB{seeds}" + (f" at {best.title}" if best.settings else "")
+
+
+def write_csv(path: Path, results: list[Result]):
+    rows = [["run", *results[0].settings, "val_bpb", *(f"{key}_bpb" for key in SCORES), "val_loss", "bytes",
+             "train_seconds", "eval_seconds", "seconds", "valid", "reason", "weights_of", "artifact_of"]]
+    for r in results:
+        figures = (r.val_bpb, *r.bpb.values(), r.val_loss, r.bytes, r.train_seconds, r.eval_seconds, r.seconds)
+        rows.append([r.run.name, *r.settings.values(), *("" if x is None else x for x in figures), "yes" if r.valid
+                     else "no", r.reason, r.run.weights.name, r.run.artifact.name])
+    csv.writer(buffer := io.StringIO(), lineterminator="\n").writerows(rows)
+    write_atomically(path, buffer.getvalue().encode())
+
+
+def markdown(name: str, groups: list[Group], base: dict, command: str) -> str:
+    """The table by BPB, what failed, and how it was made."""
+    results = [r for g in groups for r in g.results]
+    swept = list(groups[0].settings)
+    heads = [*swept, "seeds", "BPB", *(f"{key} BPB" for key in SCORES), "bytes", "training s", "evaluation s", "valid"]
+    lines = [f"# {name}: {headline(groups)}", "", "Mean ± sample standard deviation over seeds, lowest BPB first; "
+             "bytes are the most of a seed; - where there is no figure.", "", "| " + " | ".join(heads) + " |",
+             "|" + "---|" * len(heads)]
+    for g in sorted(groups, key=lambda g: g.mean):
+        done = len(g.bpb())
+        seeds = str(done) if done == len(g.results) else f"{done} of {len(g.results)}"
+        cells = [*g.settings.values(), seeds, f"**{spread(g.bpb())}**" if done else "-"]
+        cells += [spread(g.values(lambda r, key=key: r.bpb[key])) for key in SCORES]
+        sizes = g.values(lambda r: r.bytes)
+        cells += [f"{max(sizes):,}" if sizes else "-"]
+        cells += [spread(g.values(lambda r, key=key: getattr(r, key)), 1) for key in ("train_seconds", "eval_seconds")]
+        cells += ["yes" if g.valid == len(g.results) else f"{g.valid} of {len(g.results)}"]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    if bad := [r for r in results if not r.valid]:
+        lines += ["", "Not valid:", ""] + [f"- {r.run.title}: {r.reason}" for r in bad]
+    if notes := counted(caveat for r in results for caveat in r.caveats):
+        lines += ["", "Caveats:", ""] + [f"- {text}" + (f" ({n} of {len(results)} runs)" if n < len(results) else "")
+                                         for text, n in notes]
+    lines += ["", "Made by:", "", "```sh", *(f"export {n}={shlex.quote(v)}" for n, v in base.items()), command, "```"]
+    return "\n".join(lines) + "\n"
+
+
+# ---- the plot --------------------------------------------------------------------------------------------------------
+
+
+def number(text: str) -> float | None:
+    try:
+        return float(text) if math.isfinite(float(text)) else None
+    except ValueError:
+        return None
+
+
+def choose_axis(groups: list[Group]) -> str | None:
+    """The swept variable to plot against: numbers, three of them or more if any has that many, the most values first;
+    None where there is none or the other variables would give too many lines."""
+    best = None
+    for name in groups[0].settings:
+        values = {g.settings[name] for g in groups}
+        lines = {tuple(v for n, v in g.settings.items() if n != name) for g in groups}
+        numeric = len(values) > 1 and None not in map(number, values)
+        if numeric and len(lines) <= MOST_LINES and (best is None or len(values) > best[0]):
+            best = len(values), name
+    return best and best[1]
+
+
+def place(values: list[float]):
+    """Where numbers go on an axis: its scale and a function. Logarithmic where they span a decade or more; side by side
+    where they do but one is not above zero."""
+    ordered = sorted(set(values))
+    sizes = [abs(x) for x in ordered if x]
+    if len(ordered) < 3 or max(sizes) < 10 * min(sizes):
+        return "linear", float
+    return ("log", float) if ordered[0] > 0 else ("side by side", ordered.index)
+
+
+def against_variable(axis, groups: list[Group], name: str):
+    """BPB against a variable: the mean as a line for each combination of the others, the seeds as small points."""
+    families: dict[tuple, list[Group]] = {}
+    for g in groups:
+        if g.bpb():
+            families.setdefault(tuple((n, v) for n, v in g.settings.items() if n != name), []).append(g)
+    texts = {float(g.settings[name]): g.settings[name] for g in groups}
+    scale, at = place(list(texts))
+    for i, (others, members) in enumerate(families.items()):
+        members.sort(key=lambda g: float(g.settings[name]))
+        spots = [at(float(g.settings[name])) for g in members]
+        shade = str(0.6 * i / max(len(families) - 1, 1))
+        label = ", ".join(f"{n}={v}" for n, v in others) or "mean"
+        axis.plot(spots, [g.mean for g in members], color=shade, linestyle=LINES[i % 5], marker=MARKERS[i % 8],
+                  markersize=7, label=label, zorder=3)
+        seeds_of(axis, [(x, r) for x, g in zip(spots, members, strict=True) if len(g.results) > 1 for r in g.results],
+                 lambda x, y: (x, y), shade)
+        crosses(axis, [(x, r) for x, g in zip(spots, members, strict=True) for r in g.results], lambda x, y: (x, y))
+    if scale == "log":
+        axis.set_xscale("log")
+        axis.minorticks_off()
+    axis.set_xticks([at(x) for x in sorted(texts)], [texts[x] for x in sorted(texts)],
+                    rotation=30 if len(texts) > 8 else 0)
+    axis.set(xlabel=name + {"log": " (logarithmic)", "side by side": " (not to scale)"}.get(scale, ""),
+             ylabel="bits per byte")
+    if len(texts) > 12:
+        axis.locator_params(axis="x", nbins=12) if scale == "linear" else None
+    return axis
+
+
+def seeds_of(axis, points: list, turn, shade: str = "black"):
+    """Each seed's BPB as a small hollow point."""
+    spots = [turn(x, r.val_bpb) for x, r in points if r.val_bpb is not None]
+    if spots:
+        axis.plot(*zip(*spots, strict=True), linestyle="", marker="o", markersize=3.5, markerfacecolor="white",
+                  markeredgecolor=shade, zorder=4, label="_seeds")
+
+
+def crosses(axis, points: list, turn):
+    """A cross over each run that is not valid."""
+    spots = [turn(x, r.val_bpb) for x, r in points if r.val_bpb is not None and not r.valid]
+    if spots:
+        axis.plot(*zip(*spots, strict=True), linestyle="", marker="x", markersize=10, color="black", zorder=5,
+                  label="_not valid")
+
+
+def in_rows(axis, groups: list[Group]):
+    """A row for each setting, the best at the top; where SEED alone was swept, one for each seed and their mean."""
+    scored = sorted((g for g in groups if g.bpb()), key=lambda g: g.mean)
+    if len(scored) == 1:
+        results = sorted((r for r in scored[0].results if r.val_bpb is not None), key=lambda r: r.val_bpb)
+        rows, labels = list(enumerate(results)), [r.run.title for r in results]
+        axis.axvline(scored[0].mean, color="0.4", linestyle="--", label=f"mean {spread(scored[0].bpb())}")
+    else:
+        rows = [(i, r) for i, g in enumerate(scored) for r in g.results]
+        labels = [g.title for g in scored]
+        axis.plot([g.mean for g in scored], range(len(scored)), linestyle="", marker="o", markersize=7, color="black",
+                  label="mean", zorder=3)
+    seeds_of(axis, rows, lambda y, x: (x, y))
+    crosses(axis, rows, lambda y, x: (x, y))
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.set(xlabel="bits per byte")
+
+
+def plot(groups: list[Group], name: str, path: Path) -> str:
+    """Draw PNG and SVG, readable in greyscale. Returns why there is none, else nothing."""
+    if not any(g.bpb() for g in groups):
+        return "no run has a score"
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return "matplotlib is missing; python -m pip install -r tools/requirements.txt, and the same command again"
+    plt.rcParams["svg.hashsalt"] = "sweep"  # the same figures give the same file
+    variable, rows = choose_axis(groups), sum(bool(g.bpb()) for g in groups)
+    rows = len(groups[0].results) if len(groups) == 1 else rows
+    height = 4.6 if variable else min(1.7 + 0.3 * rows, 40)
+    figure, axis = plt.subplots(figsize=(8.5, height), constrained_layout=True)
+    against_variable(axis, groups, variable) if variable else in_rows(axis, groups)
+    results = [r for g in groups for r in g.results]
+    failed, bad = sum(r.val_bpb is None for r in results), sum(not r.valid for r in results if r.val_bpb is not None)
+    several = any(len(g.bpb()) > 1 for g in groups)
+    notes = [f"{len(results) - failed} of {len(results)} runs have a score"] if failed else [f"{len(results)} runs"]
+    notes += ["small circles: seeds"] * several + [f"crosses: {bad} not valid"] * bool(bad)
+    figure.suptitle(f"{name}: {headline(groups)}", fontsize="medium", wrap=True)
+    axis.set_title("; ".join(notes), fontsize="small", color="0.3")
+    if len(axis.get_legend_handles_labels()[1]) > 1 or several:
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    axis.ticklabel_format(axis="y" if variable else "x", useOffset=False)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path.with_suffix(".png"), dpi=130, metadata={"Software": None})
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    plt.close(figure)
+    return ""
+
+
+def write(folder: Path, runs, base: dict, command: str) -> int:
+    """Write and print the results of a sweep. Returns its exit code: 1 if a run failed, or failed a check."""
+    results = collect(runs, list(dict.fromkeys(name for run in runs for name in run.given)))
+    groups = grouped(results)
+    write_csv(folder / "results.csv", results)
+    text = markdown(folder.name, groups, base, command)
+    write_atomically(folder / "results.md", text.encode())
+    print("\n" + text.split("\n\nMade by:")[0] + "\n")
+    if problem := plot(groups, folder.name, folder / "results"):
+        print(f"no plot: {problem}")
+    print("written: " + ", ".join(str(folder / f"results.{end}") for end in ("csv", "md", *([] if problem else
+                                                                                         ["png", "svg"]))))
+    return int(any(run.state == "failed" or run.reason for run in runs))
