@@ -218,7 +218,8 @@ def place(values: list[float]):
 
 
 def against_variable(axis, groups: list[Group], name: str):
-    """BPB against a variable: the mean as a line for each combination of the others, the seeds as small points."""
+    """BPB against a variable: the mean as a line for each combination of the others, the seeds as small points, which
+    a thin line joins where they belong to the only combination."""
     families: dict[tuple, list[Group]] = {}
     for g in groups:
         if g.bpb():
@@ -228,37 +229,43 @@ def against_variable(axis, groups: list[Group], name: str):
     for i, (others, members) in enumerate(families.items()):
         members.sort(key=lambda g: float(g.settings[name]))
         spots = [at(float(g.settings[name])) for g in members]
+        points = [(x, r) for x, g in zip(spots, members, strict=True) for r in g.results if r.val_bpb is not None]
         shade = str(0.6 * i / max(len(families) - 1, 1))
-        label = ", ".join(f"{n}={v}" for n, v in others) or "mean"
+        if len({r.settings.get("SEED") for _, r in points}) > 1:
+            (join_seeds if len(families) == 1 else seeds_of)(axis, points, shade=shade)
         axis.plot(spots, [g.mean for g in members], color=shade, linestyle=LINES[i % 5], marker=MARKERS[i % 8],
-                  markersize=7, label=label, zorder=3)
-        seeds_of(axis, [(x, r) for x, g in zip(spots, members, strict=True) if len(g.results) > 1 for r in g.results],
-                 lambda x, y: (x, y), shade)
-        crosses(axis, [(x, r) for x, g in zip(spots, members, strict=True) for r in g.results], lambda x, y: (x, y))
+                  markersize=7, label=", ".join(f"{n}={v}" for n, v in others) or "mean", zorder=3)
+        crosses(axis, points)
     if scale == "log":
         axis.set_xscale("log")
         axis.minorticks_off()
-    axis.set_xticks([at(x) for x in sorted(texts)], [texts[x] for x in sorted(texts)],
-                    rotation=30 if len(texts) > 8 else 0)
+    if scale != "linear" or len(texts) <= 12:
+        axis.set_xticks([at(x) for x in sorted(texts)], [texts[x] for x in sorted(texts)],
+                        rotation=30 if len(texts) > 8 else 0)
     axis.set(xlabel=name + {"log": " (logarithmic)", "side by side": " (not to scale)"}.get(scale, ""),
              ylabel="bits per byte")
-    if len(texts) > 12:
-        axis.locator_params(axis="x", nbins=12) if scale == "linear" else None
-    return axis
 
 
-def seeds_of(axis, points: list, turn, shade: str = "black"):
-    """Each seed's BPB as a small hollow point."""
-    spots = [turn(x, r.val_bpb) for x, r in points if r.val_bpb is not None]
-    if spots:
-        axis.plot(*zip(*spots, strict=True), linestyle="", marker="o", markersize=3.5, markerfacecolor="white",
-                  markeredgecolor=shade, zorder=4, label="_seeds")
+def join_seeds(axis, points: list, shade: str):
+    """Each seed's BPB, joined by a thin line, with a marker of its own for the first few."""
+    seeds = list(dict.fromkeys(r.settings["SEED"] for _, r in points))
+    for i, seed in enumerate(seeds):
+        own = [(x, r.val_bpb) for x, r in points if r.settings["SEED"] == seed]
+        axis.plot(*zip(*own, strict=True), color="0.65", linewidth=0.8, marker=MARKERS[1:][i % 7], markersize=4.5,
+                  markerfacecolor="white", markeredgecolor="0.35", zorder=4,
+                  label=f"SEED={seed}" if len(seeds) < len(MARKERS) else "_seed")
 
 
-def crosses(axis, points: list, turn):
+def seeds_of(axis, points: list, turned: bool = False, shade: str = "black"):
+    """Each seed's BPB as a small hollow point at (place, BPB), or turned at (BPB, place)."""
+    spots = [(r.val_bpb, x) if turned else (x, r.val_bpb) for x, r in points]
+    axis.plot(*zip(*spots, strict=True), linestyle="", marker="o", markersize=3.5, markerfacecolor="white",
+              markeredgecolor=shade, zorder=4, label="_seeds")
+
+
+def crosses(axis, points: list, turned: bool = False):
     """A cross over each run that is not valid."""
-    spots = [turn(x, r.val_bpb) for x, r in points if r.val_bpb is not None and not r.valid]
-    if spots:
+    if spots := [(r.val_bpb, x) if turned else (x, r.val_bpb) for x, r in points if not r.valid]:
         axis.plot(*zip(*spots, strict=True), linestyle="", marker="x", markersize=10, color="black", zorder=5,
                   label="_not valid")
 
@@ -271,12 +278,12 @@ def in_rows(axis, groups: list[Group]):
         rows, labels = list(enumerate(results)), [r.run.title for r in results]
         axis.axvline(scored[0].mean, color="0.4", linestyle="--", label=f"mean {spread(scored[0].bpb())}")
     else:
-        rows = [(i, r) for i, g in enumerate(scored) for r in g.results]
+        rows = [(i, r) for i, g in enumerate(scored) for r in g.results if r.val_bpb is not None]
         labels = [g.title for g in scored]
         axis.plot([g.mean for g in scored], range(len(scored)), linestyle="", marker="o", markersize=7, color="black",
                   label="mean", zorder=3)
-    seeds_of(axis, rows, lambda y, x: (x, y))
-    crosses(axis, rows, lambda y, x: (x, y))
+    seeds_of(axis, rows, turned=True)
+    crosses(axis, rows, turned=True)
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.5, -0.5)
     axis.set(xlabel="bits per byte")
@@ -301,12 +308,14 @@ def plot(groups: list[Group], name: str, path: Path) -> str:
     results = [r for g in groups for r in g.results]
     failed, bad = sum(r.val_bpb is None for r in results), sum(not r.valid for r in results if r.val_bpb is not None)
     several = any(len(g.bpb()) > 1 for g in groups)
+    drawn = axis.get_legend_handles_labels()[1]
     notes = [f"{len(results) - failed} of {len(results)} runs have a score"] if failed else [f"{len(results)} runs"]
-    notes += ["small circles: seeds"] * several + [f"crosses: {bad} not valid"] * bool(bad)
+    named = any(label.startswith("SEED=") for label in drawn)
+    notes += ["small circles: seeds"] * (several and not named) + [f"crosses: {bad} not valid"] * bool(bad)
     figure.suptitle(f"{name}: {headline(groups)}", fontsize="medium", wrap=True)
     axis.set_title("; ".join(notes), fontsize="small", color="0.3")
-    if len(axis.get_legend_handles_labels()[1]) > 1 or several:
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    if len(drawn) > 1 or several:
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     axis.ticklabel_format(axis="y" if variable else "x", useOffset=False)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

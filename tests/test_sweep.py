@@ -1,0 +1,253 @@
+"""Sweeps: shared stages give what whole runs give, and are run once; failures, signals and restarts; the results."""
+
+import ast
+import csv
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, SCRIPT, TINY, clean_environment
+
+sys.path.insert(0, str(ROOT / "tools"))
+import sweep  # noqa: E402
+
+import train_gpt as t  # noqa: E402
+
+GRID = ("QUANT=balanced,rowmax", "TTT_LR=1e-4,1e-3")
+FULL = {"TTT_ENABLED": "1", "TTT_MODE": "full", "TTT_CHUNK_TOKENS": "300"}
+
+
+def environment(corpus, folder, **variables):
+    return clean_environment() | TINY | {"DATA_PATH": str(corpus), "LOG_DIR": str(folder)} | variables
+
+
+def run(corpus, folder, *arguments, **variables):
+    command = [sys.executable, str(ROOT / "tools" / "sweep.py"), *arguments]
+    return subprocess.run(command, env=environment(corpus, folder, **variables), cwd=folder, text=True,
+                          capture_output=True, timeout=200)
+
+
+def table(folder) -> list[dict]:
+    with open(folder / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def swept(corpus, tmp_path_factory):
+    """A finished sweep of two roundings and two rates of test-time training; its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    done = run(corpus, folder, *GRID, "--jobs", "2", "--name", "both", **FULL)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return folder / "both", done.stdout
+
+
+def test_shared_stages_run_once_and_give_what_a_whole_run_gives(swept, launch):
+    folder, said = swept
+    rows = table(folder)
+    summaries = [json.loads((folder / row["run"] / "summary.json").read_text()) for row in rows]
+    assert [s["train"] is not None for s in summaries] == [True, False, False, False]
+    assert [s["export"] is not None for s in summaries] == [True, False, True, False]
+    assert [s["eval"]["sliding"] is not None for s in summaries] == [True, False, True, False]
+    assert "1 from the start, 1 from their float weights, 2 from their artifacts" in said
+    whole = launch(QUANT="rowmax", TTT_LR="1e-3", **FULL)
+    assert whole.code == 0, whole.err
+    for key, column in (("float", "float_bpb"), ("int6", "int6_bpb"), ("sliding", "sliding_bpb"), ("ttt", "ttt_bpb")):
+        assert float(rows[3][column]) == whole.summary["eval"][key]["val_bpb"]
+    assert float(rows[3]["val_bpb"]) == whole.summary["val_bpb"] and rows[3]["valid"] == "yes"
+    assert float(rows[3]["val_loss"]) == whole.summary["eval"]["ttt"]["val_loss"]
+    assert int(rows[3]["bytes"]) == whole.summary["artifact"]["bytes_total"]
+    exported = folder / rows[3]["artifact_of"] / t.ARTIFACT_NAME
+    assert exported.read_bytes() == (whole.folder / t.ARTIFACT_NAME).read_bytes()
+    assert len({row["ttt_bpb"] for row in rows}) == 4 and len({row["bytes"] for row in rows}) == 2
+    assert float(rows[3]["train_seconds"]) >= summaries[0]["train"]["seconds"]
+
+
+def test_results(swept):
+    folder, said = swept
+    rows, text = table(folder), (folder / "results.md").read_text()
+    assert list(rows[0])[:3] == ["run", "QUANT", "TTT_LR"] and len(rows) == 4
+    best = min(rows, key=lambda row: float(row["val_bpb"]))
+    title = f"best {float(best['val_bpb']):.4f} BPB at QUANT={best['QUANT']}, TTT_LR={best['TTT_LR']}"
+    assert text.startswith(f"# both: {title}\n") and title in said
+    scores = [float(x) for x in re.findall(r"\*\*([\d.]+)\*\*", text)]
+    assert len(scores) == 4 and scores == sorted(scores)
+    assert f"export DATA_PATH={json.loads((folder / 'sweep.json').read_text())['base']['DATA_PATH']}\n" in text
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert f"best {float(best['val_bpb']):.4f} BPB" in (folder / "results.svg").read_text()
+
+
+def test_again_skips_all_and_does_without_matplotlib(swept, corpus, tmp_path):
+    folder, _ = swept
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    done = run(corpus, folder.parent, *GRID, "--name", "both", PYTHONPATH=str(tmp_path), **FULL)
+    assert done.returncode == 0 and "started" not in done.stdout
+    assert "no plot: matplotlib is missing" in done.stdout and "| rowmax | 1e-3 |" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
+    other = ("QUANT=balanced,rowmax,mse", "TTT_LR=1e-4,1e-3")
+    for arguments, variables, words in ((GRID, {"MATRIX_LR": "0.01"}, "MATRIX_LR unset then, MATRIX_LR=0.01 now"),
+                                        (other, {}, "2 of its runs new, such as QUANT=mse TTT_LR=1e-4")):
+        done = run(corpus, folder.parent, *arguments, "--name", "both", **FULL | variables)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_failed_run_a_signal_and_going_on(corpus, tmp_path):
+    """The list's first run diverges, which also fails the one that needs its weights; the third is stopped."""
+    (tmp_path / "list").write_text("# rates\nMATRIX_LR=1e12 SCALAR_LR=1e12 GRAD_CLIP_NORM=0 ITERATIONS=12\n\n"
+                                   "MATRIX_LR=1e12 SCALAR_LR=1e12 GRAD_CLIP_NORM=0 ITERATIONS=12 'QUANT=mse' # same\n"
+                                   "ITERATIONS=300\n")
+    arguments = ("--list", str(tmp_path / "list"), "SEED=7", "--name", "odd")
+    command = [sys.executable, str(ROOT / "tools" / "sweep.py"), *arguments]
+    env, folder = environment(corpus, tmp_path), tmp_path / "odd"
+    process = subprocess.Popen(command, env=env, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    began = time.monotonic()
+    while not any('"step": 10,' in path.read_text() for path in folder.glob("3_*/metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() - began < 100
+        time.sleep(0.02)
+    again = run(corpus, tmp_path, *arguments)  # one sweep at a time
+    assert again.returncode == 2 and "still going" in again.stderr and again.stderr.count("\n") == 1
+    process.send_signal(signal.SIGTERM)
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said + complaint
+    assert complaint.startswith("interrupted by SIGTERM") and "--name odd" in complaint.splitlines()[-1]
+    (cut,) = folder.glob("3_*/checkpoints/*.npz")
+    states = [s["state"] for s in json.loads((folder / "sweep.json").read_text())["states"].values()]
+    assert states == ["failed", "failed", "cut"]
+    code, screen = on_a_terminal(command, env, tmp_path)
+    assert code == 1, screen
+    rows = table(folder)
+    assert [row["valid"] for row in rows] == ["no", "no", "yes"] and "not finite" in rows[0]["reason"]
+    assert rows[1]["reason"] == f"not started: {rows[0]['run']}, whose weights it needs, failed"
+    resumed = json.loads((folder / rows[2]["run"] / "summary.json").read_text())["resumes"]
+    assert resumed and resumed[0].startswith(f"resumed from step {int(cut.stem[5:])}")
+    assert re.search(r"running +3_\S+ +\d", screen) and "1 running, 0 waiting, 2 failed" in screen
+    assert "\033[" in screen and "1 of 3 finished, 0 running" in screen and "- MATRIX_LR=1e12" in screen
+
+
+def on_a_terminal(command, env, cwd) -> tuple[int, str]:
+    """Exit code and output of a command whose output is a terminal."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, env=env, cwd=cwd, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    screen = b""
+    while True:
+        try:
+            screen += os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+    os.close(ours)
+    return process.wait(timeout=60), screen.decode()
+
+
+def planned(monkeypatch, tmp_path, *grid, **variables):
+    """The runs that a grid gives, with their shares of the work."""
+    for name, value in (TINY | {"LOG_DIR": str(tmp_path)} | variables).items():
+        monkeypatch.setenv(name, value)
+    runs = sweep.configured(sweep.read_grid(grid), 1, tmp_path)
+    sweep.share(runs)
+    return runs
+
+
+def test_what_the_export_leaves_to_training_tells_trainings_apart(monkeypatch, tmp_path):
+    """Without a cap EXPORT_MAX_SECONDS is the export's alone; with one, training ends that much sooner."""
+    arguments = ("EXPORT_MAX_SECONDS=2,3", "SEED=1,2")
+    assert [run.kind for run in planned(monkeypatch, tmp_path, *arguments)] == ["whole"] * 2 + ["export"] * 2
+    runs = planned(monkeypatch, tmp_path, *arguments, MAX_WALLCLOCK_SECONDS="20")
+    assert [run.kind for run in runs] == ["whole"] * 4
+    runs = planned(monkeypatch, tmp_path, "QUANT=mse,rowmax", MAX_WALLCLOCK_SECONDS="20")
+    runs[0].folder.mkdir()
+    (runs[0].folder / t.FLOAT_NAME).write_bytes(b"")
+    job = sweep.Sweep(tmp_path, runs, sweep.slots_of(1, [], 2), None)
+    assert job.environment(runs[1], job.slots[0])["EXPORT_MAX_SECONDS"] == "5.0", "a quarter of the cap, as in a run"
+    assert job.environment(runs[0], job.slots[0])["SAVE_FLOAT"] == "1"
+
+
+def test_each_job_has_its_own_gpus_or_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    one, two = sweep.slots_of(2, ["0", "1", "2", "3", "6"], 32)
+    assert [s.environment() for s in (one, two)] == [{"CUDA_VISIBLE_DEVICES": c} for c in ("0,1", "2,3")]
+    assert one.command()[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert [s.environment() for s in sweep.slots_of(3, [], 8)] == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert sweep.slots_of(4, [], 2)[3].command() == [sys.executable, str(SCRIPT)]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert sweep.slots_of(3, [], 8)[0].environment() == {}
+
+
+# What each part of train_gpt.py may not read, if the runs that differ in it are to share that part's work.
+PARTS = {
+    ("Loader", "GPT", "Trainer", "Optimizers", "FlatWeights", "train", "keep_state", "rate_factor", "tokens_per_pass",
+     "activation_bytes", "compiled", "trained", "keep_float"): ("export", "score", "adapt"),
+    ("Exporter", "calibrate", "quantize", "row_steps", "encode", "export", "pack", "calibration_text"):
+        ("score", "adapt"),
+    ("Evaluator", "evaluate", "score"): ("adapt",),
+}
+# Validations in training are only logged. The seconds that an export leaves to training are compared as such.
+READ_ALL_THE_SAME = {"eval_len", "final_eval_enable", "export_enabled", "export_seconds"}
+
+
+def test_every_variable_has_the_stage_that_reads_it():
+    assert set(sweep.SECTIONS.values()) == {"Run", "Data", "Model", "Training", "Optimizers", "Export", "Evaluation",
+                                            "Test-time training", "Audit"}, "say in AFTER_TRAINING whose the new one is"
+    parts = {node.name: node for node in ast.walk(ast.parse(SCRIPT.read_text()))
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    later = {"eval_len": "score", "export_seconds": "export"} | {n.lower(): s for n, s in sweep.STAGES.items()}
+    for names, stages in PARTS.items():
+        for name in names:
+            read = {node.attr for node in ast.walk(parts[name]) if isinstance(node, ast.Attribute) and "cfg" in
+                    ast.unparse(node.value)}
+            wrong = {attr for attr in read - READ_ALL_THE_SAME if later.get(attr) in stages}
+            assert not wrong, f"{name} reads {wrong}, which a sweep takes for a later stage's"
+
+
+@pytest.mark.parametrize("arguments, variables, words", [
+    ((), {}, "nothing to run"),
+    (("TTT_RL=1",), {}, "TTT_RL: no such variable; did you mean TTT_LR?"),
+    (("SEED",), {}, "'SEED': not of the form VAR=value"),
+    (("SEED=1,,2",), {}, "SEED=1,,2: a value is missing"),
+    (("SEED=1,2", "SEED=3"), {}, "SEED: given twice"),
+    (("SEED=1,1",), {}, "SEED=1: the same run as SEED=1"),
+    (("TTT_LR=1e-4,0.0001",), {}, "TTT_LR=0.0001: the same run as TTT_LR=1e-4"),
+    (("RUN_ID=a,b",), {}, "RUN_ID: the sweep sets it"),
+    (("SEED=1,x",), {}, "SEED='x': accepts int 0..4294967295 (run 2)"),
+    (("NUM_HEADS=4,3",), {}, "MODEL_DIM=32: must be a multiple of NUM_HEADS=3 (run 2)"),
+    (("SEED=1,2", "--name", "a/b"), {}, "--name 'a/b'"),
+    (("SEED=1,2", "--name", ".."), {}, "--name '..'"),
+    (("SEED=1,2", "--name", ""), {}, "--name ''"),
+    (("SEED=1,2", "--name", "taken"), {}, "exists and holds no sweep"),
+    (("SEED=1,2", "--jobs", "0"), {}, "--jobs: must be at least 1"),
+    (("SEED=1,2", "--jobs", "x"), {}, "--jobs"),
+    (("SEED=1,2", "--fast"), {}, "--fast"),
+    (("--list", "nowhere"), {}, "--list nowhere: No such file"),
+    (("--list", "bad"), {}, "bad:2: No closing quotation"),
+    (("--list", "good", "SEED=1"), {}, "SEED: both in the list and in the grid"),
+    (("--list", "empty"), {}, "--list empty: holds no run"),
+    (("SEED=1,2",), {"NLL_DUMP": "x.npy"}, "NLL_DUMP=x.npy: more than one run"),
+    (("SEED=1,2",), {"TRAIN_LERNING": "1"}, "TRAIN_LERNING: no such variable"),
+    (("SEED=1,2",), {"RESUME": "logs/a"}, "RESUME=logs/a"),
+    (("SEED=1,2",), {"DATA_PATH": "/nowhere"}, "DATA_PATH=/nowhere: no such folder"),
+    (("SEED=1,2",), {"TRAIN_ENABLED": "0", "MODEL_PATH": "nowhere"}, "nowhere"),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, variables, words, corpus, tmp_path, monkeypatch, capsys):
+    logs = tmp_path / "logs"
+    (logs / "taken").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good").write_text("SEED=3\n")
+    (tmp_path / "bad").write_text("SEED=3\nSEED='4\n")
+    (tmp_path / "empty").write_text("# nothing\n")
+    for name in os.environ:
+        monkeypatch.delenv(name)
+    for name, value in environment(corpus, logs, **variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises((SystemExit, t.UserError)) as ended:
+        sweep.main(list(arguments))
+    said = str(ended.value) if isinstance(ended.value, t.UserError) else capsys.readouterr().err
+    assert words in said and said.strip().count("\n") == 0, said
+    assert isinstance(ended.value, t.UserError) or ended.value.code == 2
+    assert os.listdir(logs) == ["taken"]
