@@ -33,6 +33,19 @@ def run(corpus, folder, *arguments, **variables):
                           capture_output=True, timeout=200)
 
 
+def refused(monkeypatch, capsys, env, arguments, words: str):
+    """That a sweep in this process ends with exit code 2 and one line, which holds `words`."""
+    with monkeypatch.context() as patch:
+        for name in os.environ:
+            patch.delenv(name)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended:
+            sweep.main(list(arguments))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and words in said and said.count("\n") == 1 and said.startswith("error: "), said
+
+
 def table(folder) -> list[dict]:
     with open(folder / "results.csv", newline="") as file:
         return list(csv.DictReader(file))
@@ -82,26 +95,26 @@ def test_results(swept):
     assert f"best {float(best['val_bpb']):.4f} BPB" in (folder / "results.svg").read_text()
 
 
-def test_again_skips_all_and_does_without_matplotlib(swept, corpus, tmp_path):
+def test_again_skips_all_and_does_without_matplotlib(swept, corpus, tmp_path, monkeypatch, capsys):
     folder, _ = swept
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     done = run(corpus, folder.parent, *GRID, "--name", "both", PYTHONPATH=str(tmp_path), **FULL)
     assert done.returncode == 0 and "started" not in done.stdout
-    assert "no plot: matplotlib is missing" in done.stdout and "| rowmax | 1e-3 |" in done.stdout
+    assert "no plot: matplotlib is missing" in done.stdout and "| rowmax | 0.001 |" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
     other = ("QUANT=balanced,rowmax,mse", "TTT_LR=1e-4,1e-3")
     for arguments, variables, words in ((GRID, {"MATRIX_LR": "0.01"}, "MATRIX_LR unset then, MATRIX_LR=0.01 now"),
                                         (other, {}, "2 of its runs new, such as QUANT=mse TTT_LR=1e-4")):
-        done = run(corpus, folder.parent, *arguments, "--name", "both", **FULL | variables)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        env = environment(corpus, folder.parent, **FULL | variables)
+        refused(monkeypatch, capsys, env, (*arguments, "--name", "both"), words)
 
 
-def test_a_failed_run_a_signal_and_going_on(corpus, tmp_path):
+def test_a_failed_run_a_signal_and_going_on(corpus, tmp_path, monkeypatch, capsys):
     """The list's first run diverges, which also fails the one that needs its weights; the third is stopped."""
     (tmp_path / "list").write_text("# rates\nMATRIX_LR=1e12 SCALAR_LR=1e12 GRAD_CLIP_NORM=0 ITERATIONS=12\n\n"
                                    "MATRIX_LR=1e12 SCALAR_LR=1e12 GRAD_CLIP_NORM=0 ITERATIONS=12 'QUANT=mse' # same\n"
-                                   "ITERATIONS=300\n")
+                                   "ITERATIONS=200\n")
     arguments = ("--list", str(tmp_path / "list"), "SEED=7", "--name", "odd")
     command = [sys.executable, str(ROOT / "tools" / "sweep.py"), *arguments]
     env, folder = environment(corpus, tmp_path), tmp_path / "odd"
@@ -111,8 +124,7 @@ def test_a_failed_run_a_signal_and_going_on(corpus, tmp_path):
     while not any('"step": 10,' in path.read_text() for path in folder.glob("3_*/metrics.jsonl")):
         assert process.poll() is None and time.monotonic() - began < 100
         time.sleep(0.02)
-    again = run(corpus, tmp_path, *arguments)  # one sweep at a time
-    assert again.returncode == 2 and "still going" in again.stderr and again.stderr.count("\n") == 1
+    refused(monkeypatch, capsys, env, arguments, "still going")  # one sweep at a time
     process.send_signal(signal.SIGTERM)
     said, complaint = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, said + complaint
@@ -169,6 +181,13 @@ def test_what_the_export_leaves_to_training_tells_trainings_apart(monkeypatch, t
     assert job.environment(runs[0], job.slots[0])["SAVE_FLOAT"] == "1"
 
 
+def test_float_weights_are_kept_where_others_start_from_them(monkeypatch, tmp_path):
+    for grid, switch, kept in ("TTT_LR=1,2", "1", None), ("TTT_LR=1,2", "0", "1"), ("QUANT=mse,std", "1", "1"):
+        runs = planned(monkeypatch, tmp_path, grid, EXPORT_ENABLED=switch)
+        job = sweep.Sweep(tmp_path, runs, sweep.slots_of(1, [], 2), None)
+        assert job.environment(runs[0], job.slots[0]).get("SAVE_FLOAT") == kept
+
+
 def test_each_job_has_its_own_gpus_or_threads(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     one, two = sweep.slots_of(2, ["0", "1", "2", "3", "6"], 32)
@@ -216,7 +235,7 @@ def test_every_variable_has_the_stage_that_reads_it():
     (("TTT_LR=1e-4,0.0001",), {}, "TTT_LR=0.0001: the same run as TTT_LR=1e-4"),
     (("RUN_ID=a,b",), {}, "RUN_ID: the sweep sets it"),
     (("SEED=1,x",), {}, "SEED='x': accepts int 0..4294967295 (run 2)"),
-    (("NUM_HEADS=4,3",), {}, "MODEL_DIM=32: must be a multiple of NUM_HEADS=3 (run 2)"),
+    (("MODEL_DIM=32,33",), {}, "MODEL_DIM=33: must be a multiple of NUM_HEADS=4 (run 2)"),
     (("SEED=1,2", "--name", "a/b"), {}, "--name 'a/b'"),
     (("SEED=1,2", "--name", ".."), {}, "--name '..'"),
     (("SEED=1,2", "--name", ""), {}, "--name ''"),
@@ -232,7 +251,7 @@ def test_every_variable_has_the_stage_that_reads_it():
     (("SEED=1,2",), {"TRAIN_LERNING": "1"}, "TRAIN_LERNING: no such variable"),
     (("SEED=1,2",), {"RESUME": "logs/a"}, "RESUME=logs/a"),
     (("SEED=1,2",), {"DATA_PATH": "/nowhere"}, "DATA_PATH=/nowhere: no such folder"),
-    (("SEED=1,2",), {"TRAIN_ENABLED": "0", "MODEL_PATH": "nowhere"}, "nowhere"),
+    (("SEED=1,2",), {"TRAIN_ENABLED": "0", "MODEL_PATH": "nowhere"}, "MODEL_PATH='nowhere': No such file"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(arguments, variables, words, corpus, tmp_path, monkeypatch, capsys):
     logs = tmp_path / "logs"
@@ -241,13 +260,5 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, variables, words, c
     (tmp_path / "good").write_text("SEED=3\n")
     (tmp_path / "bad").write_text("SEED=3\nSEED='4\n")
     (tmp_path / "empty").write_text("# nothing\n")
-    for name in os.environ:
-        monkeypatch.delenv(name)
-    for name, value in environment(corpus, logs, **variables).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises((SystemExit, t.UserError)) as ended:
-        sweep.main(list(arguments))
-    said = str(ended.value) if isinstance(ended.value, t.UserError) else capsys.readouterr().err
-    assert words in said and said.strip().count("\n") == 0, said
-    assert isinstance(ended.value, t.UserError) or ended.value.code == 2
+    refused(monkeypatch, capsys, environment(corpus, logs, **variables), arguments, words)
     assert os.listdir(logs) == ["taken"]

@@ -314,7 +314,8 @@ class Sweep:
         if run.folder.exists():
             env["RESUME"] = "1"
         if run.kind == "whole":
-            if run.cfg.train_enabled and any(r.weights is run and r.kind == "export" for r in self.runs):
+            others = [r for r in self.runs if r.weights is run and r is not run]
+            if run.cfg.train_enabled and any(r.kind == "export" or not r.cfg.export_enabled for r in others):
                 env["SAVE_FLOAT"] = "1"
             return env
         env |= {"TRAIN_ENABLED": "0", "MODEL_PATH": str(run.source())}
@@ -358,7 +359,7 @@ class Sweep:
             lines = file.read().decode(errors="replace").splitlines()
         for pattern in (r"error: (.*)", r"(interrupted by .*)", r"(\w*(?:Error|Exception)\b.*)"):
             if found := [m.group(1) for m in map(re.compile(pattern).match, lines) if m]:
-                return found[0]
+                return re.split("; (?:last good checkpoint: |LOG_DIR=|not saved: )", found[0])[0]  # how to go on alone
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def fill(self):
@@ -477,11 +478,11 @@ class Sweep:
                 self.say(f"running  {run.name}: {self.outcome(run)}")
             return self.say(self.counts()) if self.active else None
         size = shutil.get_terminal_size()
-        order = {"failed": 0, "cut": 0, "running": 1, "finished": 2, "waiting": 3}
-        lines = [f"{run.state:9}{run.name:32}  {self.outcome(run)}" for run in
-                 sorted(self.runs, key=lambda run: order[run.state])]
-        room = size.lines - 3  # runs that do not fit are counted in the last line all the same
-        lines = lines if len(lines) <= room else lines[: max(room - 1, 0)] + ["..."]
+        room, order = size.lines - 3, {"running": 0, "failed": 1, "cut": 1, "finished": 2, "waiting": 3}
+        fits, width = len(self.runs) <= room, max(len(run.name) for run in self.runs)
+        runs = self.runs if fits else sorted(self.runs, key=lambda run: order[run.state])[: max(room - 1, 0)]
+        lines = [f"{run.state:9}{run.name:{min(width, size.columns // 2)}}  {self.outcome(run)}" for run in runs]
+        lines += [] if fits else [f"and {len(self.runs) - len(runs)} more"]
         lines = [line[: size.columns - 1] for line in (*lines, self.counts())]
         with contextlib.suppress(OSError):
             print(f"\033[{self.shown}A" * bool(self.shown) + "\033[J" + "\n".join(lines), flush=True)
@@ -541,7 +542,7 @@ def check(runs: list[Run], slot: Slot, log_dir: Path):
     """train_gpt.py's own --check of files and folders, once for each data and starting file; it says what is wrong."""
     kinds = {}
     for run in runs:
-        if run.kind == "whole" and not run.summary():
+        if run.kind == "whole":
             data = [getattr(run.cfg, name.lower()) for name, section in SECTIONS.items() if section == "Data"]
             kinds.setdefault((*data, run.cfg.model_path), run)
     for run in kinds.values():
@@ -575,7 +576,8 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def main(argv: list[str]) -> int:
+def launched(argv: list[str]) -> int:
+    """One launch, from its arguments to its results. Returns the exit code."""
     options = read_arguments(argv)
     given = combine(read_list(options.list) if options.list else [{}], read_grid(options.grid))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -613,15 +615,21 @@ def main(argv: list[str]) -> int:
                          f"{command}\n")
         return 128 + number
     code = results.write(folder, runs, description["base"], command)
+    if failed := [run for run in runs if run.state == "failed"]:
+        print(f"{len(failed)} failed; what they printed is in {folder}/*.out; the same command tries them again")
     lock.close()
     (folder / "lock").unlink(missing_ok=True)
     return code
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> int:
     try:
-        sys.exit(main(sys.argv[1:]))
+        return launched(argv)
     except t.UserError as problem:
-        fail(str(problem))
+        return fail(str(problem))
     except OSError as problem:
-        fail(f"{problem.filename or 'output'}: {problem.strerror}")
+        return fail(f"{problem.filename or 'output'}: {problem.strerror}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

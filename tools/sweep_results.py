@@ -26,8 +26,10 @@ def counted(items) -> list[tuple]:
 
 
 def plain(value) -> str:
-    """A setting as it would be given."""
-    return str(int(value)) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    """A setting as it would be given: the same text for the same value."""
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Result:
     """A run's figures; what it did not do itself is from the runs that did it for it."""
 
     run: object  # tools/sweep.py's Run
-    settings: dict[str, str]  # of the swept variables, as given or by default
+    settings: dict[str, str]  # of the swept variables
     bpb: dict[str, float | None]  # of each score
     val_bpb: float | None = None
     val_loss: float | None = None
@@ -64,7 +66,7 @@ def collect(runs, swept: list[str]) -> list[Result]:
 
 
 def result_of(run, swept: list[str], summaries: dict, scores: dict) -> Result:
-    settings = {name: run.given.get(name) or plain(getattr(run.cfg, name.lower())) for name in swept}
+    settings = {name: plain(getattr(run.cfg, name.lower())) for name in swept}
     summary = summaries[run.name]
     if not summary:
         return Result(run, settings, dict.fromkeys(SCORES), reason=run.reason or run.state)
