@@ -105,6 +105,7 @@ def test_again_skips_all_and_does_without_matplotlib(swept, corpus, tmp_path, mo
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
     other = ("QUANT=balanced,rowmax,mse", "TTT_LR=1e-4,1e-3")
     for arguments, variables, words in ((GRID, {"MATRIX_LR": "0.01"}, "MATRIX_LR unset then, MATRIX_LR=0.01 now"),
+                                        (GRID, {"OMP_NUM_THREADS": "3"}, "1 threads for each run then, 3 threads"),
                                         (other, {}, "2 of its runs new, such as QUANT=mse TTT_LR=1e-4")):
         env = environment(corpus, folder.parent, **FULL | variables)
         refused(monkeypatch, capsys, env, (*arguments, "--name", "both"), words)

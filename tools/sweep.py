@@ -258,6 +258,11 @@ class Slot:
     def ranks(self) -> int:
         return max(len(self.gpus), 1)
 
+    @property
+    def share(self) -> str:
+        """What a run has of the machine, in words. Under a wall-clock cap a run's score hangs on it."""
+        return f"{len(self.gpus)} GPUs" if self.gpus else f"{os.environ.get('OMP_NUM_THREADS', self.threads)} threads"
+
     def command(self) -> list[str]:
         """torchrun finds a free port for each launch; a single rank needs no launcher, which would hide its exit code
         and take seconds to start."""
@@ -360,6 +365,8 @@ class Sweep:
         for pattern in (r"error: (.*)", r"(interrupted by .*)", r"(\w*(?:Error|Exception)\b.*)"):
             if found := [m.group(1) for m in map(re.compile(pattern).match, lines) if m]:
                 return re.split("; (?:last good checkpoint: |LOG_DIR=|not saved: )", found[0])[0]  # how to go on alone
+        if code == 0:
+            return f"its summary.json cannot be read; remove {run.folder} to run it again"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def fill(self):
@@ -381,8 +388,8 @@ class Sweep:
     def go(self) -> int:
         """Run what is left. Returns the signal that ended it early, else 0. Whatever happens, no process stays."""
         passed = 0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self.catch)
+        hung_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []  # not under nohup
+        before = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM, *hung_up)}
         try:
             while True:
                 self.reap()
@@ -400,8 +407,8 @@ class Sweep:
             for _, process in self.active.values():
                 process.wait()
         self.show(last=True)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         return self.caught
 
     def stop(self, number: int, say: bool = True):
@@ -492,17 +499,20 @@ class Sweep:
 # ---- a sweep's folder ------------------------------------------------------------------------------------------------
 
 
-def described(runs: list[Run]) -> dict:
-    """What makes a sweep this one: script, base and runs. A variable that every run sets has no base."""
+def described(runs: list[Run], slot: Slot) -> dict:
+    """What makes a sweep this one: script, base, runs and their share of the machine. A variable that every run sets
+    has no base."""
     own = set.intersection(*(set(run.given) for run in runs))
     base = {n: v for n, v in os.environ.items() if n in FIELDS and n not in OURS and n not in own}
     return {"script": hashlib.sha256(t.SCRIPT.read_bytes()).hexdigest(), "base": dict(sorted(base.items())),
-            "runs": {run.name: run.given for run in runs}}
+            "share": slot.share, "runs": {run.name: run.given for run in runs}}
 
 
 def differences(then: dict, now: dict) -> list[str]:
     """What two descriptions do not share, a phrase each."""
     found = ["train_gpt.py was another version"] if then["script"] != now["script"] else []
+    if then["share"] != now["share"]:
+        found.append(f"{then['share']} for each run then, {now['share']} now (--jobs)")
     for name in sorted(then["base"].keys() | now["base"].keys()):
         old, new = (f"{name}={d['base'][name]}" if name in d["base"] else f"{name} unset" for d in (then, now))
         found += [f"{old} then, {new} now"] if old != new else []
@@ -585,7 +595,7 @@ def launched(argv: list[str]) -> int:
     log_dir = Path(os.environ.get("LOG_DIR") or t.Config.log_dir).absolute()
     name = os.environ.get("RUN_ID", "") if options.name is None else options.name
     runs = configured(given, slots[0].ranks, log_dir)
-    description = described(runs)
+    description = described(runs, slots[0])
     if name or options.name is not None:
         try:
             t.parse(str, FIELDS["RUN_ID"].metadata["accepts"], name or ".")
@@ -608,8 +618,7 @@ def launched(argv: list[str]) -> int:
     sweep = Sweep(folder, runs, slots, lock)
     trained, exported = (sum(run.kind in kinds for run in runs) for kinds in (("whole",), ("whole", "export")))
     sweep.say(f"{len(runs)} runs in {folder}: {trained} from the start, {exported - trained} from their float weights, "
-              f"{len(runs) - exported} from their artifacts; {len(slots)} at a time, " + (
-                  f"{slots[0].ranks} GPUs each" if slots[0].gpus else f"{slots[0].threads} threads each"))
+              f"{len(runs) - exported} from their artifacts; {len(slots)} at a time, {slots[0].share} each")
     if number := sweep.go():
         sys.stderr.write(f"interrupted by {signal.Signals(number).name}; under the same variables this goes on: "
                          f"{command}\n")

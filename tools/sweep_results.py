@@ -197,8 +197,8 @@ def number(text: str) -> float | None:
 
 
 def choose_axis(groups: list[Group]) -> str | None:
-    """The swept variable to plot against: numbers, three of them or more if any has that many, the most values first;
-    None where there is none or the other variables would give too many lines."""
+    """The swept variable to plot against: the one of the most numbers, among those that leave few enough lines for the
+    others; None where there is none."""
     best = None
     for name in groups[0].settings:
         values = {g.settings[name] for g in groups}
@@ -214,7 +214,7 @@ def place(values: list[float]):
     where they do but one is not above zero."""
     ordered = sorted(set(values))
     sizes = [abs(x) for x in ordered if x]
-    if len(ordered) < 3 or max(sizes) < 10 * min(sizes):
+    if max(sizes) < 10 * min(sizes):
         return "linear", float
     return ("log", float) if ordered[0] > 0 else ("side by side", ordered.index)
 
