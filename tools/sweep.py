@@ -303,8 +303,7 @@ class Sweep:
         self.terminal, self.shown, self.shown_at = sys.stdout.isatty(), 0, time.monotonic()
 
     def say(self, text: str):
-        with contextlib.suppress(OSError):  # no run ends for a closed terminal
-            print(("\033[J" if self.terminal else "") + text, flush=True)
+        results.tell(("\033[J" if self.terminal else "") + text)
 
     def catch(self, number: int, frame):
         self.caught, self.signals = self.caught or number, self.signals + 1
@@ -403,7 +402,7 @@ class Sweep:
                 self.show()
                 time.sleep(0.1)
         finally:
-            self.stop(signal.SIGKILL, say=False)
+            self.stop(signal.SIGTERM, say=False)
             for _, process in self.active.values():
                 process.wait()
         self.show(last=True)
@@ -422,11 +421,14 @@ class Sweep:
                 os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
 
     def record(self):
-        """Keep in sweep.json how the runs ended, beside what was to be run."""
+        """Keep in sweep.json how the runs ended, for people: what goes on is told by their folders."""
         path = self.folder / "sweep.json"
-        record = json.loads(path.read_text())
-        record["states"] = {r.name: {"state": r.state, "reason": r.reason} for r in self.runs}
-        t.write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+        try:
+            record = json.loads(path.read_text())
+            record["states"] = {r.name: {"state": r.state, "reason": r.reason} for r in self.runs}
+            t.write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+        except (t.UserError, OSError, ValueError) as problem:
+            self.say(f"warning: {path}: {t.one_line(problem)}; the runs go on")
 
     # -- what is shown
 
@@ -491,8 +493,7 @@ class Sweep:
         lines = [f"{run.state:9}{run.name:{min(width, size.columns // 2)}}  {self.outcome(run)}" for run in runs]
         lines += [] if fits else [f"and {len(self.runs) - len(runs)} more"]
         lines = [line[: size.columns - 1] for line in (*lines, self.counts())]
-        with contextlib.suppress(OSError):
-            print(f"\033[{self.shown}A" * bool(self.shown) + "\033[J" + "\n".join(lines), flush=True)
+        results.tell(f"\033[{self.shown}A" * bool(self.shown) + "\033[J" + "\n".join(lines))
         self.shown = len(lines)
 
 
@@ -625,7 +626,7 @@ def launched(argv: list[str]) -> int:
         return 128 + number
     code = results.write(folder, runs, description["base"], command)
     if failed := [run for run in runs if run.state == "failed"]:
-        print(f"{len(failed)} failed; what they printed is in {folder}/*.out; the same command tries them again")
+        results.tell(f"{len(failed)} failed; what they printed is in {folder}/*.out; the same command tries them again")
     lock.close()
     (folder / "lock").unlink(missing_ok=True)
     return code
@@ -641,4 +642,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    t.leave(main(sys.argv[1:]))

@@ -4,6 +4,7 @@ Used by tools/sweep.py. The plot needs tools/requirements.txt; without it the ta
 """
 
 import collections
+import contextlib
 import csv
 import io
 import math
@@ -18,6 +19,12 @@ SCORES = ("float", "int6", "sliding", "ttt")
 MARKERS = "osD^vP*X"
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MOST_LINES = 8  # beyond it a plot has a row for each setting instead
+
+
+def tell(text: str):
+    """Print; a closed terminal or pipe loses only what is shown."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def counted(items) -> list[tuple]:
@@ -334,9 +341,9 @@ def write(folder: Path, runs, base: dict, command: str) -> int:
     write_csv(folder / "results.csv", results)
     text = markdown(folder.name, groups, base, command)
     write_atomically(folder / "results.md", text.encode())
-    print("\n" + text.split("\n\nMade by:")[0] + "\n")
+    tell("\n" + text.split("\n\nMade by:")[0] + "\n")
     if problem := plot(groups, folder.name, folder / "results"):
-        print(f"no plot: {problem}")
-    print("written: " + ", ".join(str(folder / f"results.{end}") for end in ("csv", "md", *([] if problem else
+        tell(f"no plot: {problem}")
+    tell("written: " + ", ".join(str(folder / f"results.{end}") for end in ("csv", "md", *([] if problem else
                                                                                          ["png", "svg"]))))
     return int(any(run.state == "failed" or run.reason for run in runs))
