@@ -98,7 +98,7 @@ def test_calibration_measures_inputs_and_gradients(tiny):
     found, used = t.calibrate(model, text, 4, lambda: True)
     assert used == 6 and model.watch_output is None and all(p.grad is None for p in model.parameters())
     assert set(found) == {n for n, _ in model.named_parameters() if n.endswith(".weight")}
-    layer, seen = model.blocks[1].mlp.fc, {}
+    layer, seen = model.blocks[1].mlp.proj, {}
     hooks = [layer.register_forward_hook(lambda m, args, y: seen.update(x=args[0].detach(), y=y) or y.retain_grad()),
              model.bigram.embed.register_forward_hook(lambda m, args, y: seen.update(e=y) or y.retain_grad())]
     model(text[:, :-1], text[:, 1:]).sum().backward()
@@ -107,11 +107,12 @@ def test_calibration_measures_inputs_and_gradients(tiny):
     x, g = seen["x"].flatten(0, 1), seen["y"].grad.flatten(0, 1)
     h = (x.T @ x / len(x)).double()
     h += 0.01 * h.diag().mean() * torch.eye(len(h))
-    s = found["blocks.1.mlp.fc.weight"]
+    s = found["blocks.1.mlp.proj.weight"]
     order = torch.argsort(h.diag(), descending=True, stable=True)
     inverse = torch.linalg.inv(h[order][:, order])
     assert torch.equal(order, s.order) and torch.allclose(s.factor.mT @ s.factor, inverse.float(), atol=1e-2)
-    assert torch.allclose(s.weight, g.square().sum(0) / len(x), rtol=1e-3)
+    scale = model.blocks[1].mlp_scale.detach()  # y is the product with the matrix times this
+    assert scale.std() > 0.1 and torch.allclose(s.weight, (g * scale).square().sum(0) / len(x), rtol=1e-3)
     ids = model.bigram.hash(text[:, :-1], (text[:, :-1] == 1) & cfg.bos_mask)
     unused = np.setdiff1d(np.arange(cfg.bigram_vocab_size), ids.numpy())
     weight = found["bigram.embed.weight"].weight

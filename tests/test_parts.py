@@ -150,6 +150,56 @@ def test_document_boundary(tiny, mask):
         assert torch.allclose(model(ids[:, 16:])[0], model(ids)[0, 16:], atol=1e-5)
 
 
+@pytest.mark.parametrize("length, heads, shared, dim", [(1, 2, 1, 8), (64, 4, 4, 16), (65, 4, 2, 16), (150, 6, 2, 8),
+                                                        (513, 2, 1, 8), (700, 3, 1, 8)])
+def test_attention_in_blocks_is_attention(length, heads, shared, dim):
+    """Values and gradients against PyTorch's kernel, at lengths below, at and over a block, and of many blocks; in
+    bf16, for which it is taken, rounding at most twice as much as that kernel, which keeps its scores in fp32."""
+    torch.manual_seed(0)
+    shapes = ((2, length, heads, dim), (2, length, shared, dim), (2, length, shared, dim))
+    ours = [torch.randn(shape).mul_(2).requires_grad_() for shape in shapes]
+    theirs = [x.detach().clone().requires_grad_() for x in ours]
+    got = t.attend_in_blocks(*ours)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in theirs), is_causal=True, enable_gqa=True).transpose(1, 2)
+    weight = torch.randn_like(got)
+    (got * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert torch.allclose(got, expected, atol=1e-5)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-4)
+    rounded = [x.detach().bfloat16() for x in ours]
+    kernel = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in rounded), is_causal=True, enable_gqa=True).transpose(1, 2)
+    assert torch.equal(t.attend(*rounded), t.attend_in_blocks(*rounded))
+    error, least = ((x - expected).square().mean().sqrt() for x in (t.attend(*rounded), kernel))
+    assert error <= 2 * least
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_norm_is_rms_norm(dtype, close):
+    torch.manual_seed(0)
+    for size in (1e-4, 1.0, 300.0):
+        a = (size * torch.randn(3, 5, 192)).to(dtype).requires_grad_()
+        b, weight = a.detach().clone().requires_grad_(), torch.randn(3, 5, 192).to(dtype)
+        got, expected = t.norm(a), torch.nn.functional.rms_norm(b, (192,))
+        (got * weight).sum().backward()
+        (expected * weight).sum().backward()
+        assert got.dtype == dtype and torch.allclose(got, expected, rtol=close, atol=close)
+        assert torch.allclose(a.grad, b.grad, rtol=5 * close, atol=2 * close * float(b.grad.abs().max()))
+
+
+@pytest.mark.parametrize("gain", [0.5, torch.tensor([[2.0], [-1.0], [0.5]])])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_gain_multiplies_the_output_of_a_matrix(gain, adapted):
+    torch.manual_seed(0)
+    layer, x = t.Linear(4, 3), torch.randn(2, 5, 4)
+    if adapted:
+        layer.adapter = (torch.randn(2, 2, 4), torch.randn(2, 3, 2))
+    factor = gain if isinstance(gain, float) else gain[:, 0]
+    assert torch.allclose(layer(x, gain), layer(x) * factor, atol=1e-6)
+
+
 def test_bigram_hash_is_int32(tiny):
     bigram = t.Bigram(tiny(BIGRAM_VOCAB_SIZE=2048))
     ids = torch.tensor([[5, 1023, 65535, 60000]])
