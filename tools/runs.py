@@ -1,0 +1,570 @@
+"""Read runs into one form: our folders, finished or not, and the plain logs that this field publishes.
+
+Every figure is taken from the log lines. Where a run has a metrics.jsonl and a summary.json too, they are held against
+the lines, and a figure that differs is an error that names it. A run that took its weights from another one (a sweep
+shares stages) is traced to the runs that trained and exported for it. Used by tools/show.py and tools/record.py.
+
+Of the field, the line formats of the seed (PR 581) and of PR 549 are read. Where a log holds several launches, as some
+published ones do, the last one counts.
+"""
+
+import ast
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from sweep import FIELDS, OURS, STAGES  # noqa: E402
+from sweep_results import SCORES  # noqa: E402
+
+import train_gpt as t  # noqa: E402
+
+CODE_END = re.compile("^={100}\n", re.M)  # the line after the script in a log
+TITLES = {"float": "float", "int6": "int6 standard", "sliding": "int6 sliding", "ttt": "TTT score-first"}
+# Settings that say where a run is and where it writes, not what it does.
+PLACES = {*OURS, "NLL_DUMP", "MODEL_PATH", "TRAIN_ENABLED", "SAVE_FLOAT"}
+
+
+class Point(NamedTuple):
+    """A line about training: its loss (nats/token), or BPB of the validation; `rate` is a share of the full rate."""
+
+    step: int
+    seconds: float
+    loss: float
+    bpb: float | None = None
+    rate: float | None = None
+
+
+class Chunk(NamedTuple):
+    """Test-time training after chunk `step` of `count`: BPB of all that it has scored."""
+
+    step: int
+    seconds: float
+    bpb: float
+    count: int
+
+
+@dataclass
+class Score:
+    """A score as its lines give it; `rough` has the four decimals of the first line, val_loss and val_bpb eight."""
+
+    rough: tuple[float, float] | None = None
+    val_loss: float | None = None
+    val_bpb: float | None = None
+    seconds: float | None = None
+    stride: int | None = None
+
+    @property
+    def bpb(self) -> float:
+        return self.rough[1] if self.val_bpb is None else self.val_bpb
+
+
+@dataclass
+class Run:
+    """A run, or a launch in a published log. Figures that the log does not give are None or empty."""
+
+    path: Path  # its folder, or the log
+    name: str
+    ours: bool = False
+    code: bytes = b""  # the script that ran, where the log holds it
+    seed: int | None = None
+    config: dict = field(default_factory=dict)  # every setting, of ours
+    overrides: dict = field(default_factory=dict)
+    preset: str = ""
+    hardware: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
+    data: str = ""
+    targets: int | None = None  # of the validation split, and their bytes
+    bytes: int | None = None
+    parameters: int | None = None
+    ranks: int | None = None
+    iterations: int | None = None
+    train: list[Point] = field(default_factory=list)
+    val: list[Point] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    epochs: int = 0  # of test-time training over the whole split before it was scored, as the seed did
+    own: dict[str, Score] = field(default_factory=dict)  # by SCORES
+    code_bytes: int | None = None
+    model_bytes: int | None = None
+    total_bytes: int | None = None
+    audits: dict[str, bool] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)  # seconds by stage
+    valid: bool | None = None
+    reasons: list[str] = field(default_factory=list)
+    caveats: list[str] = field(default_factory=list)
+    summary: dict | None = None
+    stop: tuple[int, float] | None = None  # step and seconds where a cap ended training
+    makers: "list[Run]" = field(default_factory=list)  # whose artifact, then whose float weights it took
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to its end; of a published log, whether it has a score."""
+        return self.valid is not None if self.ours else bool(self.own)
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of training so far; of a finished run, all."""
+        return max((p.step for p in (*self.train, *self.val)), default=None)
+
+    @property
+    def train_seconds(self) -> float | None:
+        return max((p.seconds for p in (*self.train, *self.val)), default=None)
+
+    @property
+    def score(self) -> Score | None:
+        """The score that counts: the last enabled."""
+        return next((self.own[key] for key in reversed(SCORES) if key in self.own), None)
+
+    def wrong(self, problem: str):
+        raise t.UserError(f"{self.path}: {problem}")
+
+    # -- with what other runs did for it
+
+    @property
+    def trainer(self) -> "Run":
+        """The run that trained its weights, as far as it can be told."""
+        return next((run for run in (self, *self.makers) if run.train), self)
+
+    @property
+    def exporter(self) -> "Run":
+        chain = (self, *self.makers)
+        return next((run for run in chain if run.spent.get("search") is not None), self)
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """Its scores, with those before its own last one that a sweep left to the run it took the artifact from."""
+        found, last = dict(self.own), max((SCORES.index(key) for key in self.own), default=-1)
+        for maker in self.makers:
+            for key in SCORES[: last + 1]:
+                if key in maker.own and self.measures_alike(maker, key):
+                    found.setdefault(key, maker.own[key])
+        return {key: found[key] for key in SCORES if key in found}
+
+    def measures_alike(self, other: "Run", key: str) -> bool:
+        """Whether a score of `other` is what this run would have found."""
+        switches = ("FINAL_EVAL_ENABLE", "FINAL_SLIDING_EVAL_ENABLE")
+        names = [n.lower() for n, stage in STAGES.items() if (stage == "score" or n in ("VAL_TOKEN_LIMIT", "DATA_PATH"))
+                 and n not in (*PLACES, *switches)]
+        same = key == "float" or (self.model_bytes == other.model_bytes and artifact(self) == artifact(other))
+        return same and all(self.config.get(n) == other.config.get(n) for n in names)
+
+    @property
+    def settings(self) -> dict:
+        """Every setting by its variable, each from the run that did the stage it is for."""
+        scorer = next((run for run in (self, *self.makers) if {"int6", "sliding"} & run.own.keys()), self)
+        done_by = {"train": self.trainer, "export": self.exporter, "score": scorer, "adapt": self}
+        names = dict.fromkeys(name for run in done_by.values() for name in run.config)
+        return {name.upper(): done_by[STAGES.get(name.upper(), "train")].config.get(name) for name in names
+                if name.upper() not in PLACES}
+
+    @property
+    def given(self) -> dict:
+        """The settings that were not the preset's."""
+        named = {name for run in (self, *self.makers) for name in run.overrides}
+        return {name: value for name, value in self.settings.items() if name in named}
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Training with calibration and search, which count as training."""
+        seconds = self.trainer.train_seconds
+        return None if seconds is None else seconds + self.exporter.spent.get("search", 0.0)
+
+    @property
+    def evaluation_seconds(self) -> float | None:
+        """What EVAL_MAX_SECONDS limits: reading the artifact, compiling and the evaluation behind its score."""
+        if not self.score or self.score.seconds is None:
+            return None
+        return self.score.seconds + self.spent.get("read", 0.0) + self.spent.get("compile", 0.0)
+
+    @property
+    def all_caveats(self) -> list[str]:
+        """Its own and those of the runs that worked for it, but for what concerns a stage that it did itself."""
+        lines = [line for run in (self, *self.makers) for line in run.caveats]
+        return [line for line in dict.fromkeys(lines) if line != "no final evaluation ran" or not self.score]
+
+    def status(self) -> str:
+        """Valid, or why not, in a few words."""
+        if not self.finished:
+            return "unfinished"
+        if self.epochs:
+            return f"no: {self.epochs} epochs of test-time training on the split before its score"
+        if self.total_bytes and self.total_bytes > 16_000_000:
+            return f"no: {self.total_bytes:,} bytes"
+        if not self.ours:
+            return "not said"
+        return "yes" if self.valid else f"no: {'; '.join(self.reasons)}"
+
+
+def artifact(run: Run) -> str:
+    """sha256 of the artifact that it wrote or read, where a summary says so."""
+    return ((run.summary or {}).get("artifact") or {}).get("sha256", "")
+
+
+# ---- lines -----------------------------------------------------------------------------------------------------------
+
+N = r"(-?\d+(?:\.\d+)?|nan|-?inf)"  # a number, whole: what follows it in a pattern shows that it was not cut
+SCORE_TAGS = {"final_float": "float", "DIAGNOSTIC post_ema": "float", "final_int6_roundtrip": "int6",
+              "final_float_sliding_window": "sliding", "final_int6_sliding_window": "sliding",
+              "final_int6_sliding_window_s64": "sliding", "legal_ttt": "ttt"}
+FORMS = {
+    "train": rf"step:(\d+)/(\d+) train_loss:{N} train_time:(\d+)ms step_avg:{N}ms",
+    "val": rf"step:(\d+)/(\d+) val_loss:{N} val_bpb:{N} train_time:(\d+)ms step_avg:{N}ms",
+    "chunk": rf" *ttt_chunk \[(\d+)/(\d+)\] bpb=(\d+\.\d{{6}}|nan|inf)(?: rate=(\S+))? time=(\d+\.\d)s(?: .*)?",
+    "epoch": rf"ttt_epoch:(\d+)/(\d+) loss:{N}(?: lr:{N})? time:{N}s",
+    "exact": r"(\w+)_exact val_loss:(-?\d+\.\d{8}|nan|-?inf) val_bpb:(-?\d+\.\d{8}|nan|-?inf)",
+    "score": rf"(DIAGNOSTIC post_ema|\w+) val_loss:{N} val_bpb:{N} (?:.*?stride:(\d+) )?(?:.* )?eval_time:(\d+)ms",
+    "code": r"Code size: (\d+) bytes",
+    "model": r"Serialized model int6\+\w+: (\d+) bytes",
+    "total": r"Total submission size int6\+\w+: (\d+) bytes",
+    "stop": r"stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/(\d+)",
+    "config": r"config (\{.*\})",
+    "preset": r"preset:(\S+) seed:(\d+) overrides:(\{.*\})",
+    "hardware": r"hardware (\{.*\})",
+    "versions": r"python (\S+) (\{.*\})",
+    "seed": r"seed:(\d+)",
+    "data": r"train_loader:dataset:(.+?) train_shards:\d+.*",
+    "split": r"val_loader:(?:shards .*)?tokens:(\d+)(?: bytes:(\d+))?",
+    "parameters": r"model_params:(\d+)",
+    "ranks": r"world_size:(\d+) .*",
+    "audit": r"audit (\w+): (ok|FAILED), .*",
+    "seconds": r"seconds: (\w+ [\d.]+(?:, \w+ [\d.]+)*)",
+    "valid": r"valid: (?:(yes)|NO, (.*))",
+    "note": r"note: (.*)",
+}
+PATTERNS = {kind: re.compile(form) for kind, form in FORMS.items()}
+# How the lines begin that hold a figure: one that begins so and has none of the forms was cut or edited.
+OPENINGS = re.compile(r"step:\d|stopping_early: w| *ttt_chunk \[|legal_ttt|final_(?:float|int6)|Code size|Serialized "
+                      r"model int6|Total submission size int6|(?:valid|note|seconds|bytes): *$|config \{|preset:")
+
+
+def redo(points: list, new):
+    """Add a point; what was kept for its step or later was lost by a kill and is repeated now."""
+    while points and points[-1].step >= new.step:
+        points.pop()
+    points.append(new)
+
+
+def add_line(run: Run, kind: str, m: re.Match):
+    """Take in a line that has the form `kind`."""
+    g = m.groups()
+    if kind == "train":
+        run.iterations = int(g[1])
+        redo(run.train, Point(int(g[0]), int(g[3]) / 1000, float(g[2])))
+    elif kind == "val":
+        run.iterations = int(g[1])
+        redo(run.val, Point(int(g[0]), int(g[4]) / 1000, float(g[2]), float(g[3])))
+    elif kind == "chunk":
+        redo(run.chunks, Chunk(int(g[0]), float(g[4]), float(g[2]), int(g[1])))
+    elif kind == "epoch":
+        run.epochs = int(g[1])
+    elif kind in ("score", "exact") and g[0] in SCORE_TAGS:
+        score = run.own.setdefault(SCORE_TAGS[g[0]], Score())
+        if kind == "exact":
+            score.val_loss, score.val_bpb = float(g[1]), float(g[2])
+        else:
+            score.rough, score.seconds = (float(g[1]), float(g[2])), int(g[4]) / 1000
+            score.stride = int(g[3]) if g[3] else None
+    elif kind in ("code", "model", "total"):
+        setattr(run, f"{kind}_bytes", int(g[0]))
+    elif kind == "stop":
+        run.stop = int(g[1]), int(g[0]) / 1000
+    elif kind == "audit":
+        run.audits[g[0]] = g[1] == "ok" and run.audits.get(g[0], True)
+    else:
+        add_fact(run, kind, g)
+
+
+def add_fact(run: Run, kind: str, g: tuple):
+    """Take in a line about the run as a whole."""
+    if kind == "config":
+        run.ours, run.config, run.audits = True, json.loads(g[0]), {}
+    elif kind == "preset":
+        run.ours, run.preset, run.seed, run.overrides = True, g[0], int(g[1]), json.loads(g[2])
+    elif kind == "hardware":
+        run.hardware = ast.literal_eval(g[0])
+    elif kind == "versions":
+        run.versions = {"python": g[0]} | ast.literal_eval(g[1])
+    elif kind == "split":
+        run.targets, run.bytes = int(g[0]), int(g[1]) if g[1] else None
+    elif kind == "seconds":
+        run.spent = {name: float(value) for name, value in (part.split() for part in g[0].split(", "))}
+    elif kind == "valid":
+        run.valid, run.reasons, run.caveats = bool(g[0]), g[1].split("; ") if g[1] else [], []
+    elif kind == "note":
+        run.caveats.append(g[0])
+    elif kind in ("seed", "data", "parameters", "ranks"):
+        setattr(run, kind, g[0] if kind == "data" else int(g[0]))
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", "backslashreplace")
+    except OSError as error:
+        raise t.UserError(f"{path}: cannot be read ({error.strerror}); give a run's folder or a log") from None
+
+
+def read_log(path: Path, run: Run):
+    """Fill `run` from its log."""
+    text = read_text(path)
+    first, end = 1, CODE_END.search(text)
+    if end:  # the script that ran comes before
+        run.code, text, first = text[: end.start()].encode(), text[end.end() :], text.count("\n", 0, end.end()) + 1
+    lines = text.split("\n")
+    tail = lines.pop()
+    ours = any(line.startswith("config {") or line.startswith("preset:") for line in lines)
+    launches = [i for i, line in enumerate(lines) if line.startswith("val_bpb:enabled")]
+    begin = launches[-1] if launches and not ours else 0
+    if tail and (ours or not any(p.fullmatch(tail) for p in PATTERNS.values())):
+        run.wrong(f"the log {path.name} is cut in its last line, {tail[:60]!r}; give it whole")
+    for number, line in enumerate([*lines, tail][begin:], first + begin):
+        found = next(((kind, m) for kind, p in PATTERNS.items() if (m := p.fullmatch(line))), None)
+        if found:
+            try:
+                add_line(run, *found)
+            except (ValueError, SyntaxError, TypeError):
+                run.wrong(f"{path.name}:{number}: cut or edited, {line[:60]!r}; give the log as the run left it")
+        elif OPENINGS.match(line):
+            run.wrong(f"{path.name}:{number}: cut or edited, {line[:60]!r}; give the log as the run left it")
+
+
+# ---- holding a run's files against each other ------------------------------------------------------------------------
+
+
+def read_metrics(path: Path, run: Run):
+    """Hold metrics.jsonl against the log, and take from it what the log rounds."""
+    train, val, chunks = [], [], []
+    lines = read_text(path).split("\n")
+    if tail := lines.pop():
+        run.wrong(f"{path.name} is cut in its last line, {tail[:60]!r}; give it whole")
+    for number, line in enumerate(lines, 1):
+        try:
+            m = json.loads(line)
+            if "ttt_chunk" in m:
+                redo(chunks, Chunk(m["ttt_chunk"], m["ttt_seconds"], m["running_bpb"], m["chunks"]))
+            else:
+                kind = "val" if "val_loss" in m else "train"
+                loss = m[f"{kind}_loss"]
+                point = Point(m["step"], m["train_seconds"], math.nan if loss is None else loss, m.get("val_bpb"),
+                              m.get("rate_factor"))
+                redo(val if kind == "val" else train, point)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            run.wrong(f"{path.name}:{number}: not a line of a run, {line[:60]!r}; give it as the run left it")
+    for name, ours, exact in (("train_loss", run.train, train), ("val_loss", run.val, val), ("ttt_chunk", run.chunks,
+                                                                                           chunks)):
+        compare_points(run, name, ours, exact)
+    run.train, run.val, run.chunks = train, val, chunks
+
+
+def compare_points(run: Run, name: str, logged: list, exact: list):
+    """Each line of the log beside its line of metrics.jsonl. A run that goes on may have one more of either."""
+    if len(logged) != len(exact) and (run.finished or abs(len(logged) - len(exact)) > 1):
+        run.wrong(f"train.log has {len(logged)} lines of {name}, metrics.jsonl {len(exact)}; one of them was edited")
+    for a, b in zip(logged, exact, strict=False):
+        where = f"{name} of step {a.step}" if name != "ttt_chunk" else f"bpb of chunk {a.step}"
+        agree(run, f"the number of a {name} line", a.step, b.step, 0, "train.log", "metrics.jsonl")
+        agree(run, f"seconds at {where}", a.seconds, b.seconds, 0.0501 if name == "ttt_chunk" else 0.000501,
+              "train.log", "metrics.jsonl")
+        for figure, near in (("loss", 0.0000501), ("bpb", 0.0000501 if name == "val_loss" else 0.000000501)):
+            if hasattr(a, figure):
+                agree(run, where if figure == "loss" or name == "ttt_chunk" else where.replace("loss", "bpb"),
+                      getattr(a, figure), getattr(b, figure), near, "train.log", "metrics.jsonl")
+
+
+def agree(run: Run, figure: str, here, there, near: float = 0.0, one: str = "train.log", other: str = "summary.json"):
+    """UserError where two files give a figure differently, by more than rounding."""
+    if isinstance(here, float | int) and isinstance(there, float | int) and not isinstance(here, bool):
+        same = abs(here - there) <= near * (1 + 1e-9) or (here != here and there != there)
+    else:
+        same = here == there or (there is None and isinstance(here, float) and not math.isfinite(here))
+    if not same:
+        here, there = (f"{x:.8g}" if isinstance(x, float) else str(x)[:80] for x in (here, there))
+        run.wrong(f"{figure} is {here} in {one} and {there} in {other}; one of them was edited: give the run as it "
+                  "was left")
+
+
+def check_log(run: Run):
+    """Hold the figures of our own log against each other."""
+    for key, score in run.own.items():
+        if score.val_loss is None or score.rough is None:
+            if run.finished:
+                run.wrong(f"the log gives the {key} score only once; give it as the run left it")
+            continue
+        for figure, rough, exact in (("val_loss", score.rough[0], score.val_loss), ("val_bpb", score.rough[1],
+                                                                                   score.val_bpb)):
+            agree(run, f"{figure} of {key}", rough, exact, 0.00005001, "its line", "its exact line")
+        if run.bytes and math.isfinite(score.val_loss):
+            bpb = score.val_loss * run.targets / math.log(2) / run.bytes
+            agree(run, f"val_bpb of {key}", score.val_bpb, bpb, 3e-8, "its line", "what val_loss comes to in bits by "
+                  f"{run.targets} targets and {run.bytes} bytes")
+    if run.total_bytes is not None:
+        agree(run, "the size", run.total_bytes, run.code_bytes + run.model_bytes, 0, "its total", "code and model")
+    if run.code and run.code_bytes is not None:
+        agree(run, "the size of the script", len(run.code), run.code_bytes, 0, "the copy in train.log", "its line")
+    if run.stop:
+        agree(run, "the last step", run.stop[0], run.steps, 0, "the line of the cap", "the lines of training")
+    if "ttt" in run.own and run.chunks and run.ranks == 1 and run.own["ttt"].val_bpb is not None:
+        agree(run, "val_bpb of ttt", run.chunks[-1].bpb, run.own["ttt"].val_bpb, 1e-5, "its last chunk", "its score")
+
+
+def check_summary(run: Run):
+    """Hold summary.json against the log."""
+    s, pairs = run.summary, []
+    pairs += [("seed", run.seed, s["seed"], 0), ("valid", run.valid, s["valid"], 0), ("the reasons", run.reasons,
+                                                                                   s["reasons"], 0)]
+    pairs += [("the caveats", run.caveats, s["caveats"], 0)]
+    differ = [n for n in sorted(run.config.keys() | s["config"].keys()) if run.config.get(n) != s["config"].get(n)]
+    pairs += [(name.upper(), run.config.get(name), s["config"].get(name), 0) for name in differ if run.config]
+    for key in SCORES:
+        ours, theirs = run.own.get(key), s["eval"].get(key)
+        agree(run, f"the {key} score", "there" if ours else "none", "there" if theirs else "none")
+        if ours:
+            pairs += [(f"val_loss of {key}", ours.val_loss, theirs["val_loss"], 5.01e-9),
+                      (f"val_bpb of {key}", ours.val_bpb, theirs["val_bpb"], 5.01e-9),
+                      (f"seconds of {key}", ours.seconds, theirs["seconds"], 0.000501),
+                      (f"targets of {key}", run.targets, theirs["tokens"], 0),
+                      (f"bytes of {key}", run.bytes, theirs["bytes"], 0)]
+    if run.score:
+        pairs.append(("val_bpb", run.score.val_bpb, s["val_bpb"], 5.01e-9))
+    for name in ("code", "model", "total"):
+        pairs.append((f"bytes_{name}", getattr(run, f"{name}_bytes"), (s["artifact"] or {}).get(f"bytes_{name}"), 0))
+    if s["train"]:
+        batch = s["config"]["train_batch_tokens"]
+        pairs += [("steps", run.steps, s["train"]["steps"], 0), ("training seconds", run.train_seconds,
+                                                              s["train"]["seconds"], 0.000501),
+                  ("training tokens", run.steps * batch, s["train"]["tokens"], 0)]
+    elif run.train:
+        run.wrong("train.log has lines of training, summary.json none; one of them was edited")
+    pairs += [(f"seconds of {name}", run.spent.get(name), value, 0.0501) for name, value in s["seconds"].items()]
+    audit = {name: check["ok"] for name, check in (s.get("audit") or {}).items() if isinstance(check, dict)}
+    pairs += [(f"audit {name}", run.audits.get(name), audit.get(name), 0) for name in {**run.audits, **audit}]
+    pairs += [("hardware", run.hardware, s["hardware"], 0)] if run.hardware else []
+    for pair in pairs:
+        agree(run, *pair)
+
+
+def check_artifact(run: Run):
+    """Hold the artifact, where it is still there, against the log and the summary."""
+    path = run.path / t.ARTIFACT_NAME
+    if run.finished and path.exists() and run.exporter is run:
+        blob = t.read_file(str(path))
+        agree(run, "the artifact's bytes", len(blob), run.model_bytes, 0, path.name, "train.log")
+        agree(run, "the artifact's sha256", hashlib.sha256(blob).hexdigest(), artifact(run), 0, path.name)
+
+
+# ---- finding runs ----------------------------------------------------------------------------------------------------
+
+
+def read_folder(folder: Path, trace: bool = True) -> Run:
+    """A run's folder. `trace`: also the runs whose weights it took."""
+    run = Run(folder, folder.name)
+    summary, metrics = folder / "summary.json", folder / "metrics.jsonl"
+    read_log(folder / "train.log", run)
+    if summary.exists() and not (folder / "progress.json").exists():
+        try:
+            run.summary = json.loads(read_text(summary))
+        except ValueError as error:
+            run.wrong(f"summary.json is broken ({t.one_line(error)}); give the run as it was left")
+        if run.valid is None:
+            run.wrong("summary.json is there, but train.log has not come to its end; give the run as it was left")
+    elif run.valid is not None:
+        run.valid = None  # its end is being written, or it was taken up again
+    if metrics.exists():
+        read_metrics(metrics, run)
+    check_log(run)
+    if run.summary is not None:
+        try:
+            check_summary(run)
+        except (KeyError, TypeError, AttributeError) as error:
+            run.wrong(f"summary.json is not that of a run ({type(error).__name__}: {error}); give it as it was left")
+    check_artifact(run)
+    if trace and not run.config.get("train_enabled", True):
+        run.makers = makers_of(run)
+    return run
+
+
+def makers_of(run: Run) -> list[Run]:
+    """The runs, nearest first, whose artifact or float weights it took; none where they are not to be found."""
+    given = Path(run.config["model_path"])
+    places = (given.parent, run.path.parent / given.parent.name)  # or beside it, where the whole LOG_DIR was moved
+    folder = next((p for p in places if (p / "train.log").exists() and p.resolve() != run.path.resolve()), None)
+    if folder is None:
+        return []
+    maker = read_folder(folder, trace=False)
+    if given.name == t.ARTIFACT_NAME and run.summary and maker.summary:
+        agree(run, "the sha256 of its artifact", artifact(run), artifact(maker), 0, "its summary.json",
+              f"that of {maker.name}")
+    return [maker] + ([] if maker.config.get("train_enabled", True) else makers_of(maker))
+
+
+def find(word: str) -> list[Path]:
+    """The folders and logs that an argument names: a run's folder, a log, a sweep's or a record's folder, each by its
+    path or by its name under LOG_DIR."""
+    log_dir = Path(os.environ.get("LOG_DIR") or t.Config.log_dir)
+    path = next((p for p in (Path(word), log_dir / word) if p.exists()), None)
+    if path is None:
+        raise t.UserError(f"{word}: no such run, neither here nor in {log_dir}; give a run's folder, its RUN_ID or a "
+                          "log")
+    if path.is_file() or (path / "train.log").exists():
+        return [path]
+    inside = sorted(p.parent for p in path.glob("*/train.log")) if (path / "sweep.json").exists() else []
+    inside = inside or sorted(path.glob("train_seed*.log")) or sorted(path.glob("log_*.txt"))
+    if not inside:
+        raise t.UserError(f"{path}: holds no run, that is no train.log; give a run's folder or a log")
+    return inside
+
+
+def read(path: Path) -> Run:
+    """A run's folder or a log."""
+    if path.is_dir():
+        return read_folder(path)
+    run = Run(path, path.stem)
+    read_log(path, run)
+    if not (run.ours or run.train or run.val or run.own or run.chunks):
+        run.wrong("not a log of this field: no line of training and no score in it; give a run's folder or a log")
+    if run.ours:
+        check_log(run)
+    return run
+
+
+def read_all(words: list[str]) -> list[Run]:
+    """The runs that arguments name, each once."""
+    paths = dict.fromkeys(path.resolve() for word in words for path in find(word))
+    return [read(path) for path in paths]
+
+
+def byte_parts(run: Run) -> dict[str, int]:
+    """The bytes of code and artifact by part: by group of tensors where the artifact is at hand, else the model as
+    one."""
+    if run.total_bytes is None:
+        return {}
+    folders = [r.path for r in (run, *run.makers)]
+    path = next((p / t.ARTIFACT_NAME for p in folders if (p / t.ARTIFACT_NAME).is_file()), None)
+    parts = {"code": run.code_bytes}
+    if path is None or path.stat().st_size != run.model_bytes:
+        return parts | {"model": run.model_bytes}
+    sizes = {}
+    for line in t.inspect(str(path), t.Config.artifact_limit_bytes).splitlines():
+        if m := re.fullmatch(r"(\S+) +[\dx]* +(\w+) +[\d.]+ +(?:[\d.]+ +)?([\d,]+) +[\d.]+%", line):
+            group = t.group_of(m[1]) if m[2] in ("rows", "grid") else "fp16"
+            sizes[group] = sizes.get(group, 0) + int(m[3].replace(",", ""))
+    return parts | sizes | {"frame": run.model_bytes - sum(sizes.values())}
+
+
+def hardware_of(run: Run) -> str:
+    """Such as 8 x NVIDIA H100, or only the ranks where the log does not say more."""
+    ranks = run.hardware.get("world_size") or run.ranks
+    name = run.hardware.get("name")
+    return f"{ranks} x {name}" if name else f"{ranks} GPUs" if ranks else "-"
+
+
+def variables(settings: dict) -> dict[str, str]:
+    """Settings as they would be given; what no variable of train_gpt.py is called is left out."""
+    return {name: value for name, value in settings.items() if name in FIELDS}
