@@ -28,6 +28,7 @@ from sweep_results import SCORES  # noqa: E402
 import train_gpt as t  # noqa: E402
 
 CODE_END = re.compile("^={100}\n", re.M)  # the line after the script in a log
+LIMIT_BYTES = 16_000_000  # of the challenge, code included
 TITLES = {"float": "float", "int6": "int6 standard", "sliding": "int6 sliding", "ttt": "TTT score-first"}
 # Settings that say where a run is and where it writes, not what it does.
 PLACES = {*OURS, "NLL_DUMP", "MODEL_PATH", "TRAIN_ENABLED", "SAVE_FLOAT"}
@@ -190,17 +191,18 @@ class Run:
         lines = [line for run in (self, *self.makers) for line in run.caveats]
         return [line for line in dict.fromkeys(lines) if line != "no final evaluation ran" or not self.score]
 
+    @property
+    def faults(self) -> list[str]:
+        """Why it is not valid, as far as its log shows."""
+        found = [f"{self.epochs} epochs of test-time training on the split before its score"] * bool(self.epochs)
+        over = not self.ours and (self.total_bytes or 0) > LIMIT_BYTES
+        return self.reasons + found + [f"{self.total_bytes:,} bytes, over {LIMIT_BYTES:,}"] * over
+
     def status(self) -> str:
-        """Valid, or why not, in a few words."""
+        """Whether it is valid, in a word or two."""
         if not self.finished:
             return "unfinished"
-        if self.epochs:
-            return f"no: {self.epochs} epochs of test-time training on the split before its score"
-        if self.total_bytes and self.total_bytes > 16_000_000:
-            return f"no: {self.total_bytes:,} bytes"
-        if not self.ours:
-            return "not said"
-        return "yes" if self.valid else f"no: {'; '.join(self.reasons)}"
+        return "no" if self.faults else "yes" if self.ours else "not said"
 
 
 def artifact(run: Run) -> str:
@@ -217,7 +219,8 @@ SCORE_TAGS = {"final_float": "float", "DIAGNOSTIC post_ema": "float", "final_int
 FORMS = {
     "train": rf"step:(\d+)/(\d+) train_loss:{N} train_time:(\d+)ms step_avg:{N}ms",
     "val": rf"step:(\d+)/(\d+) val_loss:{N} val_bpb:{N} train_time:(\d+)ms step_avg:{N}ms",
-    "chunk": rf" *ttt_chunk \[(\d+)/(\d+)\] bpb=(\d+\.\d{{6}}|nan|inf)(?: rate=(\S+))? time=(\d+\.\d)s(?: .*)?",
+    "chunk": r" *ttt_chunk \[(\d+)/(\d+)\] bpb=(\d+\.\d{6}|nan|inf)(?: rate=(\S+))? time=(\d+\.\d)s(?: .*)?",
+    "elapsed": rf"ttt:elapsed={N}s",
     "epoch": rf"ttt_epoch:(\d+)/(\d+) loss:{N}(?: lr:{N})? time:{N}s",
     "exact": r"(\w+)_exact val_loss:(-?\d+\.\d{8}|nan|-?inf) val_bpb:(-?\d+\.\d{8}|nan|-?inf)",
     "score": rf"(DIAGNOSTIC post_ema|\w+) val_loss:{N} val_bpb:{N} (?:.*?stride:(\d+) )?(?:.* )?eval_time:(\d+)ms",
@@ -265,6 +268,8 @@ def add_line(run: Run, kind: str, m: re.Match):
         redo(run.chunks, Chunk(int(g[0]), float(g[4]), float(g[2]), int(g[1])))
     elif kind == "epoch":
         run.epochs = int(g[1])
+    elif kind == "elapsed":  # what the seed's adaptation took before its scores
+        run.spent["compile"] = float(g[0])
     elif kind in ("score", "exact") and g[0] in SCORE_TAGS:
         score = run.own.setdefault(SCORE_TAGS[g[0]], Score())
         if kind == "exact":

@@ -298,17 +298,40 @@ def in_rows(axis, groups: list[Group]):
     axis.set(xlabel="bits per byte")
 
 
-def plot(groups: list[Group], name: str, path: Path) -> str:
-    """Draw PNG and SVG, readable in greyscale. Returns why there is none, else nothing."""
-    if not any(g.bpb() for g in groups):
-        return "no run has a score"
+NO_PLOT = "matplotlib is missing; python -m pip install -r tools/requirements.txt, and the same command again"
+
+
+def pyplot(salt: str):
+    """matplotlib.pyplot without a screen, None where it is missing; with the same `salt` and figures an SVG is the
+    same file."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        return "matplotlib is missing; python -m pip install -r tools/requirements.txt, and the same command again"
-    plt.rcParams["svg.hashsalt"] = "sweep"  # the same figures give the same file
+        return None
+    plt.rcParams["svg.hashsalt"] = salt
+    return plt
+
+
+def bare(axis):
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def save(plt, figure, path: Path):
+    """Write PNG and SVG, without dates, and forget the figure."""
+    figure.savefig(path.with_suffix(".png"), dpi=130, metadata={"Software": None})
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    plt.close(figure)
+
+
+def plot(groups: list[Group], name: str, path: Path) -> str:
+    """Draw PNG and SVG, readable in greyscale. Returns why there is none, else nothing."""
+    if not any(g.bpb() for g in groups):
+        return "no run has a score"
+    if not (plt := pyplot("sweep")):
+        return NO_PLOT
     variable, rows = choose_axis(groups), sum(bool(g.bpb()) for g in groups)
     rows = len(groups[0].results) if len(groups) == 1 else rows
     height = 4.6 if variable else min(1.7 + 0.3 * rows, 40)
@@ -326,11 +349,8 @@ def plot(groups: list[Group], name: str, path: Path) -> str:
     if len(drawn) > 1 or several:
         figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     axis.ticklabel_format(axis="y" if variable else "x", useOffset=False)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path.with_suffix(".png"), dpi=130, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
+    bare(axis)
+    save(plt, figure, path)
     return ""
 
 
