@@ -205,6 +205,7 @@ def pictures(runs: list[Run], names: list[str], folder: Path, name: str = "") ->
     plt = pyplot("runs")
     if plt is None:
         return None
+    folder.mkdir(parents=True, exist_ok=True)
     return [stem for stem, make in PICTURES.items() if make(plt, runs, names, name, folder / stem)]
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from sweep import FIELDS, OURS, STAGES  # noqa: E402
+from sweep import OURS, STAGES  # noqa: E402
 from sweep_results import SCORES  # noqa: E402
 
 import train_gpt as t  # noqa: E402
@@ -517,10 +517,14 @@ def find(word: str) -> list[Path]:
     if path is None:
         raise t.UserError(f"{word}: no such run, neither here nor in {log_dir}; give a run's folder, its RUN_ID or a "
                           "log")
-    if path.is_file() or (path / "train.log").exists():
+    if path.is_file():
+        return [path.parent if path.name == "train.log" else path]
+    if (path / "train.log").exists():
         return [path]
     inside = sorted(p.parent for p in path.glob("*/train.log")) if (path / "sweep.json").exists() else []
-    inside = inside or sorted(path.glob("train_seed*.log")) or sorted(path.glob("log_*.txt"))
+    seeds = {p.stem.partition("_seed")[2]: p for pattern in ("train_seed*.log", "eval_seed*.log") for p in
+             sorted(path.glob(pattern))}  # the log of an evaluation apart stands for its training's too
+    inside = inside or list(seeds.values()) or sorted(path.glob("log_*.txt"))
     if not inside:
         raise t.UserError(f"{path}: holds no run, that is no train.log; give a run's folder or a log")
     return inside
@@ -536,6 +540,9 @@ def read(path: Path) -> Run:
         run.wrong("not a log of this field: no line of training and no score in it; give a run's folder or a log")
     if run.ours:
         check_log(run)
+    if path.name.startswith("eval_seed"):  # in a record: what the weights come from lies beside it
+        beside = [path.with_name(path.name.replace("eval", stage, 1)) for stage in ("export", "train")]
+        run.makers = [read(p) for p in beside if p.exists()]
     return run
 
 
@@ -564,12 +571,12 @@ def byte_parts(run: Run) -> dict[str, int]:
 
 
 def hardware_of(run: Run) -> str:
-    """Such as 8 x NVIDIA H100, or only the ranks where the log does not say more."""
-    ranks = run.hardware.get("world_size") or run.ranks
-    name = run.hardware.get("name")
-    return f"{ranks} x {name}" if name else f"{ranks} GPUs" if ranks else "-"
+    """Such as 8 x NVIDIA H100; empty where the log does not say."""
+    named = run.hardware.get("name")
+    return f"{run.hardware['world_size']} x {named}" if named else f"{run.ranks} GPUs" if run.ranks else ""
 
 
-def variables(settings: dict) -> dict[str, str]:
-    """Settings as they would be given; what no variable of train_gpt.py is called is left out."""
-    return {name: value for name, value in settings.items() if name in FIELDS}
+def data_of(run: Run) -> str:
+    """The name of the data; empty where the log does not say."""
+    path = run.config.get("data_path") or run.overrides.get("DATA_PATH") or ""
+    return run.trainer.data or Path(path).name

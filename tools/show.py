@@ -79,7 +79,6 @@ def launched(argv: list[str]) -> int:
             who = next(run.name for run in runs if text in lines(run))
             tell(f"{kind}: {text}" + (f" ({who if n == 1 else f'{n} of {len(runs)} runs'})" if len(runs) > 1 else ""))
     folder = options.out or Path(os.environ.get("LOG_DIR") or t.Config.log_dir) / "show"
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = figures.pictures(runs, [run.name for run in runs], folder)
     if drawn is None:
         tell("\n" + figures.sketch(runs, [run.name for run in runs]) + f"\nno plots: {NO_PLOT}")

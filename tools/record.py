@@ -1,0 +1,304 @@
+#!/usr/bin/env python3
+"""Make of finished runs, one a seed, a folder that is ready to submit; and keep the index of these folders.
+
+    ./run.sh record logs/a logs/b logs/c --name NAME --author AUTHOR            records/track_10min_16mb/DATE_NAME
+    ./run.sh record rates/SEED=13 rates/SEED=7 ... --reference-bpb 1.0611       with the test against a reference
+    ./run.sh record ... --non-record                                            records/track_non_record_16mb/DATE_NAME
+    ./run.sh record --index                                                     only records/README.md
+
+The folder holds train_gpt.py as it ran, submission.json, a log a seed, requirements.txt, README.md and the plots. Every
+figure is computed from the logs. It is refused, each reason on a line, when the runs differ in more than the seed, an
+audit is missing or failed, a limit is exceeded, or a run has caveats; with --non-record the reasons come first in its
+README. It is written whole or not at all, and none is overwritten. Exit codes: 0; 2 refused, or something to mend.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+
+import figures  # noqa: E402
+import record_text as text  # noqa: E402
+import runs as reader  # noqa: E402
+from record_text import LIMIT_SECONDS, STEP_OVER  # noqa: E402
+from runs import LIMIT_BYTES, ROOT, TITLES, Run, hardware_of, t  # noqa: E402
+from show import Parser  # noqa: E402
+from sweep_results import NO_PLOT, counted, plain, tell  # noqa: E402
+
+CHECKS = ("causal", "normalised", "one_pass", "score_before_update", "bytes")  # of an audit
+NON_RECORD = "track_non_record_16mb"
+
+
+# ---- whether the runs make a record ----------------------------------------------------------------------------------
+
+
+def usable(runs: list[Run]):
+    """UserError for what no record can be made of, not even one outside the competition."""
+    for run in runs:
+        if not run.path.is_dir() or not run.ours:
+            run.wrong("not a run's folder; a record is made of LOG_DIR/RUN_ID as train_gpt.py leaves it")
+        if not run.finished:
+            run.wrong(f"has not finished; RUN_ID={run.name} RESUME=1 goes on with it")
+        if run.score is None:
+            run.wrong("has no score; give runs with an evaluation")
+        if not (math.isfinite(run.score.val_bpb) and run.bytes):
+            run.wrong("its score is not a number; give runs that did not diverge")
+        if not run.code:
+            run.wrong("its train.log does not hold the script that ran; run it again")
+        if run.code != runs[0].code:
+            run.wrong(f"ran another train_gpt.py than {runs[0].name}; give runs of one script")
+        for maker in run.makers:
+            if maker.code != run.code:
+                run.wrong(f"its weights are of {maker.name}, which ran another train_gpt.py; give runs of one script")
+    for seed, n in counted(run.seed for run in runs):
+        if n > 1:
+            twice = " and ".join(str(run.path.name) for run in runs if run.seed == seed)
+            raise t.UserError(f"{twice}: both have seed {seed}; give one run a seed")
+
+
+def differences(runs: list[Run]) -> list[str]:
+    """In what the runs differ beside the seed, a phrase each."""
+    facts = [run.settings | {"the machine": hardware_of(run), "the preset": run.preset, "the data": reader.data_of(run),
+                             "the split": f"{run.targets} targets", "the scores": ", ".join(run.scores)}
+             | {f"the version of {name}": version for name, version in run.versions.items()} for run in runs]
+    found = []
+    for name in dict.fromkeys(name for f in facts for name in f):
+        values: dict[str, list[str]] = {}
+        for run, f in zip(runs, facts, strict=True):
+            values.setdefault(plain(f.get(name, "unset")), []).append(str(run.seed))
+        if name != "SEED" and len(values) > 1:
+            found.append(f"the runs differ in {name}: " + ", ".join(f"{value} (seed {', '.join(seeds)})" for
+                                                                    value, seeds in values.items()))
+    return found
+
+
+def problems(run: Run) -> list[str]:
+    """What keeps a run from a record."""
+    found = list(run.faults)
+    found += [reason for maker in run.makers for reason in maker.reasons if reason.partition(":")[0] in run.scores]
+    if not run.trainer.train:
+        found.append("the run that trained its weights is not to be found, so nothing of its training is known")
+    elif run.trainer.seed != run.seed:
+        found.append(f"trained with seed {run.trainer.seed}, evaluated with seed {run.seed}")
+    failed = [name for name, ok in run.audits.items() if not ok and not any(f"audit: {name}" in f for f in found)]
+    missing = [name for name in CHECKS if name not in run.audits]
+    found += [f"the audit of {name} failed" for name in failed]
+    found += ["no audit (AUDIT=1)"] if len(missing) == len(CHECKS) else [f"no audit of {name}" for name in missing]
+    limit = min(run.config.get("artifact_limit_bytes", LIMIT_BYTES), LIMIT_BYTES)
+    if run.total_bytes is None:
+        found.append("no artifact")
+    elif run.total_bytes > limit and not any("over the limit" in f for f in found):
+        found.append(f"{run.total_bytes:,} bytes, over {limit:,}")
+    for what, seconds, most in (("training", run.training_seconds, LIMIT_SECONDS * STEP_OVER),
+                                ("evaluation", run.evaluation_seconds, LIMIT_SECONDS)):
+        if seconds is not None and seconds > most:
+            found.append(f"{what} took {seconds:.1f} s, over {LIMIT_SECONDS}")
+    return found + run.all_caveats
+
+
+def reasons_against(runs: list[Run]) -> list[str]:
+    """Every reason why these runs make no record; those of single runs name the seed."""
+    by_text: dict[str, list[str]] = {}
+    for run in runs:
+        for problem in dict.fromkeys(problems(run)):
+            by_text.setdefault(problem, []).append(str(run.seed))
+    return differences(runs) + [problem if len(seeds) == len(runs) else f"seed {', '.join(seeds)}: {problem}"
+                                for problem, seeds in by_text.items()]
+
+
+# ---- what the folder holds -------------------------------------------------------------------------------------------
+
+
+def deviation(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def submission(runs: list[Run], options: argparse.Namespace, date: str) -> dict:
+    """submission.json in the field's keys; bytes are those of the largest artifact."""
+    losses, scores = [run.score.val_loss for run in runs], [run.score.val_bpb for run in runs]
+    largest = max(runs, key=lambda run: run.total_bytes or 0)
+    results = {str(run.seed): {
+        "val_loss": run.score.val_loss, "val_bpb": run.score.val_bpb, "bytes_total": run.total_bytes,
+        "step_stop": run.trainer.steps, "wallclock_seconds": run.trainer.train_seconds,
+        "hardware": hardware_of(run)} for run in runs}
+    return {"author": options.author, "github_id": options.github_id, "name": options.name,
+            "blurb": options.blurb or text.blurb(runs), "date": date,
+            "val_loss": statistics.mean(losses), "val_bpb": statistics.mean(scores),
+            "val_loss_std": deviation(losses), "val_bpb_std": deviation(scores), "seeds": [run.seed for run in runs],
+            "seed_results": results, "bytes_total": largest.total_bytes, "bytes_code": largest.code_bytes,
+            "bytes_model_int6_zstd": largest.model_bytes}
+
+
+def without_paths(log: str, run: Run) -> str:
+    """A log without the places of the machine it ran on: paths in the project become relative, of others the last
+    part stays."""
+    known = [str(run.config.get(name) or "") for name in ("data_path", "tokenizer_path", "model_path", "nll_dump",
+                                                          "log_dir")]
+    known = [path for path in [str(ROOT), *known] if path.startswith("/")]
+    for path in sorted(known, key=len, reverse=True):
+        inside = Path(path).is_relative_to(ROOT)
+        short = str(Path(path).relative_to(ROOT)) if inside else Path(path).name
+        log = log.replace(f"{path}/", "" if short == "." else f"{short}/").replace(path, short)
+    return re.sub(r"""(?<![\w.:/*-])(?:/[^\s/"',;:=()\[\]{}]+)+/([^\s/"',;:=()\[\]{}]+)""", r"\1", log)
+
+
+def log_of(run: Run) -> str:
+    """A run's log for the record: the script, which lies beside it, is named instead of copied."""
+    log = reader.read_text(run.path / "train.log")
+    digest = hashlib.sha256(run.code).hexdigest()
+    body = log[reader.CODE_END.search(log).end() :]
+    return f"script train_gpt.py bytes:{len(run.code)} sha256:{digest}\n" + without_paths(body, run)
+
+
+def logs(runs: list[Run]) -> dict[str, str]:
+    """File name and text of each log: one a seed, or where other runs trained or exported for it one for each stage."""
+    found = {}
+    for run in runs:
+        chain = [run, *run.makers]
+        for maker, stage in zip(chain, ["eval", "export", "train"], strict=False):
+            stage = "train" if maker is chain[-1] else stage
+            found[f"{stage}_seed{run.seed}.log"] = log_of(maker)
+    return found
+
+
+def requirements(run: Run) -> str:
+    """The packages as they were when it ran."""
+    lines = [f"{name}=={version.partition('+')[0]}" for name, version in run.versions.items() if name != "python"]
+    return "\n".join(lines) + "\n" if lines else reader.read_text(ROOT / "requirements.txt")
+
+
+def fill(folder: Path, place: str, runs: list[Run], options: argparse.Namespace, reasons: list[str] | None) -> bool:
+    """Write everything into `folder`, which is to become records/`place`. Returns whether there are plots."""
+    facts = submission(runs, options, time.strftime("%Y-%m-%d"))
+    found = logs(runs)
+    for name, log in found.items():
+        (folder / name).write_text(log)
+    (folder / "train_gpt.py").write_bytes(runs[0].code)
+    (folder / "submission.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    (folder / "requirements.txt").write_text(requirements(runs[0]))
+    names = [f"seed {run.seed}" for run in runs]
+    drawn = figures.pictures(runs, names, folder, options.name)
+    files = ["train_gpt.py", "submission.json", "requirements.txt", *found, *(f"{stem}.{end}" for stem in drawn or []
+                                                                              for end in ("png", "svg"))]
+    reference = (options.reference_bpb, options.reference_name) if options.reference_bpb else None
+    (folder / "README.md").write_text(text.readme(runs, facts, reasons, place, drawn or [], files, reference))
+    check(folder, facts)
+    return drawn is not None
+
+
+def check(folder: Path, facts: dict):
+    """That the logs of the new folder, read again, give what its submission.json says."""
+    for run in reader.read_all([str(folder)]):
+        entry = facts["seed_results"][str(run.seed)]
+        pairs = (("val_bpb", run.score.val_bpb), ("val_loss", run.score.val_loss), ("bytes_total", run.total_bytes),
+                 ("step_stop", run.trainer.steps))
+        for figure, value in pairs:
+            reader.agree(run, f"{figure} of seed {run.seed}", value, entry[figure], 1e-9, run.path.name,
+                         "submission.json")
+
+
+def write(records: Path, place: str, runs: list[Run], options: argparse.Namespace, reasons: list[str] | None) -> bool:
+    """Write the record's folder beside its place, then move it there. Whatever stops it, nothing half-written stays."""
+    final = records / place
+    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        plots = fill(partial, place, runs, options, reasons)
+        if final.exists():
+            raise t.UserError(f"{final}: exists, and no record is overwritten; choose another --name")
+        os.rename(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return plots
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def number(word: str) -> float:
+    value = float(word)
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"{word}: not a BPB, which is above 0")
+    return value
+
+
+def read_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="./run.sh record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder or RUN_ID, one a seed; a sweep's folder")
+    parser.add_argument("--name", help="of the record; its folder is DATE_NAME")
+    parser.add_argument("--author", help="for submission.json")
+    parser.add_argument("--github-id", default="", help="for submission.json")
+    parser.add_argument("--blurb", default="", help="what is new, in a sentence (from the settings)")
+    parser.add_argument("--track", help=f"folder under records/ (track_10min_16mb; with --non-record {NON_RECORD})")
+    parser.add_argument("--non-record", action="store_true", help="write it all the same, and say why it is none")
+    parser.add_argument("--reference-bpb", type=number, metavar="X", help="the score to test against")
+    parser.add_argument("--reference-name", default="reference", metavar="NAME", help="whose score that is")
+    parser.add_argument("--index", action="store_true", help="only write the index again")
+    parser.add_argument("--records", type=Path, default=ROOT / "records", metavar="FOLDER", help="records/ of this "
+                        "project")
+    options = parser.parse_args(argv)
+    if options.index and options.runs:
+        raise t.UserError("--index takes no runs; leave it out, each record writes the index")
+    if not options.index and not (options.runs and options.name is not None and options.author):
+        raise t.UserError("give the runs, --name and --author; ./run.sh record --help says how")
+    options.track = options.track or (NON_RECORD if options.non_record else "track_10min_16mb")
+    accepts = next(f for f in t.VARIABLES if f.name == "run_id").metadata["accepts"]
+    for flag, value in (("--name", options.name), ("--track", options.track)):
+        try:
+            t.parse(str, accepts, "x" if value is None else value or ".")
+        except ValueError:
+            raise t.UserError(f"{flag} {value!r}: must be the name of a folder, without slashes, under 200 bytes"
+                              ) from None
+    return options
+
+
+def launched(argv: list[str]) -> int:
+    options = read_arguments(argv)
+    if not options.index:
+        place = f"{options.track}/{time.strftime('%Y-%m-%d')}_{options.name}"
+        if (options.records / place).exists():
+            raise t.UserError(f"{options.records / place}: exists, and no record is overwritten; choose another --name")
+        runs = sorted(reader.read_all(options.runs), key=lambda run: run.seed or 0)
+        usable(runs)
+        reasons = reasons_against(runs)
+        if reasons and not options.non_record:
+            sys.stderr.writelines(f"error: not a record: {t.one_line(reason)}\n" for reason in reasons)
+            sys.stderr.write(f"error: {len(reasons)} reasons; --non-record writes it all the same, and says them\n")
+            return 2
+        if not write(options.records, place, runs, options, reasons if options.non_record else None):
+            tell(f"no plots: {NO_PLOT}")
+        score = runs[0].scores and next(key for key in reversed(TITLES) if key in runs[0].scores)
+        tell(f"{statistics.mean(run.score.val_bpb for run in runs):.4f} BPB ({TITLES[score]}), {len(runs)} seeds, "
+             f"{max(run.total_bytes or 0 for run in runs):,} bytes; " + (f"not a record, {len(reasons)} reasons" if
+                                                                        reasons else "no check speaks against it"))
+        tell(f"written: {options.records / place}")
+    path = options.records / "README.md"
+    t.write_atomically(path, text.index(options.records).encode())
+    tell(f"written: {path}")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    try:
+        return launched(argv)
+    except t.UserError as problem:
+        sys.stderr.write(f"error: {t.one_line(problem)}\n")
+    except OSError as problem:
+        sys.stderr.write(f"error: {problem.filename or 'output'}: {problem.strerror}\n")
+    return 2
+
+
+if __name__ == "__main__":
+    for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as an exception, so that nothing half-written stays
+        signal.signal(caught, lambda number, frame: sys.exit(128 + number))
+    t.leave(main(sys.argv[1:]))
