@@ -277,10 +277,10 @@ def launched(argv: list[str]) -> int:
             return 2
         if not write(options.records, place, runs, options, reasons if options.non_record else None):
             tell(f"no plots: {NO_PLOT}")
-        score = runs[0].scores and next(key for key in reversed(TITLES) if key in runs[0].scores)
-        tell(f"{statistics.mean(run.score.val_bpb for run in runs):.4f} BPB ({TITLES[score]}), {len(runs)} seeds, "
-             f"{max(run.total_bytes or 0 for run in runs):,} bytes; " + (f"not a record, {len(reasons)} reasons" if
-                                                                        reasons else "no check speaks against it"))
+        what = TITLES[next(key for key in reversed(TITLES) if key in runs[0].scores)]
+        said = f"not a record: {len(reasons)} reasons" if reasons else "no check speaks against it"
+        tell(f"{statistics.mean(run.score.val_bpb for run in runs):.4f} BPB ({what}), {len(runs)} "
+             f"seed{'s' * (len(runs) > 1)}, {max(run.total_bytes or 0 for run in runs):,} bytes; {said}")
         tell(f"written: {options.records / place}")
     path = options.records / "README.md"
     t.write_atomically(path, text.index(options.records).encode())

@@ -157,7 +157,7 @@ def by_chunk(runs: list[Run]) -> list[str]:
     what = ("A chunk here is a twentieth of the documents, in the order in which they are scored, of rank 0."
             if mode == "lora" else f"A chunk is {found[0].settings.get('TTT_CHUNK_TOKENS'):,} targets.")
     return ["## Running BPB by chunk", *table(["chunk", *(f"seed {run.seed}" for run in found)], rows), "",
-            f"BPB of everything scored so far. {what}", ""]
+            paragraph(f"BPB of everything scored so far. {what}"), ""]
 
 
 def parts(runs: list[Run]) -> list[str]:
@@ -165,14 +165,16 @@ def parts(runs: list[Run]) -> list[str]:
     names = list(dict.fromkeys(name for size in sizes for name in size))
     rows = [[f"seed {run.seed}", *(f"{size.get(name, 0):,}" for name in names), f"{run.total_bytes:,}"]
             for run, size in zip(runs, sizes, strict=True) if size]
-    return ["## Bytes", *table(["", *names, "total"], rows), "", f"The limit is {LIMIT_BYTES:,}.", ""] if rows else []
+    limit = min(LIMIT_BYTES, *(run.config.get("artifact_limit_bytes", LIMIT_BYTES) for run in runs))
+    return ["## Bytes", *table(["", *names, "total"], rows), "", f"The limit was {limit:,}.", ""] if rows else []
 
 
 def setup(runs: list[Run]) -> list[str]:
     """Data, machine, versions and audits."""
     run = runs[0]
-    machine = ", ".join([hardware_of(run), *([f"{run.hardware['cpu_count']} cores, {run.hardware['threads']} threads a "
-                                              "rank"] if run.hardware.get("device") == "cpu" else [])])
+    cores, threads = (run.hardware.get(name) for name in ("cpu_count", "threads"))
+    machine = hardware_of(run) + (f", {cores} cores, {threads} thread{'s' * (threads != 1)} a rank" if
+                                  run.hardware.get("device") == "cpu" else "")
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     lines = [f"- Data: {data_of(run)}; scored: {run.targets:,} targets, {run.bytes:,} bytes",
              f"- Machine: {machine}", f"- Versions: {versions}"]
@@ -217,12 +219,10 @@ def readme(runs: list[Run], facts: dict, reasons: list[str] | None, folder: str,
 
 
 def why_not(folder: Path) -> str:
-    """What a record's README says of why it is none: its paragraph that begins so."""
-    path = folder / "README.md"
-    text = reader.read_text(path) if path.exists() else ""
-    found = re.search(r"^Not a record: (.+?)(?=\n\n|\Z)", text, re.M | re.S) or re.search(
-        r"Not a record: ([^\n]+?\.)(?=\s)", text)
-    return " ".join(found[1].split()).rstrip(".") if found else ""
+    """What a record's README says of why it is none: its sentence that begins so."""
+    text = reader.read_text(folder / "README.md")
+    found = re.search(r"Not a record: (.+?)\.(?=\s+[A-Z]|\s*\n\n|\s*\Z)", text, re.S)
+    return " ".join(found[1].split()) if found else ""
 
 
 def summaries(folder: Path) -> list[dict]:
@@ -244,10 +244,14 @@ def index_row(folder: Path) -> list[str]:
     machines = [entry.get("hardware") for entry in facts.get("seed_results", {}).values()]
     machines += [facts.get("hardware"), *map(hardware_of, found)]
     machines += [f"{s['hardware']['world_size']} x {s['hardware']['name']}" for s in said]
+    machines += re.findall(r"^Machine: ([^.;\n]+)", reader.read_text(folder / "README.md"), re.M)
     data = next(filter(None, map(data_of, found)), "-")
     partial = next((c for run in found for c in run.all_caveats if c.startswith("partial split")), "")
     data += re.sub(r"partial split: its (first \d+ targets).*", r", \1", partial)
     scores = sorted(run.score.bpb for run in found if run.score)
+    if facts and scores and abs(statistics.mean(scores) - facts["val_bpb"]) > 1e-6:
+        raise t.UserError(f"{folder}: submission.json says {facts['val_bpb']:.6f} BPB, its logs "
+                          f"{statistics.mean(scores):.6f}; one of them was edited")
     bpb = f"{facts['val_bpb']:.4f}" if facts else f"{scores[0]:.4f}" if scores else "-"
     bpb += f" ± {facts['val_bpb_std']:.4f}" if facts.get("val_bpb_std") else ""
     bpb += f" (lowest of {len(scores)} runs)" if not facts and len(scores) > 1 else ""

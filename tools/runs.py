@@ -547,8 +547,10 @@ def read(path: Path) -> Run:
 
 
 def read_all(words: list[str]) -> list[Run]:
-    """The runs that arguments name, each once."""
-    paths = dict.fromkeys(path.resolve() for word in words for path in find(word))
+    """The runs that arguments name."""
+    paths = [path.resolve() for word in words for path in find(word)]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise t.UserError(f"{twice[0]}: given twice; give each run once")
     return [read(path) for path in paths]
 
 
