@@ -194,9 +194,12 @@ class Run:
     @property
     def faults(self) -> list[str]:
         """Why it is not valid, as far as its log shows."""
-        found = [f"{self.epochs} epochs of test-time training on the split before its score"] * bool(self.epochs)
-        over = not self.ours and (self.total_bytes or 0) > LIMIT_BYTES
-        return self.reasons + found + [f"{self.total_bytes:,} bytes, over {LIMIT_BYTES:,}"] * over
+        found, size = list(self.reasons), self.total_bytes or 0
+        if self.epochs:
+            found.append(f"{self.epochs} epochs of test-time training on the split before its score")
+        if not self.ours and size > LIMIT_BYTES:
+            found.append(f"{size:,} bytes, over {LIMIT_BYTES:,}")
+        return found
 
     def status(self) -> str:
         """Whether it is valid, in a word or two."""
