@@ -299,7 +299,8 @@ def readme_commands() -> list[str]:
     """Command lines of the README's ```sh blocks that do not download, test or need more machines or minutes."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     lines = [line.split("  #")[0].strip() for b in blocks for line in b.replace("\\\n", " ").splitlines()]
-    skip = ("./run.sh data", "./run.sh test", "git ", "cd ", "#", "pip ", "nproc_per_node=8", "--against", "13,1111")
+    skip = ("./run.sh data", "./run.sh test", "git ", "cd ", "#", "pip ", "nproc_per_node=8", "--against", "13,1111",
+            "record seeds")
     return [line for line in lines if line and not any(s in line for s in skip)]
 
 

@@ -189,8 +189,8 @@ def sizes(plt, runs: list[Run], names: list[str], name: str, path: Path) -> bool
     axis.xaxis.set_major_locator(plt.MaxNLocator(6))
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axis.spines[["top", "right"]].set_visible(False)
-    titled = name or (found[0][1] if len(found) == 1 else f"{len(found)} runs, the largest")
-    figure.suptitle(f"{titled}: {most:,} bytes, {most / limit:.1%} of {limit:,}")
+    titled = name or (found[0][1] if len(found) == 1 else f"{len(found)} runs")
+    figure.suptitle(f"{titled}: {'at most ' * (len(found) > 1)}{most:,} bytes, {most / limit:.1%} of {limit:,}")
     figure.legend(loc="outside lower center", ncols=len(used), columnspacing=1.2, frameon=False, fontsize="small")
     save(plt, figure, path)
     return True

@@ -86,7 +86,7 @@ def problems(run: Run) -> list[str]:
     """What keeps a run from a record."""
     found = list(run.faults)
     found += [reason for maker in run.makers for reason in maker.reasons if reason.partition(":")[0] in run.scores]
-    if not run.trainer.train:
+    if run.trainer.steps is None:
         found.append("the run that trained its weights is not to be found, so nothing of its training is known")
     elif run.trainer.seed != run.seed:
         found.append(f"trained with seed {run.trainer.seed}, evaluated with seed {run.seed}")
@@ -148,8 +148,9 @@ def without_paths(log: str, run: Run) -> str:
     for path in sorted(known, key=len, reverse=True):
         inside = Path(path).is_relative_to(ROOT)
         short = str(Path(path).relative_to(ROOT)) if inside else Path(path).name
-        log = log.replace(f"{path}/", "" if short == "." else f"{short}/").replace(path, short)
-    return re.sub(r"""(?<![\w.:/*-])(?:/[^\s/"',;:=()\[\]{}]+)+/([^\s/"',;:=()\[\]{}]+)""", r"\1", log)
+        log = log.replace(f"{path}/", "" if short == "." else f"{short}/")
+        log = re.sub(rf"{re.escape(path)}(?![\w.-])", lambda _, short=short: short, log)
+    return re.sub(r"""(?<![\w./*-])(?:/[^\s/"',;:=()\[\]{}]+)+/([^\s/"',;:=()\[\]{}]+)""", r"\1", log)
 
 
 def log_of(run: Run) -> str:
@@ -280,7 +281,7 @@ def launched(argv: list[str]) -> int:
         what = TITLES[next(key for key in reversed(TITLES) if key in runs[0].scores)]
         said = f"not a record: {len(reasons)} reasons" if reasons else "no check speaks against it"
         tell(f"{statistics.mean(run.score.val_bpb for run in runs):.4f} BPB ({what}), {len(runs)} "
-             f"seed{'s' * (len(runs) > 1)}, {max(run.total_bytes or 0 for run in runs):,} bytes; {said}")
+             f"seed{'s' * (len(runs) > 1)}, at most {max(run.total_bytes or 0 for run in runs):,} bytes; {said}")
         tell(f"written: {options.records / place}")
     path = options.records / "README.md"
     t.write_atomically(path, text.index(options.records).encode())

@@ -137,7 +137,8 @@ def results(runs: list[Run]) -> list[str]:
                                    for c, d in zip(whole, digits, strict=True))])
     heads = ["seed", "steps", TITLES["int6"], TITLES["sliding"], TITLES["ttt"], "gain", "bytes", "training s",
              "evaluation s"]
-    text = ("Scores in bits per byte, of the artifact read back; gain: what test-time training wins over sliding "
+    what = "the artifact read back" if runs[0].total_bytes else "float weights, for there is no artifact"
+    text = (f"Scores in bits per byte, of {what}; gain: what test-time training wins over sliding "
             "windows; ± is the sample standard deviation over seeds; bytes: code and artifact; training includes "
             "calibration and search; evaluation is reading, compiling and the evaluation behind val_bpb.")
     return ["## Results", *table(heads, rows), "", paragraph(text), ""]
@@ -195,7 +196,7 @@ def readme(runs: list[Run], facts: dict, reasons: list[str] | None, folder: str,
     n = len(runs)
     head = (f"**val_bpb {spread([r.score.val_bpb for r in runs])}** ({TITLES[last]}"
             + (f", mean of {n} seeds" if n > 1 else ", one seed") + f"), {spread([r.score.val_loss for r in runs])} "
-            f"nats/token; {facts['bytes_total']:,} bytes at most")
+            f"nats/token; " + (f"{facts['bytes_total']:,} bytes at most" if facts["bytes_total"] else "no artifact"))
     lines = [f"# {facts['name']}", "", paragraph(head + "."), ""]
     if reasons is not None:
         lines += [paragraph("Not a record: " + ("; ".join(reasons) or "asked for as such, no check speaks against it")
@@ -256,9 +257,9 @@ def index_row(folder: Path) -> list[str]:
     bpb += f" ± {facts['val_bpb_std']:.4f}" if facts.get("val_bpb_std") else ""
     bpb += f" (lowest of {len(scores)} runs)" if not facts and len(scores) > 1 else ""
     size = facts.get("bytes_total") or max((run.total_bytes or 0 for run in found), default=0)
-    faults = list(dict.fromkeys(fault for run in found for fault in run.faults))
-    problems = [f"not valid: {'; '.join(faults)}"] * bool(faults) + [f"not a record: {why_not(folder)}"] * bool(
-        why_not(folder))
+    why = why_not(folder)
+    faults = [fault for fault in dict.fromkeys(fault for run in found for fault in run.faults) if fault not in why]
+    problems = [f"not valid: {'; '.join(faults)}"] * bool(faults) + [f"not a record: {why}"] * bool(why)
     date, _, name = folder.name.partition("_")
     return [date, f"[{name}]({folder.parent.name}/{folder.name})", next(filter(None, machines), "-"), data, bpb,
             f"{size:,}" if size else "-", "; ".join(problems) or "yes"]

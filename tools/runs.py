@@ -103,6 +103,8 @@ class Run:
     caveats: list[str] = field(default_factory=list)
     summary: dict | None = None
     stop: tuple[int, float] | None = None  # step and seconds where a cap ended training
+    end: tuple[int, float] | None = None  # steps of all its training, and milliseconds a step
+    resumed: bool = False  # in its training
     makers: "list[Run]" = field(default_factory=list)  # whose artifact, then whose float weights it took
 
     @property
@@ -113,11 +115,13 @@ class Run:
     @property
     def steps(self) -> int | None:
         """Steps of training so far; of a finished run, all."""
-        return max((p.step for p in (*self.train, *self.val)), default=None)
+        return max((p.step for p in (*self.train, *self.val)), default=self.end and self.end[0])
 
     @property
     def train_seconds(self) -> float | None:
-        return max((p.seconds for p in (*self.train, *self.val)), default=None)
+        """Seconds of training so far; where no step was logged, to a twentieth of a millisecond a step."""
+        told = self.end and self.end[0] * self.end[1] / 1000
+        return max((p.seconds for p in (*self.train, *self.val)), default=told)
 
     @property
     def score(self) -> Score | None:
@@ -132,7 +136,7 @@ class Run:
     @property
     def trainer(self) -> "Run":
         """The run that trained its weights, as far as it can be told."""
-        return next((run for run in (self, *self.makers) if run.train), self)
+        return next((run for run in (self, *self.makers) if run.steps is not None), self)
 
     @property
     def exporter(self) -> "Run":
@@ -241,6 +245,8 @@ FORMS = {
     "parameters": r"model_params:(\d+)",
     "ranks": r"world_size:(\d+) .*",
     "audit": r"audit (\w+): (ok|FAILED), .*",
+    "resumed": r"resumed from step (\d+) in .*",
+    "trained": r"trained: ([\d,]+) steps, [\d,]+ tokens, ([\d.]+) ms a step",
     "seconds": r"seconds: (\w+ [\d.]+(?:, \w+ [\d.]+)*)",
     "valid": r"valid: (?:(yes)|NO, (.*))",
     "note": r"note: (.*)",
@@ -304,6 +310,11 @@ def add_fact(run: Run, kind: str, g: tuple):
         run.targets, run.bytes = int(g[0]), int(g[1]) if g[1] else None
     elif kind == "seconds":
         run.spent = {name: float(value) for name, value in (part.split() for part in g[0].split(", "))}
+    elif kind == "resumed":  # what was logged of later steps is lost
+        run.resumed, last = True, int(g[0])
+        run.train, run.val = ([p for p in points if p.step <= last] for points in (run.train, run.val))
+    elif kind == "trained":
+        run.end = int(g[0].replace(",", "")), float(g[1])
     elif kind == "valid":
         run.valid, run.reasons, run.caveats = bool(g[0]), g[1].split("; ") if g[1] else [], []
     elif kind == "note":
@@ -331,7 +342,7 @@ def read_log(path: Path, run: Run):
     launches = [i for i, line in enumerate(lines) if line.startswith("val_bpb:enabled")]
     begin = launches[-1] if launches and not ours else 0
     if tail and (ours or not any(p.fullmatch(tail) for p in PATTERNS.values())):
-        run.wrong(f"the log {path.name} is cut in its last line, {tail[:60]!r}; give it whole")
+        run.wrong(f"the log {path.name} is cut in its last line, {tail[:60]!r}; give it whole, up to its line break")
     for number, line in enumerate([*lines, tail][begin:], first + begin):
         found = next(((kind, m) for kind, p in PATTERNS.items() if (m := p.fullmatch(line))), None)
         if found:
@@ -339,7 +350,7 @@ def read_log(path: Path, run: Run):
                 add_line(run, *found)
             except (ValueError, SyntaxError, TypeError):
                 run.wrong(f"{path.name}:{number}: cut or edited, {line[:60]!r}; give the log as the run left it")
-        elif OPENINGS.match(line):
+        elif ours and OPENINGS.match(line):
             run.wrong(f"{path.name}:{number}: cut or edited, {line[:60]!r}; give the log as the run left it")
 
 
@@ -365,6 +376,8 @@ def read_metrics(path: Path, run: Run):
                 redo(val if kind == "val" else train, point)
         except (ValueError, KeyError, TypeError, AttributeError):
             run.wrong(f"{path.name}:{number}: not a line of a run, {line[:60]!r}; give it as the run left it")
+    if run.resumed:  # only the log says where
+        train, val = ([p for p in points if p.step <= (run.steps or 0)] for points in (train, val))
     for name, ours, exact in (("train_loss", run.train, train), ("val_loss", run.val, val), ("ttt_chunk", run.chunks,
                                                                                            chunks)):
         compare_points(run, name, ours, exact)
@@ -416,18 +429,21 @@ def check_log(run: Run):
         agree(run, "the size", run.total_bytes, run.code_bytes + run.model_bytes, 0, "its total", "code and model")
     if run.code and run.code_bytes is not None:
         agree(run, "the size of the script", len(run.code), run.code_bytes, 0, "the copy in train.log", "its line")
+    if run.end:
+        agree(run, "the last step", run.end[0], run.steps, 0, "its table", "the lines of training")
     if run.stop:
         agree(run, "the last step", run.stop[0], run.steps, 0, "the line of the cap", "the lines of training")
-    if "ttt" in run.own and run.chunks and run.ranks == 1 and run.own["ttt"].val_bpb is not None:
+    alone = run.hardware.get("world_size", run.ranks) == 1  # else the lines may be of rank 0's share
+    if alone and "ttt" in run.own and run.chunks and run.chunks[-1].step == run.chunks[-1].count:
         agree(run, "val_bpb of ttt", run.chunks[-1].bpb, run.own["ttt"].val_bpb, 1e-5, "its last chunk", "its score")
 
 
 def check_summary(run: Run):
     """Hold summary.json against the log."""
     s, pairs = run.summary, []
-    pairs += [("seed", run.seed, s["seed"], 0), ("valid", run.valid, s["valid"], 0), ("the reasons", run.reasons,
-                                                                                   s["reasons"], 0)]
-    pairs += [("the caveats", run.caveats, s["caveats"], 0)]
+    pairs += [("seed", run.seed, s["seed"], 0), ("valid", run.valid, s["valid"], 0), ("the caveats", run.caveats,
+                                                                                    s["caveats"], 0)]
+    pairs += [("the reasons", "; ".join(run.reasons), "; ".join(s["reasons"]), 0)]
     differ = [n for n in sorted(run.config.keys() | s["config"].keys()) if run.config.get(n) != s["config"].get(n)]
     pairs += [(name.upper(), run.config.get(name), s["config"].get(name), 0) for name in differ if run.config]
     for key in SCORES:
@@ -445,10 +461,11 @@ def check_summary(run: Run):
         pairs.append((f"bytes_{name}", getattr(run, f"{name}_bytes"), (s["artifact"] or {}).get(f"bytes_{name}"), 0))
     if s["train"]:
         batch = s["config"]["train_batch_tokens"]
-        pairs += [("steps", run.steps, s["train"]["steps"], 0), ("training seconds", run.train_seconds,
-                                                              s["train"]["seconds"], 0.000501),
-                  ("training tokens", run.steps * batch, s["train"]["tokens"], 0)]
-    elif run.train:
+        near = 0.000501 if run.train or run.val else 0.0000501 * (run.steps or 0) + 0.001
+        pairs += [("steps", run.steps, s["train"]["steps"], 0),
+                  ("training seconds", run.train_seconds, s["train"]["seconds"], near),
+                  ("training tokens", (run.steps or 0) * batch, s["train"]["tokens"], 0)]
+    elif run.steps is not None:
         run.wrong("train.log has lines of training, summary.json none; one of them was edited")
     pairs += [(f"seconds of {name}", run.spent.get(name), value, 0.0501) for name, value in s["seconds"].items()]
     audit = {name: check["ok"] for name, check in (s.get("audit") or {}).items() if isinstance(check, dict)}
@@ -456,6 +473,7 @@ def check_summary(run: Run):
     pairs += [("hardware", run.hardware, s["hardware"], 0)] if run.hardware else []
     for pair in pairs:
         agree(run, *pair)
+    run.reasons = s["reasons"]  # as they were told apart
 
 
 def check_artifact(run: Run):
@@ -493,23 +511,26 @@ def read_folder(folder: Path, trace: bool = True) -> Run:
         except (KeyError, TypeError, AttributeError) as error:
             run.wrong(f"summary.json is not that of a run ({type(error).__name__}: {error}); give it as it was left")
     check_artifact(run)
-    if trace and not run.config.get("train_enabled", True):
-        run.makers = makers_of(run)
+    run.makers = makers_of(run) if trace else []
     return run
 
 
 def makers_of(run: Run) -> list[Run]:
     """The runs, nearest first, whose artifact or float weights it took; none where they are not to be found."""
-    given = Path(run.config["model_path"])
-    places = (given.parent, run.path.parent / given.parent.name)  # or beside it, where the whole LOG_DIR was moved
-    folder = next((p for p in places if (p / "train.log").exists() and p.resolve() != run.path.resolve()), None)
-    if folder is None:
-        return []
-    maker = read_folder(folder, trace=False)
-    if given.name == t.ARTIFACT_NAME and run.summary and maker.summary:
-        agree(run, "the sha256 of its artifact", artifact(run), artifact(maker), 0, "its summary.json",
-              f"that of {maker.name}")
-    return [maker] + ([] if maker.config.get("train_enabled", True) else makers_of(maker))
+    found = []
+    while not run.config.get("train_enabled", True):
+        given = Path(run.config["model_path"])
+        places = (given.parent, run.path.parent / given.parent.name)  # or beside it, where LOG_DIR was moved
+        folder = next((p.resolve() for p in places if (p / "train.log").exists()), None)
+        if folder is None or folder in (r.path.resolve() for r in (run, *found)):
+            break
+        maker = read_folder(folder, trace=False)
+        if given.name == t.ARTIFACT_NAME and run.summary and maker.summary:
+            agree(run, "the sha256 of its artifact", artifact(run), artifact(maker), 0, "its summary.json",
+                  f"that of {maker.name}")
+        found.append(maker)
+        run = maker
+    return found
 
 
 def find(word: str) -> list[Path]:
@@ -540,7 +561,8 @@ def read(path: Path) -> Run:
     run = Run(path, path.stem)
     read_log(path, run)
     if not (run.ours or run.train or run.val or run.own or run.chunks):
-        run.wrong("not a log of this field: no line of training and no score in it; give a run's folder or a log")
+        run.wrong("not a log of this field: no line of training and no score in the forms of train_gpt.py, PR 581 or "
+                  "PR 549; give a run's folder or a log")
     if run.ours:
         check_log(run)
     if path.name.startswith("eval_seed"):  # in a record: what the weights come from lies beside it
