@@ -176,10 +176,18 @@ def test_student(gains, margin, value, p):
 
 
 def test_a_record_where_nothing_speaks_against_it(swept, call, tmp_path):
-    runs = clean(swept, tmp_path)
+    """Its logs are also rid of paths that no setting names, and of ones with spaces."""
+    places = [(r'^(config .*"data_path": )"[^"]*"', r'\1"/a place/my data"'),
+              (r"^train_loader:", "warning: checkpoint /mnt/disk-1/x/step_8.npz, of /a place/my data/y\ntrain_loader:")]
+    runs = clean(swept, tmp_path, log=places, summary=[("config.data_path", "/a place/my data")])
+    assert call(record, *runs, "--name", "other", "--author", "x")[2].startswith(
+        "error: not a record: the runs differ in DATA_PATH")
+    runs = [forged(runs[0], tmp_path / "same", log=places[:1], summary=[("config.data_path", "/a place/my data")]),
+            runs[1]]
     code, out, err = call(record, *runs, "--name", "Clean", "--author", "someone")
     assert code == 0, err
     (folder,) = (tmp_path / "records" / "track_10min_16mb").glob("*_Clean")
+    assert "checkpoint step_8.npz, of my data/y\n" in (folder / "train_seed1111.log").read_text()
     assert "Not a record" not in (folder / "README.md").read_text() and "no check speaks against it" in out
     assert json.loads((folder / "submission.json").read_text())["seed_results"]["13"]["hardware"] == f"8 x {H100}"
     assert (tmp_path / "records" / "README.md").read_text().splitlines()[-1].endswith("| yes |")
@@ -347,7 +355,7 @@ def test_show_beside_published_logs(swept, call, tmp_path, monkeypatch):
     """The seed's log holds two launches, of which the last counts, and its adaptation on the split is said."""
     monkeypatch.setenv("LOG_DIR", str(Path(swept[0]).parents[1]))
     monkeypatch.setenv("COLUMNS", "400")
-    (tmp_path / "seed.log").write_text("code\n" + "=" * 100 + "\n" + published(5) + published(6))
+    (tmp_path / "seed.log").write_text("code\n" + "=" * 100 + "\n" + published(5, PR549) + published(6))
     (tmp_path / "pr549.log").write_text(published(7, PR549))
     code, out, err = call(show, "two/1_TTT_LR=1e-3_SEED=13", "seed.log", "pr549.log", "--out", "plots")
     assert code == 0, err
