@@ -1,5 +1,6 @@
 """Records and shows: figures from the logs, refusals, a folder that works, plots, old logs and the index."""
 
+import fcntl
 import json
 import math
 import os
@@ -29,14 +30,22 @@ SETTINGS = {"TTT_ENABLED": "1", "TTT_MODE": "full", "TTT_CHUNK_TOKENS": "300", "
 @pytest.fixture(scope="module")
 def swept(corpus, tmp_path_factory):
     """Three runs of a sweep: a whole one, one of the same seed that starts from its artifact, one of another seed."""
-    folder = tmp_path_factory.mktemp("records")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "records"  # made once for all workers
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "two" / "results.csv").exists():
+            make(folder, corpus)
+    return sorted(str(path) for path in (folder / "two").glob("*/"))
+
+
+def make(folder, corpus):
     (folder / "list").write_text(RUNS)
     env = clean_environment() | TINY | SETTINGS | {"DATA_PATH": str(corpus), "LOG_DIR": str(folder)}
-    command = [sys.executable, str(ROOT / "tools" / "sweep.py"), "--list", "list", "--name", "two",
-               "--jobs", "2"]
+    command = [sys.executable, str(ROOT / "tools" / "sweep.py"), "--list", "list", "--name", "two", "--jobs", "2"]
     done = subprocess.run(command, env=env, cwd=folder, text=True, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr + done.stdout
-    return sorted(str(path) for path in (folder / "two").glob("*/"))
 
 
 @pytest.fixture
@@ -125,7 +134,7 @@ def test_a_record_of_runs_that_share_their_training(swept, call, tmp_path, corpu
     logs = {path.name for path in folder.glob("*.log")}
     assert logs == {"train_seed13.log", "eval_seed13.log", "train_seed1111.log"}
     for path in folder.iterdir():
-        places = str(corpus.parent), swept[0], str(ROOT)
+        places = first["config"]["data_path"], str(Path(swept[0]).parent), str(ROOT)
         assert path.suffix == ".png" or not any(place in path.read_text() for place in places), path
     assert (folder / "train_gpt.py").read_bytes() == t.SCRIPT.read_bytes()
     assert f"torch=={t.torch.__version__.partition('+')[0]}\n" in (folder / "requirements.txt").read_text()

@@ -5,7 +5,8 @@ import math
 import statistics
 from pathlib import Path
 
-from runs import Run, byte_parts
+from run_log import Run
+from runs import byte_parts
 from sweep_results import LINES, MARKERS, bare, pyplot, save, spread
 
 # How the parts of an artifact are drawn; of two that lie beside each other none looks like the other.

@@ -31,7 +31,9 @@ import figures  # noqa: E402
 import record_text as text  # noqa: E402
 import runs as reader  # noqa: E402
 from record_text import LIMIT_SECONDS, STEP_OVER  # noqa: E402
-from runs import LIMIT_BYTES, ROOT, TITLES, Run, hardware_of, t  # noqa: E402
+from run_checks import agree  # noqa: E402
+from run_log import CODE_END, LIMIT_BYTES, ROOT, TITLES, Run, read_text, t  # noqa: E402
+from runs import data_of, hardware_of  # noqa: E402
 from show import Parser  # noqa: E402
 from sweep_results import NO_PLOT, counted, plain, tell  # noqa: E402
 
@@ -68,9 +70,10 @@ def usable(runs: list[Run]):
 
 def differences(runs: list[Run]) -> list[str]:
     """In what the runs differ beside the seed, a phrase each."""
-    facts = [run.settings | {"the machine": hardware_of(run), "the preset": run.preset, "the data": reader.data_of(run),
-                             "the split": f"{run.targets} targets", "the scores": ", ".join(run.scores)}
-             | {f"the version of {name}": version for name, version in run.versions.items()} for run in runs]
+    facts = [run.settings | {
+        "the machine": hardware_of(run), "the threads": run.hardware.get("threads"), "the preset": run.preset,
+        "the data": data_of(run), "the split": f"{run.targets} targets", "the scores": ", ".join(run.scores)}
+        | {f"the version of {name}": version for name, version in run.versions.items()} for run in runs]
     found = []
     for name in dict.fromkeys(name for f in facts for name in f):
         values: dict[str, list[str]] = {}
@@ -90,6 +93,8 @@ def problems(run: Run) -> list[str]:
         found.append("the run that trained its weights is not to be found, so nothing of its training is known")
     elif run.trainer.seed != run.seed:
         found.append(f"trained with seed {run.trainer.seed}, evaluated with seed {run.seed}")
+    found += [f"{maker.name} worked for it on {hardware_of(maker)}, not on {hardware_of(run)}" for maker in run.makers
+              if hardware_of(maker) != hardware_of(run)]
     failed = [name for name, ok in run.audits.items() if not ok and not any(f"audit: {name}" in f for f in found)]
     missing = [name for name in CHECKS if name not in run.audits]
     found += [f"the audit of {name} failed" for name in failed]
@@ -155,9 +160,9 @@ def without_paths(log: str, run: Run) -> str:
 
 def log_of(run: Run) -> str:
     """A run's log for the record: the script, which lies beside it, is named instead of copied."""
-    log = reader.read_text(run.path / "train.log")
+    log = read_text(run.path / "train.log")
     digest = hashlib.sha256(run.code).hexdigest()
-    body = log[reader.CODE_END.search(log).end() :]
+    body = log[CODE_END.search(log).end() :]
     return f"script train_gpt.py bytes:{len(run.code)} sha256:{digest}\n" + without_paths(body, run)
 
 
@@ -175,7 +180,7 @@ def logs(runs: list[Run]) -> dict[str, str]:
 def requirements(run: Run) -> str:
     """The packages as they were when it ran."""
     lines = [f"{name}=={version.partition('+')[0]}" for name, version in run.versions.items() if name != "python"]
-    return "\n".join(lines) + "\n" if lines else reader.read_text(ROOT / "requirements.txt")
+    return "\n".join(lines) + "\n" if lines else read_text(ROOT / "requirements.txt")
 
 
 def fill(folder: Path, place: str, runs: list[Run], options: argparse.Namespace, reasons: list[str] | None) -> bool:
@@ -204,7 +209,7 @@ def check(folder: Path, facts: dict):
         pairs = (("val_bpb", run.score.val_bpb), ("val_loss", run.score.val_loss), ("bytes_total", run.total_bytes),
                  ("step_stop", run.trainer.steps))
         for figure, value in pairs:
-            reader.agree(run, f"{figure} of seed {run.seed}", value, entry[figure], 1e-9, run.path.name,
+            agree(run, f"{figure} of seed {run.seed}", value, entry[figure], 1e-9, run.path.name,
                          "submission.json")
 
 

@@ -12,7 +12,8 @@ import textwrap
 from pathlib import Path
 
 import runs as reader
-from runs import LIMIT_BYTES, TITLES, Run, data_of, hardware_of, t
+from run_log import LIMIT_BYTES, ROOT, TITLES, Run, read_text, t
+from runs import data_of, hardware_of
 from sweep_results import plain, spread
 
 LIMIT_SECONDS = 600  # of the challenge, for training and for evaluation
@@ -39,8 +40,8 @@ def from_record(path: str, home: str) -> str:
     in the project and its name."""
     inside = Path(path)
     if inside.is_absolute():
-        known = inside.is_relative_to(reader.ROOT)
-        inside = inside.relative_to(reader.ROOT) if known else Path(home, inside.name)
+        known = inside.is_relative_to(ROOT)
+        inside = inside.relative_to(ROOT) if known else Path(home, inside.name)
     return f"{UP}/{inside}"
 
 
@@ -208,7 +209,7 @@ def readme(runs: list[Run], facts: dict, reasons: list[str] | None, folder: str,
     lines += parts(runs) + picture("bytes", drawn, "bytes of code and artifact by part") + setup(runs)
     data = runs[0].given.get("DATA_PATH", "")
     lines += ["## Command", "```sh", command(runs, folder), "```", ""]
-    if Path(data).is_absolute() and not Path(data).is_relative_to(reader.ROOT):
+    if Path(data).is_absolute() and not Path(data).is_relative_to(ROOT):
         lines += [paragraph(f"The data was elsewhere; the command takes it from data/datasets/{Path(data).name} of the "
                             "project."), ""]
     lines += [paragraph("Files: " + ", ".join(f"`{name}`" for name in files) + ". Paths in the logs are shortened, and "
@@ -221,20 +222,20 @@ def readme(runs: list[Run], facts: dict, reasons: list[str] | None, folder: str,
 
 def why_not(folder: Path) -> str:
     """What a record's README says of why it is none: its sentence that begins so."""
-    text = reader.read_text(folder / "README.md")
+    text = read_text(folder / "README.md")
     found = re.search(r"Not a record: (.+?)\.(?=\s+[A-Z]|\s*\n\n|\s*\Z)", text, re.S)
     return " ".join(found[1].split()) if found else ""
 
 
 def summaries(folder: Path) -> list[dict]:
-    return [json.loads(reader.read_text(path)) for path in sorted(folder.glob("summary*.json"))]
+    return [json.loads(read_text(path)) for path in sorted(folder.glob("summary*.json"))]
 
 
 def index_row(folder: Path) -> list[str]:
     """A record's line: date, link, machine, data, BPB, bytes, valid or why not; - for what its files do not say."""
     path = folder / "submission.json"
     try:
-        facts = json.loads(reader.read_text(path)) if path.exists() else {}
+        facts = json.loads(read_text(path)) if path.exists() else {}
         said = summaries(folder)
     except ValueError as error:
         raise t.UserError(f"{folder}: a broken JSON file ({t.one_line(error)}); mend it") from None
@@ -245,7 +246,7 @@ def index_row(folder: Path) -> list[str]:
     machines = [entry.get("hardware") for entry in facts.get("seed_results", {}).values()]
     machines += [facts.get("hardware"), *map(hardware_of, found)]
     machines += [f"{s['hardware']['world_size']} x {s['hardware']['name']}" for s in said]
-    machines += re.findall(r"^Machine: ([^.;\n]+)", reader.read_text(folder / "README.md"), re.M)
+    machines += re.findall(r"^Machine: ([^.;\n]+)", read_text(folder / "README.md"), re.M)
     data = next(filter(None, map(data_of, found)), "-")
     partial = next((c for run in found for c in run.all_caveats if c.startswith("partial split")), "")
     data += re.sub(r"partial split: its (first \d+ targets).*", r", \1", partial)

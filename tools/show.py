@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import figures  # noqa: E402
 import runs as reader  # noqa: E402
-from runs import TITLES, Run, t  # noqa: E402
+from run_log import TITLES, Run, t  # noqa: E402
 from sweep_results import NO_PLOT, counted, tell  # noqa: E402
 
 
