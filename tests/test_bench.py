@@ -18,6 +18,7 @@ final_int6_roundtrip val_loss:5.4100 val_bpb:3.2100 eval_time:900ms
 final_int6_sliding_window val_loss:5.3000 val_bpb:3.1000 stride:64 eval_time:2500ms
 final_int6_sliding_window_exact val_loss:5.30000000 val_bpb:3.10000000
 """
+LEGAL = "legal_ttt val_loss:5.2000 val_bpb:3.0500 eval_time:7500ms\nlegal_ttt_exact val_loss:5.2 val_bpb:3.05\n"
 
 
 def run(corpus, tmp_path, *arguments, **variables):
@@ -27,7 +28,10 @@ def run(corpus, tmp_path, *arguments, **variables):
 
 
 def test_a_log_of_the_field_is_read_without_its_first_steps():
-    assert bench.read_log(PUBLISHED) == {"step_ms": 100.0, "train_loss": 5.5, "sliding_loss": 5.3, "sliding_s": 2.5}
+    found = {"step_ms": 100.0, "train_loss": 5.5, "sliding_loss": 5.3, "sliding_s": 2.5}
+    assert bench.read_log(PUBLISHED) == found
+    assert bench.read_log(PUBLISHED + LEGAL) == found | {"ttt_loss": 5.2, "ttt_s": 7.5}
+    assert bench.read_log("ttt:elapsed=12.5s\n" + PUBLISHED) == found | {"ttt_s": 12.5}
     assert bench.read_log("") == {}
 
 
@@ -52,6 +56,7 @@ def test_a_script_beside_ours(corpus, tmp_path):
     rows = json.loads(record.read_text())["against"]["median"]
     assert rows["step_ms"]["other"] == 100.0 and rows["step_ms"]["ratio"] == 100.0 / rows["step_ms"]["ours"]
     assert rows["sliding_s"]["other"] == 2.5
+    assert 0 < rows["start_s"]["other"] < rows["start_s"]["ours"] < rows["seconds"]["ours"]
 
 
 @pytest.mark.parametrize("arguments, variables, says", [

@@ -184,9 +184,11 @@ class Bench:
 
 
 def read_log(text: str) -> dict:
-    """Training step ms, of the steps after the tenth, and sliding evaluation seconds, from a script's output.
+    """Training step ms, of the steps after the tenth, and seconds of the sliding evaluation and of test-time training,
+    from a script's output; losses in nats/token.
 
-    Lines of this field: `step:N/M train_loss:X train_time:Tms step_avg:Ams` and `final_..._sliding... eval_time:Tms`.
+    Lines of this field: `step:N/M train_loss:X train_time:Tms step_avg:Ams`, `final_..._sliding... eval_time:Tms`, and
+    `legal_ttt ... eval_time:Tms`, or `ttt:elapsed=Ts` from scripts that adapt before they score.
     """
     marks = [(int(n), float(ms)) for n, ms in re.findall(r"^step:(\d+)/\d+ .*?train_time:([\d.]+)ms", text, re.M)]
     early, late = [m for m in marks if m[0] >= 10][:1], marks[-1:]
@@ -197,6 +199,10 @@ def read_log(text: str) -> dict:
         found["train_loss"] = float(losses[-1][1])
     if lines := re.findall(r"^final_\w*sliding\w* val_loss:([\d.]+) .*?eval_time:([\d.]+)ms", text, re.M):
         found["sliding_loss"], found["sliding_s"] = float(lines[-1][0]), float(lines[-1][1]) / 1000
+    if lines := re.findall(r"^legal_ttt val_loss:([\d.]+) .*?eval_time:([\d.]+)ms", text, re.M):
+        found["ttt_loss"], found["ttt_s"] = float(lines[-1][0]), float(lines[-1][1]) / 1000
+    elif lines := re.findall(r"^ttt:elapsed=([\d.]+)s", text, re.M):
+        found["ttt_s"] = float(lines[-1])
     return found
 
 
@@ -208,19 +214,27 @@ def whole_run(script: Path, ranks: int, folder: Path) -> dict:
     for name in ("DATA_PATH", "TOKENIZER_PATH"):
         if os.environ.get(name):
             environment[name] = str(Path(os.environ[name]).absolute())
-    began = time.perf_counter()
-    done = subprocess.run(command, env=environment | {"LOG_DIR": str(folder)}, cwd=folder, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    (folder / "output.txt").write_text(done.stdout)
-    found = read_log(done.stdout) | {"seconds": time.perf_counter() - began}
-    if done.returncode or "step_ms" not in found:
-        why = f"ended with exit code {done.returncode}" if done.returncode else "printed no two steps from step 10 on"
+    environment |= {"LOG_DIR": str(folder), "PYTHONUNBUFFERED": "1"}  # each line when printed, to time step 1
+    began, lines, start = time.perf_counter(), [], {}
+    with subprocess.Popen(command, env=environment, cwd=folder, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process, open(folder / "output.txt", "w") as out:
+        for line in process.stdout:
+            if not start and re.match(r"step:1/\d+ train_loss:", line):
+                start = {"start_s": time.perf_counter() - began}
+            lines.append(line)
+            out.write(line)
+    found = start | read_log("".join(lines)) | {"seconds": time.perf_counter() - began}
+    if process.returncode or "step_ms" not in found:
+        code = process.returncode
+        why = f"ended with exit code {code}" if code else "printed no two steps from step 10 on"
         fail(f"{script} {why}; what it printed is in {folder / 'output.txt'}")
     return found
 
 
-NAMES = {"step_ms": "training step, ms", "sliding_s": "sliding evaluation, s", "seconds": "launch to end, s",
-         "train_loss": "last training loss", "sliding_loss": "sliding loss, nats/token"}
+NAMES = {"start_s": "launch to first step done, s", "step_ms": "training step, ms",
+         "sliding_s": "sliding evaluation, s", "ttt_s": "test-time training, s", "seconds": "launch to end, s",
+         "train_loss": "last training loss", "sliding_loss": "sliding loss, nats/token",
+         "ttt_loss": "TTT loss, nats/token"}
 
 
 def against(other: Path, ranks: int, repeats: int, folder: Path) -> dict:
@@ -231,16 +245,18 @@ def against(other: Path, ranks: int, repeats: int, folder: Path) -> dict:
             runs[who].append(whole_run(script, ranks, folder / f"{who}_{i + 1}"))
             said = ", ".join(f"{NAMES[key]} {value:.4g}" for key, value in runs[who][-1].items())
             print(f"{who} {i + 1}: {said}", flush=True)
-    print(f"\n{'median of ' + str(repeats):28}{'ours':>12}{'other':>12}{'other/ours':>12}{'spread':>16}")
+    print(f"\n{'median of ' + str(repeats):30}{'ours':>12}{'other':>12}{'other/ours':>12}{'spread':>16}")
     rows = {}
     for key, name in NAMES.items():
         sides = [[run[key] for run in runs[who] if key in run] for who in runs]
+        if not any(sides):
+            continue
         if not all(sides):
-            print(f"{name:28}{'not printed by ' + ('other' if sides[0] else 'ours'):>36}")
+            print(f"{name:30}{'not printed by ' + ('other' if sides[0] else 'ours'):>36}")
             continue
         (a, wide), (b, other_wide) = map(spread, sides)
         rows[key] = {"ours": a, "other": b, "ratio": b / a, "spread_percent": [wide, other_wide]}
-        print(f"{name:28}{a:12.4f}{b:12.4f}{b / a:12.3f}{f'±{wide:.1f}% ±{other_wide:.1f}%':>16}")
+        print(f"{name:30}{a:12.4f}{b:12.4f}{b / a:12.3f}{f'±{wide:.1f}% ±{other_wide:.1f}%':>16}")
     return {"runs": runs, "median": rows, "script": str(other), "ranks": ranks}
 
 
