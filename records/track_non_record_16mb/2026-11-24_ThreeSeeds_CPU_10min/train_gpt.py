@@ -1,0 +1,3582 @@
+"""Train a small language model, pack it under 16,000,000 bytes, score it in bits per byte (BPB).
+
+    python train_gpt.py --help                               every variable, by stage
+    python train_gpt.py --check                              what a run would do, without running it
+    python train_gpt.py                                      one process: CPU or one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs
+    TRAIN_ENABLED=0 MODEL_PATH=final_model.int6.ptz python train_gpt.py    score an artifact again
+    python train_gpt.py --inspect final_model.int6.ptz       what an artifact holds
+
+A run is: train -> average (EMA) -> export (round, fit, code) -> read back -> evaluate -> test-time training, and the
+file reads in that order. Configuration is by environment variables and is checked before anything else.
+Exit codes: 0 a finished run; 1 a finished run that failed a check, such as the limit; 2 something the user must mend;
+128+n after signal n, when RESUME=1 goes on.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shlex
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve()
+DEFAULT_DATA, DEFAULT_TOKENIZER = "./data/datasets/fineweb10B_sp1024", "./data/tokenizers/fineweb_1024_bpe.model"
+
+# ==== Configuration: every variable once, with its default, what it accepts and what it is for ========================
+
+
+class UserError(Exception):
+    """Something the person who launched the run can mend: one line, exit code 2. `shared`: all ranks raise it alike."""
+
+    def __init__(self, message: str, shared: bool = False):
+        super().__init__(message)
+        self.shared = shared
+
+
+def var(default, accepts: str, text: str, stage: str = ""):
+    """A configuration field. `accepts` is shown in --help and enforced by `parse`; `stage` opens a section."""
+    return dataclasses.field(default=default, metadata={"accepts": accepts, "text": text, "stage": stage})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run's settings. Each field is set by the environment variable of its name in capitals."""
+
+    preset: str = var("auto", "auto|seed|demo", "defaults to start from; auto: seed with a GPU, else demo", "Run")
+    run_id: str = var("", "name", "folder of this run under LOG_DIR; empty: time and seed")
+    seed: int = var(1337, "0..4294967295", "random seed of weights and, with SHUFFLE=1, of the data order")
+    log_dir: str = var("logs", "path", "where runs are kept")
+    train_log_every: int = var(100, ">=0", "steps between train_loss lines, besides the first 10; 0 off")
+    ckpt_every_seconds: float = var(0.0, ">=0", "seconds between checkpoints, in training and in "
+                                    "test-time training; 0 off")
+    keep_ckpts: int = var(2, ">=1", "checkpoints of training that stay")
+    resume: str = var("0", "0|1|path", "1: go on with RUN_ID, or without it with the newest unfinished run of the same "
+                      "settings, or start; a checkpoint or a run's folder: go on with that")
+    nan_policy: str = var("stop", "stop|skip", "a step whose loss or gradient is not finite is dropped; stop: and ends "
+                          "the run; skip: only the fourth in a row does")
+    strict_env: bool = var(True, "0|1", "1: a variable that looks misspelt stops the run; 0: it is a warning")
+    env_extra: str = var("", "text", "comma-separated names of your own variables that may look like ours")
+
+    data_path: str = var(DEFAULT_DATA, "path", "folder of shards; the default is sought above the script too", "Data")
+    tokenizer_path: str = var("", "path", f"SentencePiece; empty: DATA_PATH/tokenizer.model or {DEFAULT_TOKENIZER}")
+    shuffle: bool = var(False, "0|1", "1: the order of sequences within an epoch is drawn from SEED")
+    val_token_limit: int = var(0, ">=0", "score only the first N targets of the validation split; 0 all")
+
+    vocab_size: int = var(1024, "2..65535", "tokens, as in the tokenizer", "Model")
+    num_layers: int = var(11, "1..256", "transformer blocks")
+    model_dim: int = var(512, "2..16384", "width of the residual stream")
+    num_heads: int = var(8, "1..1024", "query heads")
+    num_kv_heads: int = var(4, "1..1024", "key and value heads, shared by groups of query heads")
+    mlp_mult: float = var(3.0, "0.01..64", "MLP hidden width as a multiple of MODEL_DIM")
+    train_seq_len: int = var(2048, "1..1048576", "tokens a training sequence")
+    tie_embeddings: bool = var(True, "0|1", "1: the output layer is the token embedding")
+    rope_base: float = var(10000.0, ">=1", "RoPE base up to length 1024; grows with longer sequences")
+    rope_dims: int = var(16, ">=0", "dimensions of a head that RoPE turns, even; 0 all")
+    qk_gain_init: float = var(1.5, ">=0", "initial gain on normalised queries, one a head")
+    logit_softcap: float = var(30.0, ">0", "logits are squashed into +-this by tanh")
+    ln_scale: bool = var(True, "0|1", "1: the inputs of layer i are divided by sqrt(i+1)")
+    xsa_last_n: int = var(0, ">=0", "exclusive self-attention on the last N layers; 0 off")
+    bigram_vocab_size: int = var(2048, "0..1048576", "buckets of the hashed bigram embedding; 0 off")
+    bigram_dim: int = var(96, "1..16384", "width of a bigram embedding")
+    sparse_start_layer: int = var(8, "-1..256", "first layer followed by the shared sidecar; below 0 off")
+    sparse_end_layer: int = var(-1, ">=-1", "last one; -1 the last layer, larger numbers are clipped")
+    sparse_every: int = var(1, ">=1", "every how many layers between them")
+    sparse_max_sites: int = var(0, ">=0", "at most this many sites; 0 no limit")
+    sparse_hidden_dim: int = var(48, "0..16384", "hidden width of the sidecar; 0 off")
+    bos_mask: bool = var(True, "0|1", "1: SmearGate, bigram and sidecar stop at document starts; 0: as published")
+
+    train_enabled: bool = var(True, "0|1", "0: no training, start from MODEL_PATH", "Training")
+    model_path: str = var("", "path", "artifact to evaluate when TRAIN_ENABLED=0")
+    train_batch_tokens: int = var(786432, ">=1", "tokens a step over all ranks, a multiple of TRAIN_SEQ_LEN")
+    micro_batch_seqs: int = var(0, ">=0", "sequences a forward pass of one rank; 0: from the device's memory")
+    iterations: int = var(9000, ">=1", "steps at most")
+    max_wallclock_seconds: float = var(596.0, ">=0", "training seconds at most; 0 no cap")
+    warmdown_iters: int = var(3000, ">=0", "final steps of linear decay to 0, in their measured time under a cap")
+    warmup_steps: int = var(20, ">=0", "steps that prime compilation on random tokens and are undone")
+    val_loss_every: int = var(0, ">=0", "steps between validations of the raw weights, off the clock; 0 off")
+    use_compile: str = var("auto", "auto|0|1", "torch.compile; auto: on CUDA")
+    compute_dtype: str = var("auto", "auto|bf16|fp32", "auto: bf16 on GPUs and CPUs with bf16 instructions")
+
+    matrix_lr: float = var(0.025, ">=0", "Muon's rate, for matrices", "Optimizers")
+    tied_embed_lr: float = var(0.035, ">=0", "AdamW's rate for token and bigram embeddings when tied")
+    embed_lr: float = var(0.6, ">=0", "the same when untied")
+    head_lr: float = var(0.008, ">=0", "Adam's rate for the untied output layer")
+    scalar_lr: float = var(0.025, ">=0", "AdamW's rate for vectors, scalars and the sidecar's kernel")
+    tied_embed_init_std: float = var(0.005, ">0", "standard deviation of initial tied embeddings")
+    muon_momentum: float = var(0.99, "0..<1", "Muon's momentum after its warm-up")
+    muon_momentum_warmup_start: float = var(0.92, "0..<1", "Muon's momentum at step 0")
+    muon_momentum_warmup_steps: int = var(1500, ">=0", "steps of that warm-up")
+    muon_backend_steps: int = var(5, "1..100", "Newton-Schulz iterations")
+    muon_wd: float = var(0.04, ">=0", "Muon's decoupled weight decay")
+    adam_wd: float = var(0.04, ">=0", "AdamW's weight decay")
+    beta1: float = var(0.9, "0..<1", "Adam's first beta")
+    beta2: float = var(0.95, "0..<1", "Adam's second beta")
+    adam_eps: float = var(1e-8, ">0", "Adam's epsilon")
+    grad_clip_norm: float = var(0.3, ">=0", "global gradient norm at most; 0 off")
+    ema_enabled: bool = var(True, "0|1", "1: export the exponential moving average of the weights")
+    ema_decay: float = var(0.997, "0..<1", "its decay a step")
+
+    export_enabled: bool = var(True, "0|1", "0: evaluate the averaged weights without an artifact", "Export")
+    artifact_limit_bytes: int = var(16_000_000, ">=1", "code + model bytes at most")
+    export_fill: bool = var(True, "0|1", "1: finer values, up to 8 bits each, in the room that is left (seed: 0)")
+    export_max_seconds: float = var(-1.0, ">=-1", "calibration and search at most, taken from MAX_WALLCLOCK_SECONDS; "
+                                    "-1: 2% of that, 10 s at least, a quarter at most; without a cap no limit")
+    calibration_tokens: int = var(65536, ">=1", "training tokens on which rounding is calibrated and judged")
+    save_float: bool = var(False, "0|1", "1: also keep the averaged weights, to export again with MODEL_PATH")
+    compressor: str = var("rans", "rans|zstd", "coder of the quantised values")
+    quant: str = var("balanced", "balanced|rowmax|mse|std|gptq", "rounding; rowmax: as published; mse: clips of least "
+                     "squared error; std: clips at QUANT_CLIP standard deviations of a row; gptq: the same with error "
+                     "feedback; balanced: gptq with steps by what an error in a row and a column costs")
+    quant_bits_attn: float = var(6.0, "2..8", "bits of attention matrices, one more halves steps; a search starts here")
+    quant_bits_mlp: float = var(6.0, "2..8", "the same for MLP matrices")
+    quant_bits_embed: float = var(8.0, "2..8", "for the token embedding and an untied output layer")
+    quant_bits_bigram: float = var(8.0, "2..8", "for the bigram embedding and its projection")
+    quant_bits_sidecar: float = var(6.0, "2..8", "for the sidecar")
+    quant_clip: float = var(12.85, ">0", "std, gptq: where a matrix is clipped, in standard deviations of a row")
+    quant_clip_embed: float = var(20.0, ">0", "std, gptq: the same for embeddings")
+    quant_min_numel: int = var(65536, ">=0", "tensors up to this many elements are kept in fp16")
+
+    final_eval_enable: bool = var(True, "0|1", "1: score float and int6 weights without overlap", "Evaluation")
+    final_sliding_eval_enable: bool = var(True, "0|1", "1: score the artifact in sliding windows")
+    eval_stride: int = var(64, ">=0", "tokens between sliding windows; 0: no sliding evaluation")
+    eval_seq_len: int = var(0, "0..1048576", "tokens an evaluation window; 0: as TRAIN_SEQ_LEN")
+    val_batch_size: int = var(524288, ">=1", "tokens a validation batch over all ranks, at most")
+    eval_max_seconds: float = var(-1.0, ">=-1", "seconds from artifact to val_bpb; 0 no limit; -1: 600 on CUDA, else 0")
+    nll_dump: str = var("", "path", "write the nats of every target behind val_bpb to this .npy file")
+
+    ttt_enabled: bool = var(True, "0|1", "1: score-first test-time training", "Test-time training")
+    ttt_mode: str = var("auto", "auto|full|lora", "lora: adapters a document; full: all weights, chunk by chunk; "
+                        "auto: lora, or full where a variable of full is given")
+    ttt_lora_rank: int = var(32, "1..16384", "lora: rank of the adapters; the default is clipped to MODEL_DIM")
+    ttt_lora_lr: float = var(0.004, "0..1000", "lora: Adam's rate")
+    ttt_lora_chunk_tokens: int = var(128, ">=1", "lora: targets scored, then learnt from, at a time; a window at most")
+    ttt_chunk_tokens: int = var(16384, ">=1", "full: targets scored, then learnt from, at a time")
+    ttt_optimizer: str = var("adamw", "adamw|sgd", "full: the optimizer")
+    ttt_lr: float = var(0.001, ">=0", "full: its rate")
+    ttt_lr_min: float = var(0.0, ">=0", "full: where TTT_COSINE ends within a chunk")
+    ttt_lr_end: float = var(1.0, "0..1", "full: a cosine across chunks takes the rate to this share of it; 1 no decay")
+    ttt_cosine: bool = var(False, "0|1", "full: 1: the rate falls by a cosine within a chunk")
+    ttt_epochs: int = var(3, ">=0", "full: passes over each scored chunk")
+    ttt_warmup_epochs: int = var(0, ">=0", "full: passes of linear warm-up under TTT_COSINE")
+    ttt_wd: float = var(0.0, ">=0", "full: weight decay")
+    ttt_momentum: float = var(0.9, "0..<1", "full: momentum of sgd")
+    ttt_batch_seqs: int = var(0, ">=0", "full: sequences a step of a rank; 0: all of a chunk's, for any ranks")
+    ttt_freeze_blocks: int = var(0, ">=0", "full: first blocks that do not adapt")
+    ttt_pull: float = var(0.4, "0..1", "full: share of the way back to the artifact's weights, after each chunk")
+    ttt_grad_clip: float = var(1.0, ">=0", "gradient norm at most (lora: of each document); 0 off")
+
+    audit: bool = var(False, "0|1", "1: prove on an excerpt that the evaluation behind val_bpb is causal", "Audit")
+    audit_tokens: int = var(0, ">=0", "targets of the excerpt, a window at least; 0: four windows")
+
+    explicit: frozenset = frozenset()  # names of the fields that the environment set
+
+    @property
+    def eval_len(self) -> int:
+        return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def export_seconds(self) -> float:
+        """Guard on calibration and search, 0 for none: it is training time, so training ends that much sooner."""
+        cap = self.max_wallclock_seconds * self.train_enabled
+        auto = self.export_max_seconds < 0
+        return min(max(10.0, cap / 50), cap / 4) if auto else self.export_max_seconds
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def sparse_sites(self) -> tuple[int, ...]:
+        """Layers followed by the shared sidecar."""
+        if self.sparse_start_layer < 0 or self.sparse_hidden_dim == 0:
+            return ()
+        end = self.num_layers if self.sparse_end_layer < 0 else min(self.sparse_end_layer + 1, self.num_layers)
+        sites = tuple(range(self.sparse_start_layer, end, self.sparse_every))
+        return sites[: self.sparse_max_sites] if self.sparse_max_sites else sites
+
+    def settings(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in VARIABLES}
+
+    def overrides(self) -> dict:
+        return {n.upper(): getattr(self, n) for n in sorted(self.explicit) if n != "preset"}
+
+
+PRESETS = {
+    "seed": {"export_fill": False},  # the defaults above are the published ones, but for QUANT, which is better
+    "demo": {  # a few minutes on two CPU cores, on the embedded corpus
+        "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "sparse_start_layer": 2,
+        "train_seq_len": 256, "train_batch_tokens": 4096, "iterations": 3000, "max_wallclock_seconds": 180.0,
+        "warmdown_iters": 400, "warmup_steps": 0, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 100,
+        "ema_decay": 0.97, "train_log_every": 50, "val_token_limit": 131072, "quant_min_numel": 4096,
+        "calibration_tokens": 32768,
+        "artifact_limit_bytes": 750_000,  # as many bytes a parameter as the challenge leaves the published model
+    },
+}
+
+# Switches of this field's other scripts that are not implemented here: harmless when off, an error when on.
+NOT_IMPLEMENTED = ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS", "LAWA_ENABLED", "DTG_ENABLED",
+                   "VE_ENABLED", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM")
+COMPANIONS = ("SWA_", "QAT_", "MTP_", "LAWA_", "DTG_", "VE_", "MUON_BETA2")  # settings of those: no effect
+# A name with a prefix of the first group was meant for us, one of the second never was.
+FAMILIES = ("ADAM_", "AUDIT_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "RESUME_",
+            "ROPE_", "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "XSA_")
+FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH", "PET_", "CUDA_", "NVIDIA_",
+           "NCCL_", "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MODULE",
+           "MATCHED_")
+
+VARIABLES = [f for f in dataclasses.fields(Config) if "accepts" in f.metadata]
+_stages = list(itertools.accumulate((f.metadata["stage"] for f in VARIABLES), lambda old, new: new or old))
+TTT_LORA = [f.name for f in VARIABLES if f.name.startswith("ttt_lora")]  # what each mode alone listens to
+TTT_FULL = [f.name for f in VARIABLES if f.metadata["text"].startswith("full: ")]
+MODEL_FIELDS = [f for f, stage in zip(VARIABLES, _stages, strict=True) if stage == "Model"]  # stored in artifacts
+
+
+def parse(kind: type, accepts: str, raw: str):
+    """A variable's value from its text. Raises ValueError when `accepts` does not admit it."""
+    if kind is bool:
+        ok, value = raw in ("0", "1"), raw == "1"
+    elif kind is str:
+        ok = "\n" not in raw and "\0" not in raw and ("|" not in accepts or "path" in accepts or
+                                                     raw in accepts.split("|"))
+        short = len(raw.encode()) < 200  # encode() refuses what no log could hold
+        ok, value = ok and (accepts != "name" or raw not in (".", "..") and "/" not in raw and short), raw
+    else:
+        value = kind(raw)
+        if accepts[0] == ">":
+            ok = value >= float(accepts[2:]) if accepts[1] == "=" else value > float(accepts[1:])
+        else:
+            low, high = accepts.split("..")
+            ok = float(low) <= value and (value < float(high[1:]) if high[0] == "<" else value <= float(high))
+        ok = ok and abs(value) <= 1e15  # also refuses nan and inf
+    if not ok:
+        raise ValueError
+    return value
+
+
+def check_value(field: dataclasses.Field, value):
+    """A file's value for a variable, as it is. Raises ValueError or TypeError for what the variable does not accept."""
+    if type(value) not in (field.type, int if field.type is float else field.type):
+        raise TypeError(f"{field.name.upper()} is not of type {field.type.__name__}")
+    if value != "":
+        parse(field.type, field.metadata["accepts"], str(int(value) if field.type is bool else value))
+    return value
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance: insertions, deletions and substitutions that turn `a` into `b`."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
+def misspelt(names, extra: set[str]) -> list[str]:
+    """A line for each environment name that looks meant for this script but is not one of its variables."""
+    ours, lines = [f.name.upper() for f in VARIABLES], []
+    for name in sorted(set(names) - {*ours, *NOT_IMPLEMENTED, *extra}):
+        if name.startswith(FOREIGN) or name.startswith(COMPANIONS):
+            continue
+        family = next((prefix for prefix in FAMILIES if name.upper().startswith(prefix)), None)
+        far, near = min((edit_distance(name.upper(), o), o) for o in ours)
+        if far > 2 and family:
+            near = min((edit_distance(name.upper(), o), o) for o in ours if o.startswith(family))[1]
+        if far <= 2 or family:
+            lines.append(f"{name}: no such variable; did you mean {near}? (ENV_EXTRA={name} lets it pass)")
+    return lines
+
+
+def has_gpu() -> bool:
+    """Whether this machine shows a GPU, told without importing torch."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "any").strip() in ("", "-1")
+    return not hidden and any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
+
+
+def load_config(environ, ranks: int = 1) -> tuple[Config, list[str], list[str]]:
+    """The configuration that the environment asks for, all problems and all warnings, a line each."""
+    problems, values = [], {}
+    for f in VARIABLES:
+        name, raw = f.name.upper(), environ.get(f.name.upper())
+        if raw is None or (raw == "" and f.type is str):
+            continue
+        try:
+            values[f.name] = parse(f.type, f.metadata["accepts"], raw)
+        except (ValueError, OverflowError):
+            most = ", at most 1e15" if f.metadata["accepts"].startswith(">") else ""
+            problems.append(f"{name}={raw[:80]!r}: accepts {f.type.__name__} {f.metadata['accepts']}{most}")
+    for name in NOT_IMPLEMENTED:
+        if environ.get(name, "0") not in ("0", "", "0.0"):
+            problems.append(f"{name}={environ[name][:80]!r}: not implemented in this script; unset it or set it to 0")
+    preset = values.get("preset", "auto")
+    preset = ("seed" if has_gpu() else "demo") if preset == "auto" else preset
+    cfg = Config(**{**PRESETS[preset], **values, "preset": preset, "explicit": frozenset(values)})
+    typos = misspelt(environ, {n.strip() for n in cfg.env_extra.split(",")})
+    full, lora = (sorted(n.upper() for n in cfg.explicit & set(names)) for names in (TTT_FULL, TTT_LORA))
+    idle = {"full": lora, "lora": full, "auto": []}[cfg.ttt_mode] if cfg.ttt_enabled else []
+    if cfg.ttt_mode == "auto":
+        cfg = dataclasses.replace(cfg, ttt_mode="full" if full else "lora")
+        problems += [f"TTT_MODE: {a} belongs to full and {b} to lora; say which" for a in full[:1] for b in lora[:1]
+                     if cfg.ttt_enabled]
+    problems += [] if problems else conflicts(cfg, ranks)
+    idle = [f"{name}: no effect with TTT_MODE={cfg.ttt_mode}" for name in idle]
+    clips = sorted(cfg.explicit & {"quant_clip", "quant_clip_embed"}) if cfg.quant not in ("std", "gptq") else []
+    idle += [f"{name.upper()}: no effect with QUANT={cfg.quant}" for name in clips]
+    return (cfg, problems + typos, idle) if cfg.strict_env else (cfg, problems, typos + idle)
+
+
+def conflicts(cfg: Config, ranks: int) -> list[str]:
+    """A line for each group of settings that cannot go together."""
+    heads, head_dim = cfg.num_heads, cfg.model_dim // cfg.num_heads
+    seqs = cfg.train_batch_tokens // cfg.train_seq_len
+    slides, trains = cfg.final_sliding_eval_enable or cfg.ttt_enabled, cfg.train_enabled
+    rules = [  # (what must hold, what to say where it does not)
+        (cfg.model_dim % heads == 0, f"MODEL_DIM={cfg.model_dim}: must be a multiple of NUM_HEADS={heads}"),
+        (heads % cfg.num_kv_heads == 0, f"NUM_KV_HEADS={cfg.num_kv_heads}: must divide NUM_HEADS={heads}"),
+        (head_dim % 2 == 0, f"MODEL_DIM={cfg.model_dim}: must give each head an even width for RoPE, not {head_dim}"),
+        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim,
+         f"ROPE_DIMS={cfg.rope_dims}: must be even and at most the head's {head_dim} dimensions"),
+        (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: must be 0 (off) or at least 2"),
+        (cfg.mlp_dim > 0, f"MLP_MULT={cfg.mlp_mult}: leaves no hidden unit at MODEL_DIM={cfg.model_dim}"),
+        (not slides or cfg.eval_stride <= cfg.eval_len,
+         f"EVAL_STRIDE={cfg.eval_stride}: must not exceed the evaluation window of {cfg.eval_len} tokens"),
+        (not cfg.ttt_enabled or cfg.eval_stride > 0, "EVAL_STRIDE=0: TTT_ENABLED=1 scores in windows; give a stride"),
+        (not cfg.ttt_enabled or cfg.ttt_mode == "lora" or cfg.ttt_chunk_tokens >= cfg.eval_stride,
+         f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens}: must be at least EVAL_STRIDE={cfg.eval_stride}"),
+        (not cfg.ttt_enabled or cfg.ttt_freeze_blocks <= cfg.num_layers,
+         f"TTT_FREEZE_BLOCKS={cfg.ttt_freeze_blocks}: the model has {cfg.num_layers} blocks"),
+        (cfg.ttt_lora_rank <= cfg.model_dim or "ttt_lora_rank" not in cfg.explicit,
+         f"TTT_LORA_RANK={cfg.ttt_lora_rank}: must not exceed the width MODEL_DIM={cfg.model_dim}"),
+        (not cfg.export_enabled or not trains or not cfg.max_wallclock_seconds or
+         0 < cfg.export_seconds < cfg.max_wallclock_seconds,
+         f"EXPORT_MAX_SECONDS={cfg.export_max_seconds:g}: must be above 0 and below MAX_WALLCLOCK_SECONDS"),
+        (trains or cfg.model_path, "MODEL_PATH: TRAIN_ENABLED=0 needs the artifact to start from"),
+        (not trains or cfg.train_batch_tokens % cfg.train_seq_len == 0,
+         f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}"),
+        (not trains or seqs % ranks == 0, f"WORLD_SIZE={ranks}: must divide the {seqs} sequences of a step "
+         "(TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN); launch another number of ranks or change the batch"),
+        (not trains or seqs % ranks or not cfg.micro_batch_seqs or seqs // ranks % cfg.micro_batch_seqs == 0,
+         f"MICRO_BATCH_SEQS={cfg.micro_batch_seqs}: must divide the {seqs // ranks} sequences of a rank's step"),
+    ]
+    return [text for ok, text in rules if not ok]
+
+
+def help_text() -> str:
+    """All variables by stage: name, default (and the demo preset's where it differs), accepted values, meaning."""
+    lines = [__doc__.strip(), "", "Options: --help; --check [--step-ms MS] [--ranks N]: for N ranks at MS a step; "
+             "--inspect FILE: an artifact's contents"]
+    for f in VARIABLES:
+        demo = PRESETS["demo"].get(f.name)
+        default = str(int(f.default) if f.type is bool else f.default) + (f" (demo: {demo})" if demo else "")
+        lines += ["", f.metadata["stage"]] if f.metadata["stage"] else []
+        lines.append(f"  {f.name.upper():26} {default or 'empty'}; {f.metadata['accepts']}")
+        lines.append(f"  {'':28} {f.metadata['text']}")
+    return "\n".join(lines)
+
+
+def one_line(problem) -> str:
+    """A message without the line breaks that file names and variables may bring."""
+    return " ".join(str(problem).splitlines())
+
+
+def leave(code: int, silent: bool = False):
+    """End this rank. A silent one waits, since a launcher kills all ranks as soon as one has failed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    if silent:
+        time.sleep(3)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a closed pipe or a full disk, which the interpreter would stumble over again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(code)  # gloo's threads may outlive the interpreter and then abort the process
+    sys.exit(code)
+
+
+def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
+    """Configuration and options of this launch. Ends the process for --help (0) and for bad values (2)."""
+    parser = argparse.ArgumentParser(add_help=False, usage="[VARIABLE=VALUE ...] train_gpt.py [--help | --check | "
+                                     "--inspect FILE]")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--inspect", metavar="FILE")
+    parser.add_argument("--step-ms", type=float, default=106.0)
+    parser.add_argument("--ranks", type=int)
+    options = parser.parse_args(argv)
+    if options.help:
+        with contextlib.suppress(BrokenPipeError):
+            print(help_text())
+        leave(0)
+    odd = [f"{name}={os.environ[name]!r}: is the launcher's to set; unset it or launch with torchrun" for name in
+           ("RANK", "WORLD_SIZE", "LOCAL_RANK") if not re.fullmatch(r"[0-9]{1,6}", os.environ.get(name, "0"), re.A)]
+    if options.ranks is None:
+        options.ranks = 1 if odd else int(os.environ.get("WORLD_SIZE", "1"))
+    cfg, problems, warnings = load_config(os.environ, max(options.ranks, 1))
+    problems += odd + ["--ranks and --step-ms: must be above 0"] * (options.ranks < 1 or not options.step_ms > 0)
+    silent = os.environ.get("RANK", "0") != "0"
+    lines = [f"error: {one_line(p)}\n" for p in problems] + [f"warning: {one_line(w)}\n" for w in warnings]
+    sys.stderr.writelines([] if silent else lines)
+    if problems:
+        leave(2, silent)
+    return cfg, options
+
+
+if __name__ == "__main__":  # here, so that a typo is answered before the seconds that importing torch takes
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save yet, and no traceback
+    LAUNCH = read_launch(sys.argv[1:])
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a busy machine many times slower
+
+import numpy as np  # noqa: E402
+import sentencepiece  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import zstandard  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.distributed.rendezvous import rendezvous  # noqa: E402
+
+try:  # Hopper's FlashAttention-3, where someone has installed it
+    from flash_attn_interface import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+# ==== Process and log: this rank among the others, its device, the signals it gets, what it tells people ==============
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM, at a place where leaving loses nothing."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class PeerLost(Exception):
+    """An exchange with the other ranks failed, most likely because one is gone; that one says why."""
+
+
+class Signals:
+    """SIGINT and SIGTERM. The first raises Interrupted, or waits while it is held until what must be finished is
+    saved; a second one ends the process at once.
+
+    A thread listens, since a process that waits for another rank or for a kernel runs no handler of its own. Under
+    torchrun, which sends its own signal after the user's and kills after 30 s, signals within 2 s are one and the
+    process ends by itself before it is killed.
+    """
+
+    def __init__(self, listens: bool = False):
+        self.caught, self.held = 0, False
+        if listens:
+            reader, writer = os.pipe()
+            os.set_blocking(writer, False)
+            signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._handle)
+            threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+
+    def _handle(self, number: int, frame):
+        if not self.held:
+            raise Interrupted(number)
+
+    def _listen(self, reader: int):
+        launched, first = "TORCHELASTIC_RUN_ID" in os.environ, 0.0
+        while True:
+            number = os.read(reader, 1)[0]
+            if self.caught and not (launched and time.monotonic() - first < 2):
+                os._exit(128 + number)
+            if not self.caught:
+                self.caught, first = number, time.monotonic()
+                if self.held and os.environ.get("RANK", "0") == "0":
+                    sys.stderr.write(f"{signal.Signals(number).name}: finishing the step and saving; a second one "
+                                     "leaves at once\n")
+                if launched:
+                    end = threading.Timer(20.0, os._exit, (128 + number,))
+                    end.daemon = True
+                    end.start()
+
+    @contextlib.contextmanager
+    def hold(self):
+        """Within this a signal waits: it is looked for where there is something to save, or raised at the end."""
+        before, self.held = self.held, True
+        try:
+            yield
+        finally:
+            self.held = before
+        if self.caught and not before:
+            raise Interrupted(self.caught)
+
+
+def keep_freed_memory():
+    """Let glibc reuse large blocks: by default each activation is mapped, and zeroed by the kernel, page by page."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        for option, most in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, most)
+
+
+class Process:
+    """This rank, its device and the few ways it talks to the other ranks; with one rank nothing is sent.
+
+    Raises UserError when the machine has fewer GPUs than ranks, PeerLost when another rank is gone.
+    """
+
+    def __init__(self, compute_dtype: str = "auto", signals: Signals | None = None):
+        self.signals, self.lock = signals or Signals(), None
+        self.rank, self.world, local = (int(os.environ.get(n, d)) for n, d in
+                                        (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        self.main, self.cuda = self.rank == 0, torch.cuda.is_available()
+        if self.cuda and local >= torch.cuda.device_count():
+            raise UserError(f"local rank {local} has no GPU of its own, this machine shows "
+                            f"{torch.cuda.device_count()}; launch with --nproc_per_node at most that")
+        self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            with self._exchange():
+                store, *_ = next(rendezvous("env://", self.rank, self.world))
+                if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world):  # else restarts are not counted alike
+                    # torchrun keeps one store over restarts: without this a rank may meet a dead one's address
+                    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+                dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", store=store, rank=self.rank,
+                                        world_size=self.world)
+        if not self.cuda:
+            keep_freed_memory()
+        cpuinfo = Path("/proc/cpuinfo")
+        self.cpuinfo = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
+        self.compute_in(compute_dtype)
+
+    def compute_in(self, compute_dtype: str):
+        """Set COMPUTE_DTYPE."""
+        if compute_dtype == "auto":  # from features, never from a timing, so that a run is repeatable
+            bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if self.cuda else
+                    re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", self.cpuinfo))
+            compute_dtype = "bf16" if bf16 else "fp32"
+        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[compute_dtype]
+
+    @contextlib.contextmanager
+    def _exchange(self):
+        try:
+            yield
+        except RuntimeError as error:
+            raise PeerLost(str(error).strip().splitlines()[0]) from error
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over the ranks, in place."""
+        if self.world > 1:
+            with self._exchange():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def heard(self, seconds: float) -> tuple[float, int]:
+        """Rank 0's `seconds`, and the signal that any rank has caught, 0 for none; on every rank."""
+        both = torch.tensor((seconds if self.main else 0.0, self.signals.caught), dtype=torch.float64)
+        if self.world > 1:
+            with self._exchange():
+                dist.all_reduce(both, dist.ReduceOp.MAX)
+        return float(both[0]), int(both[1])
+
+    def agree(self, value):
+        """Rank 0's `value` on every rank, by way of the CPU so that no device is waited for."""
+        box = [value]
+        if self.world > 1:
+            with self._exchange():
+                dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        return box[0]
+
+    def together(self, action):
+        """Run `action` on every rank and return its result; what the user must mend on any rank is raised on all."""
+        result, message = None, None
+        try:
+            result = action()
+        except UserError as error:
+            message = str(error)
+        except OSError as error:
+            message = f"{error.filename or 'output'}: {error.strerror}; mend the path or its permissions"
+        if any(messages := self.gather(message)):
+            raise UserError(next(filter(None, messages)), shared=True)
+        return result
+
+    def gather(self, value) -> list:
+        """Each rank's `value`, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            with self._exchange():
+                dist.all_gather_object(values, value)
+        return values
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of memory of the device, and the most held so far (on a GPU by torch, on a CPU by the process)."""
+        if self.cuda:
+            return torch.cuda.get_device_properties(self.device).total_memory, torch.cuda.max_memory_allocated()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), peak
+
+    def hardware(self) -> dict:
+        """What this run runs on, for the log and the summary."""
+        cpu = re.search(r"model name\s*:\s*(.+)", self.cpuinfo)
+        name = cpu.group(1).strip() if cpu else platform.processor() or platform.machine()
+        return {"device": self.device.type, "name": torch.cuda.get_device_name() if self.cuda else name,
+                "world_size": self.world, "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(),
+                "memory_bytes": self.memory()[0]}
+
+
+class Log:
+    """Rank 0's voice: stdout, train.log and metrics.jsonl in `folder`. Other ranks are silent.
+
+    On a terminal progress is one live line, rewritten in place; elsewhere a plain line now and then. What a full or
+    broken disk does not take is kept and written later: no run ends for a line.
+    """
+
+    def __init__(self, process: Process, folder: Path):
+        self.main, self.folder, self.terminal, self._live_at = process.main, folder, sys.stdout.isatty(), 0.0
+        self._unwritten: dict[str, bytes] = {}
+
+    def __call__(self, text: str, console: bool = True, file: str = "train.log"):
+        """A line for people and for the field's log parsers."""
+        if not self.main:
+            return
+        if console:
+            self._print(("\r\033[K" if self.terminal else "") + text + "\n")
+        kept = self._unwritten.get(file, b"")
+        rest = kept + (text + "\n").encode("utf-8", "backslashreplace")
+        try:
+            with open(self.folder / file, "ab", buffering=0) as out:
+                while rest:
+                    rest = rest[out.write(rest) :]
+        except OSError as error:
+            if not kept:
+                self._print(f"warning: {self.folder / file}: {len(rest)} bytes cannot be written ({error.strerror}); "
+                            "the run goes on, make room and they are written with the next line\n")
+        self._unwritten[file] = rest
+
+    @staticmethod
+    def _print(text: str):
+        with contextlib.suppress(OSError):  # nor for a closed terminal
+            print(text, end="", flush=True)
+
+    def silent(self):
+        """The same log on a rank that says nothing."""
+        log = copy.copy(self)
+        log.main = False
+        return log
+
+    def metric(self, **values):
+        """A line of metrics.jsonl."""
+        self(json.dumps(values), console=False, file="metrics.jsonl")
+
+    def live(self, text: str, done: float, seconds: float, every: float = 15.0):
+        """Progress: the share `done` of the work after `seconds`, with the time left."""
+        now = time.monotonic()
+        if self.main and done > 0 and now - self._live_at >= (0.2 if self.terminal else every):
+            self._live_at = now
+            text += f": {done:4.0%}, {duration(seconds)} elapsed, {duration(seconds / done - seconds)} left"
+            width = shutil.get_terminal_size().columns - 1
+            self._print("\r\033[K" + text[:width] if self.terminal else text + "\n")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42s, 3m05s, 2h10m."""
+    s = round(seconds)
+    return f"{s}s" if s < 60 else f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+
+
+# ==== Checkpoints: what a run needs to go on where it stopped =========================================================
+
+
+def write_atomically(path: Path, data, size: int = 0):
+    """Write a file whole or not at all: bytes, or the `size` bytes that data(file) writes. Raises UserError naming the
+    path and the bytes needed."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            data(file) if callable(data) else file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: its {size or len(data)} bytes cannot be written ({error.strerror}); make room"
+                        ) from None
+
+
+def read_state(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The facts and tensors of a checkpoint. Raises UserError when it is not whole."""
+    try:
+        with np.load(path, allow_pickle=False) as file:  # zip: every array is read against its checksum
+            if sum(entry.file_size for entry in file.zip.infolist()) > path.stat().st_size:
+                raise ValueError("it claims more than it holds")
+            tensors = {name: torch.from_numpy(file[name]) for name in file.files}
+        facts = json.loads(bytes(tensors.pop("facts").numpy()))
+        check_settings(facts)
+        counts = [facts.get(name, 0) for name in ("step", "dropped", "seconds", "train_tokens")]
+        if any(isinstance(n, bool) or not 0 <= n <= 1e15 for n in counts) or counts[0] * 1.0 != int(counts[0]):
+            raise ValueError("its step or seconds cannot be")
+        if not parse(str, "name", facts["run_id"]):
+            raise ValueError("it does not say of which run")
+        return {**facts, "file": str(path)}, tensors
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a checkpoint or a run's folder") from None
+    except Exception as error:  # the library raises its own, zipfile's and zlib's errors on foreign bytes
+        raise UserError(f"{path}: not a whole checkpoint ({one_line(error) or 'empty'}); RESUME=1 takes the newest "
+                        "good one") from None
+
+
+def check_settings(facts: dict):
+    """ValueError, TypeError or KeyError where a file's settings are not what the variables would accept."""
+    settings, fields = facts["settings"], {f.name: f for f in VARIABLES}
+    for name in settings.keys() & fields.keys():
+        check_value(fields[name], settings[name])
+    if not set(facts["explicit"]) <= fields.keys() or not fields.keys() <= settings.keys():
+        raise ValueError("its settings are those of another script")
+
+
+def step_files(folder: Path) -> list[Path]:
+    """Checkpoints of training, oldest first."""
+    found = [p for p in folder.glob("step_*.npz") if re.fullmatch(r"step_\d+", p.stem, re.A)]
+    return sorted(found, key=lambda p: int(p.stem[5:]))
+
+
+class Checkpoints:
+    """A run's states in `folder`: .npz files (no pickle), each written whole or not at all by a background thread, so
+    that training waits for a copy in the device's memory only."""
+
+    def __init__(self, log: Log, keep: int, about: dict):
+        self.log, self.folder, self.keep, self.about = log, log.folder / "checkpoints", keep, about
+        self._pool, self._writing, self.newest, self.problem = ThreadPoolExecutor(1), None, "", ""
+
+    def save(self, name: str, tensors: dict[str, Tensor], facts: dict) -> bool:
+        """Begin to write a state; False if the one before is still being written."""
+        if self._writing and not self._writing.done():
+            return False
+        self.wait()
+        copies = {n: t.detach().clone() for n, t in tensors.items()}
+        side = next((torch.cuda.Stream(t.device) for t in copies.values() if t.is_cuda), None)
+        if side:  # on a stream of its own, so that training's does not wait for the way to the host
+            side.wait_stream(torch.cuda.current_stream())
+        self._writing = self._pool.submit(self._write, self.folder / name, copies, facts, side)
+        return True
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], facts: dict, side) -> Path:
+        with torch.cuda.stream(side) if side else contextlib.nullcontext():
+            arrays = {name: t.cpu().numpy() for name, t in tensors.items()}
+        if not all(np.isfinite(arrays[name]).all() for name in ("weights", "average") if name in arrays):
+            raise UserError(f"{path}: not written, its weights are not finite")
+        arrays["facts"] = np.frombuffer(json.dumps(self.about | facts).encode(), np.uint8)
+        size = sum(a.nbytes for a in arrays.values())
+        problems, places = [], [path, Path(tempfile.gettempdir(), f"{self.log.folder.name}_{path.name}")]
+        for place in places if facts.get("last") else places[:1]:  # all of the training: anywhere rather than nowhere
+            try:
+                write_atomically(place, lambda file: np.savez(file, **arrays), size)
+                break
+            except UserError as error:
+                problems.append(str(error))
+        else:
+            raise UserError("; ".join(problems))
+        for old in step_files(self.folder)[: -self.keep]:
+            old.unlink(missing_ok=True)
+        return place
+
+    def wait(self) -> str:
+        """Wait for the state being written. Its path, or nothing where it could not be written, which is said."""
+        writing, self._writing = self._writing, None
+        try:
+            if writing:
+                self.newest, self.problem = str(writing.result()), ""
+        except UserError as error:
+            self.problem = str(error)
+            self.log(f"warning: checkpoint {error}; the run goes on")
+        return "" if self.problem else self.newest
+
+    def remove(self, pattern: str):
+        """Delete what is not needed any more."""
+        with contextlib.suppress(OSError):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+            self.folder.rmdir()  # where nothing is left
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as named tensors."""
+    return {f"optimizer.{i}.{name}": value for i, state in optimizer.state_dict()["state"].items()
+            for name, value in state.items() if value is not None}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]):
+    """Put back what `optimizer_tensors` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            state.setdefault(int(name.split(".")[1]), {})[name.split(".")[2]] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# ==== Data: shards of tokens, the bytes that each target stands for, batches ==========================================
+
+BOS_ID = 1  # opens every document
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+
+
+def find_path(value: str) -> Path:
+    """`value`; the defaults are also sought above the script, so that a copy in a records folder finds the data."""
+    above = SCRIPT.parents if value in (DEFAULT_DATA, DEFAULT_TOKENIZER) else ()
+    return next((p for p in (Path(value), *(folder / value for folder in above)) if p.exists()), Path(value))
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Memory-map a shard's tokens (uint16). Raises UserError naming the file when it is not a whole shard."""
+    try:
+        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend its permissions or fetch it again") from None
+    if header.size < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path}: not a token shard, its header does not begin {SHARD_MAGIC}, {SHARD_VERSION}; make "
+                        "shards with data/prepare.py")
+    count = int(header[2])
+    if count <= 0 or size != HEADER_BYTES + 2 * count:
+        raise UserError(f"{path}: its header promises {count} tokens in {HEADER_BYTES + 2 * max(count, 0)} bytes, the "
+                        f"file has {size}; fetch or make it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+class Tokens:
+    """The shards of one split in order of name, read as one long array of tokens.
+
+    Raises UserError for missing or broken shards and for ids at or above `vocab_size`: at once in up to 2^28
+    tokens, beyond that in each shard's first million and then as `read` meets them.
+    """
+
+    def __init__(self, folder: Path, split: str, vocab_size: int):
+        self.paths, self.vocab_size = sorted(folder.glob(f"fineweb_{split}_*.bin")), vocab_size
+        if not self.paths:
+            raise UserError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; run ./run.sh data, make shards with "
+                            "data/prepare.py, or set DATA_PATH")
+        self.shards = [open_shard(p) for p in self.paths]
+        self.ends = np.cumsum([len(s) for s in self.shards])
+        for index, shard in enumerate(self.shards):
+            for begin in range(0, len(shard) if len(self) <= 2**28 else min(len(shard), 2**20), 2**24):
+                self._check(index, shard[begin : begin + 2**24])
+
+    def _check(self, index: int, tokens: np.ndarray):
+        if int(tokens.max()) >= self.vocab_size:
+            raise UserError(f"{self.paths[index]}: holds token id {int(tokens.max())}, beyond VOCAB_SIZE="
+                            f"{self.vocab_size}; the data and the tokenizer do not belong together")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, begin: int, count: int) -> np.ndarray:
+        """`count` tokens from position `begin`, starting over at the end of the last shard. uint16 [count]"""
+        parts, begin = [], begin % len(self)
+        while count:
+            index = int(np.searchsorted(self.ends, begin, side="right"))
+            offset = begin - int(self.ends[index] - len(self.shards[index]))
+            part = self.shards[index][offset : offset + count]
+            self._check(index, part)
+            parts.append(part)
+            count, begin = count - len(part), (begin + len(part)) % len(self)
+        return np.concatenate(parts)
+
+
+class Tokenizer:
+    """The SentencePiece model, known here only by what each id adds to the byte count.
+
+    `piece_bytes[id]`: UTF-8 length of the piece without its leading word mark, 1 for a byte piece, 0 for control,
+    unknown and unused ids; `spaced[id]`: the piece opens a word; `boundary[id]`: control, unknown or unused, after
+    which no space is counted. Raises UserError for a file of another kind or size.
+    """
+
+    def __init__(self, path: Path, vocab_size: int):
+        if not path.is_file():
+            raise UserError(f"TOKENIZER_PATH={path}: no such file; run ./run.sh data or set TOKENIZER_PATH")
+        try:
+            sp = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            size = sp.vocab_size()
+        except Exception:  # the library raises RuntimeError, TypeError and others on foreign bytes
+            size = 0
+        if size == 0:
+            raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model; give the .model file of the data")
+        if size != vocab_size:
+            raise UserError(f"VOCAB_SIZE={vocab_size}: the tokenizer {path} has {size}; set VOCAB_SIZE={size}")
+        if sp.bos_id() != BOS_ID:
+            raise UserError(f"TOKENIZER_PATH={path}: its BOS id is {sp.bos_id()} where shards need {BOS_ID}; make data "
+                            "and tokenizer with data/prepare.py")
+        self.sp, pieces = sp, [sp.id_to_piece(i) for i in range(size)]
+        if odd := [p for p in pieces if "\u2581" in p[1:]]:
+            raise UserError(f"TOKENIZER_PATH={path}: its piece {odd[0]!r} marks a space past its start, which the "
+                            "canonical byte count does not know; train a tokenizer with data/prepare.py")
+        self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)])
+        self.spaced = np.array([p.startswith("\u2581") for p in pieces]) & ~self.boundary
+        self.piece_bytes = np.array([0 if self.boundary[i] else 1 if sp.is_byte(i) else
+                                     len(p.removeprefix("\u2581").encode()) for i, p in enumerate(pieces)])
+
+    def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
+        """Canonical bytes of each target: of token i+1 after token i. int64 [len(tokens) - 1]"""
+        previous, target = tokens[:-1], tokens[1:]
+        return self.piece_bytes[target] + (self.spaced[target] & ~self.boundary[previous])
+
+
+class Stream:
+    """A stream to score: `tokens` int32 [n+1] on the device, the canonical bytes of its n targets and their sum."""
+
+    def __init__(self, ids: np.ndarray, tokenizer: Tokenizer, device: torch.device, complete: bool = False):
+        counted, self.complete = tokenizer.target_bytes(ids), complete
+        self.targets, self.bytes = len(counted), int(counted.sum())
+        self.tokens, self.target_bytes = (torch.from_numpy(a.astype(np.int32)).to(device) for a in (ids, counted))
+
+
+def open_stream(tokens: Tokens, tokenizer: Tokenizer, limit: int, device: torch.device) -> Stream:
+    """The first `limit` targets of a split, 0 for all. Raises UserError when nothing in it can be scored."""
+    complete = limit == 0 or limit >= len(tokens) - 1
+    ids = tokens.read(0, len(tokens) if complete else limit + 1)
+    stream = Stream(ids, tokenizer, device, complete) if len(ids) else None
+    if stream is None or stream.targets < 1 or stream.bytes == 0:
+        raise UserError(f"{tokens.paths[0]}: validation needs at least 2 tokens and a byte of text to score, this "
+                        f"split has {len(ids)} tokens and {stream.bytes if stream else 0} bytes; give a longer one")
+    return stream
+
+
+class Loader:
+    """Training batches, prepared by a background thread and handed out in order.
+
+    The global batches depend on the data alone (and on SEED when shuffled): sequence g of the run starts at token
+    g * seq_len of the endless repetition of the split, so each token is a target once an epoch; shuffling permutes
+    the sequences within an epoch. A rank takes its contiguous share of a batch.
+    """
+
+    def __init__(self, cfg: Config, tokens: Tokens, process: Process, first: int = 0):
+        self.cfg, self.tokens, self.process, self.seq_len = cfg, tokens, process, cfg.train_seq_len
+        self.batch_seqs, self.epoch_seqs = cfg.train_batch_tokens // self.seq_len, max(len(tokens) // self.seq_len, 1)
+        self._epoch, self._order = -1, np.empty(0)
+        self._pool, self._steps = ThreadPoolExecutor(1), itertools.count(first)
+        self._ahead = collections.deque(self._pool.submit(self.batch, next(self._steps)) for _ in range(2))
+
+    def start_of(self, g: int) -> int:
+        """Position of the first input token of sequence `g` of the run."""
+        if self.cfg.shuffle:
+            epoch, i = divmod(g, self.epoch_seqs)
+            if epoch != self._epoch:
+                self._order = np.random.default_rng((self.cfg.seed, epoch)).permutation(self.epoch_seqs)
+                self._epoch = epoch
+            g = epoch * self.epoch_seqs + int(self._order[i])
+        return g * self.seq_len
+
+    def batch(self, step: int) -> Tensor:
+        """This rank's tokens of one step: int32 [sequences, seq_len + 1], inputs and targets overlapping."""
+        share = self.batch_seqs // self.process.world
+        first = step * self.batch_seqs + self.process.rank * share
+        rows = [self.tokens.read(self.start_of(g), self.seq_len + 1) for g in range(first, first + share)]
+        batch = torch.from_numpy(np.stack(rows).astype(np.int32))
+        return batch.pin_memory() if self.process.cuda else batch
+
+    def next(self) -> Tensor:
+        """The next step's tokens of this rank, on the device: int32 [sequences, seq_len + 1]."""
+        self._ahead.append(self._pool.submit(self.batch, next(self._steps)))
+        return self._ahead.popleft().result().to(self.process.device, non_blocking=True)
+
+
+# ==== Model: one forward pass for loss and logits =====================================================================
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, without a weight. https://arxiv.org/abs/1910.07467"""
+    if x.is_cuda:
+        return F.rms_norm(x, (x.size(-1),))
+    return x * (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()  # on a CPU thrice as fast
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, kept in fp32 and used in the input's type; with low-rank factors to add for each row of
+    the batch, (down [B, r, n_in], up [B, n_out, r]) of its type, where test-time training has set them. `gain`, a
+    number or [n_out, 1], multiplies the output: by way of the matrix, which is far smaller than inputs or outputs."""
+
+    adapter = None
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        y = F.linear(x, (self.weight * gain).to(x.dtype))
+        if self.adapter is not None:
+            down, up = self.adapter
+            up = (up * gain).to(x.dtype)
+            y.baddbmm_(x @ down.mT, up.mT)  # in place: a fresh output of this size costs more than the product
+        return y
+
+
+def rope_tables(length: int, dims: int, base: float, like: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, 1, dims/2] of rotary embeddings (https://arxiv.org/abs/2104.09864); beyond 1024
+    tokens the base grows with the window (NTK-aware scaling), which is `length` unless given."""
+    if max(length, window) > 1024 and dims > 2:
+        base = base * (max(length, window) / 1024) ** (dims / (dims - 2))
+    speed = base ** (-torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / dims)
+    angle = torch.outer(torch.arange(length, device=like.device, dtype=torch.float32), speed)[:, None, :]
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + dims/2) of the first dims of each head of x [B, T, H, D] by minus their angle."""
+    half = cos.size(-1)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention, scale 1/sqrt(D). q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]"""
+    if flash_attn_func is not None and q.is_cuda and q.dtype == torch.bfloat16:
+        return flash_attn_func(q, k, v, causal=True)
+    if not q.is_cuda and q.dtype == torch.bfloat16:
+        return attend_in_blocks(q, k, v)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` as plain products of blocks of queries with all keys before them: in bf16 on a CPU twice as fast as
+    PyTorch's fused kernel, forward and backward, though scores are rounded. Heads that share keys are rows of one
+    product."""
+    (b, t, h, d), group, block = q.shape, q.size(2) // k.size(2), 64 * -(-q.size(1) // 512)
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -t % block)) for x in (q * d**-0.5, k, v))
+    q = q.view(b, q.size(1), -1, group, d).transpose(1, 2).reshape(b * k.size(2), -1, d)  # [B H_kv, T group, D]
+    k, v = k.permute(0, 2, 3, 1).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)  # [B H_kv, D, T], [B H_kv, T, D]
+    later = torch.full((block, block), -math.inf, dtype=q.dtype).triu_(1).repeat_interleave(group, 0)
+    done = []
+    for i, rows in enumerate(q.split(block * group, dim=1)):
+        scores = torch.baddbmm(F.pad(later, (i * block, 0)), rows, k[:, :, : (i + 1) * block])
+        done.append(scores.softmax(-1) @ v[:, : (i + 1) * block])
+    return torch.cat(done, 1).view(b, h // group, -1, group, d).transpose(1, 2).reshape(b, -1, h, d)[:, :t]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised q and k, partial RoPE and a learned gain a head. [B, T, C]"""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.model_dim // cfg.num_heads
+        self.q = Linear(cfg.model_dim, cfg.model_dim)
+        self.k, self.v = (Linear(cfg.model_dim, self.kv_heads * self.head_dim) for _ in "kv")
+        self.proj = Linear(cfg.model_dim, cfg.model_dim)
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gain_in: float, gain_out: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C], causal; queries and keys are normalised, then turned by RoPE."""
+        b, t, c = x.shape
+        q = norm(self.q(x, gain_in).view(b, t, self.heads, self.head_dim))
+        k, v = (matrix(x, gain_in).view(b, t, self.kv_heads, self.head_dim) for matrix in (self.k, self.v))
+        y = attend(rotate(q, cos, sin) * self.q_gain.to(x.dtype)[:, None], rotate(norm(k), cos, sin), v)
+        if self.exclusive:  # XSA: take out what the token's own value says
+            own, y = v[:, :, :, None], y.view(b, t, self.kv_heads, -1, self.head_dim)  # [B, T, H_kv, 1, D]
+            share = (y * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp(min=1e-24)
+            y = torch.addcmul(y, share, own, value=-1)
+        return self.proj(y.view(b, t, c), gain_out)
+
+
+class MLP(nn.Module):
+    """Two matrices around a squared ReLU (https://arxiv.org/abs/2109.08668). [B, T, C]"""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.fc, self.proj = Linear(cfg.model_dim, cfg.mlp_dim), Linear(cfg.mlp_dim, cfg.model_dim)
+
+    def forward(self, x: Tensor, gain_in: float, gain_out: Tensor) -> Tensor:
+        return self.proj(F.relu(self.fc(x, gain_in)).square(), gain_out)
+
+
+class Block(nn.Module):
+    """Residual mix with the model's input x0, attention, MLP. [B, T, C]"""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.attn, self.mlp = Attention(cfg, layer), MLP(cfg)
+        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(cfg.model_dim)) for _ in range(2))
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
+        self.input_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
+
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        mix = self.resid_mix.to(x.dtype)
+        x = torch.addcmul(mix[0] * x, mix[1], x0)
+        x = x + self.attn(norm(x), cos, sin, self.input_scale, self.attn_scale[:, None])
+        return x + self.mlp(norm(x), self.input_scale, self.mlp_scale[:, None])
+
+
+def shift(x: Tensor, keep: Tensor) -> Tensor:
+    """Each position's predecessor: x[:, i-1] at i, zero at the start and where `keep` [B, T, 1] is zero."""
+    return F.pad(x[:, :-1], (0, 0, 1, 0)) * keep
+
+
+class Bigram(nn.Module):
+    """Embedding of the hashed pair (previous token, token); zero when training starts. ids [B, T] -> [B, T, C]"""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.buckets = cfg.bigram_vocab_size
+        self.embed = nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
+        self.proj = Linear(cfg.bigram_dim, cfg.model_dim) if cfg.bigram_dim != cfg.model_dim else nn.Identity()
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def hash(self, ids: Tensor, starts: Tensor) -> Tensor:
+        """Bucket of each position, int32; the last bucket is for first positions and where `starts` is true."""
+        t, last = ids.to(torch.int32), self.buckets - 1
+        pair = torch.bitwise_xor(36313 * t, 27191 * F.pad(t[:, :-1], (1, 0))) % last
+        return torch.where(starts | (torch.arange(t.size(1), device=t.device) == 0), last, pair)
+
+    def forward(self, ids: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.proj(self.embed(self.hash(ids, starts)).to(dtype)) * self.scale.to(dtype)
+
+
+class Sidecar(nn.Module):
+    """One gated causal convolution shared by several layers ("sites"), each with its own gate bias. [B, T, C]"""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        hidden = cfg.sparse_hidden_dim
+        self.gate, self.value = Linear(cfg.model_dim, hidden), Linear(cfg.model_dim, hidden)
+        self.kernel = nn.Parameter(torch.empty(hidden, 3).uniform_(-(3**-0.5), 3**-0.5))
+        self.proj = Linear(hidden, cfg.model_dim)
+        self.site = nn.Parameter(torch.zeros(len(cfg.sparse_sites), hidden))
+
+    def forward(self, x: Tensor, site: int, keep: Tensor, gain: Tensor) -> Tensor:
+        gate = F.silu(self.gate(x) + self.site[site].to(x.dtype))
+        v, w = self.value(x), self.kernel.to(x.dtype)
+        before = shift(v, keep)
+        mixed = torch.addcmul(torch.addcmul(w[:, 2] * v, w[:, 1], before), w[:, 0], shift(before, keep))
+        return self.proj(gate * mixed, gain)
+
+
+class GPT(nn.Module):
+    """The whole model. Weights are fp32; activations are of type `dtype`."""
+
+    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.cfg, self.dtype, self.skips = cfg, dtype, cfg.num_layers // 2
+        self.watch_output = None  # set by `calibrate`, which hooks the other layers
+        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
+        self.bigram = Bigram(cfg) if cfg.bigram_vocab_size else None
+        self.smear = nn.Parameter(torch.zeros(cfg.model_dim))
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
+        self.skip_weights = nn.Parameter(torch.ones(self.skips, cfg.model_dim))
+        if cfg.sparse_sites:
+            self.sidecar = Sidecar(cfg)
+            self.sidecar_scale = nn.Parameter(torch.zeros(len(cfg.sparse_sites), cfg.model_dim))
+        self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self):
+        """Zero output projections, so that a block starts as the identity; other large matrices orthogonal."""
+        if self.cfg.tie_embeddings:
+            nn.init.normal_(self.tok_emb.weight, std=self.cfg.tied_embed_init_std)
+        if self.bigram is not None:
+            nn.init.zeros_(self.bigram.embed.weight)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                if name == "lm_head" or re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.proj", name):
+                    nn.init.zeros_(module.weight)
+                elif min(module.weight.shape) >= 64:
+                    nn.init.orthogonal_(module.weight)
+                    if name.endswith(".proj"):  # muP-style: outputs into the residual stream shrink with depth
+                        module.weight.mul_(1 / math.sqrt(2 * self.cfg.num_layers))
+
+    def role(self, name: str) -> str:
+        """How a parameter is trained: matrix (Muon), embed, head or vector (AdamW)."""
+        if name in ("tok_emb.weight", "bigram.embed.weight"):
+            return "embed"
+        if name == "lm_head.weight":
+            return "head"
+        return "matrix" if name.endswith(".weight") or name == "sidecar.site" else "vector"
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, rows: Tensor | None = None,
+                window: int = 0) -> Tensor:
+        """ids int [B, T] -> fp32 nats of `targets` [B, S], or without targets fp32 logits [B, S, V].
+
+        `rows` int64 [B, S] picks the positions that go through the output layer; without it all T do. `window`: the
+        length that RoPE is scaled for, where ids are a shorter piece.
+        """
+        cfg, starts = self.cfg, (ids == BOS_ID) & self.cfg.bos_mask
+        keep = (~starts)[:, :, None].to(self.dtype)
+        x = self.tok_emb(ids).to(self.dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(ids, starts, self.dtype)
+        x, g = norm(x), torch.sigmoid(self.smear.to(x.dtype))
+        x = x0 = (1 - g) * x + g * shift(x, keep)  # SmearGate
+        cos, sin = rope_tables(ids.size(1), cfg.rope_dims or cfg.model_dim // cfg.num_heads, cfg.rope_base, x,
+                               window)
+        stack = []  # U-Net: the first half of the layers hands its outputs to the second, last to first
+        for i, block in enumerate(self.blocks):
+            if i >= self.skips and stack:
+                x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
+            x = block(x, x0, cos, sin)
+            if i in cfg.sparse_sites:
+                site = cfg.sparse_sites.index(i)
+                x = x + self.sidecar(norm(x), site, keep, self.sidecar_scale[site][:, None])
+            if i < self.skips:
+                stack.append(x)
+        if rows is not None:
+            x = x.gather(1, rows[:, :, None].expand(-1, -1, x.size(-1)))
+        name, head = ("tok_emb.weight", self.tok_emb) if self.lm_head is None else ("lm_head.weight", self.lm_head)
+        logits = F.linear(x := norm(x), head.weight.to(x.dtype))
+        if self.watch_output is not None:
+            self.watch_output(name, logits, x)
+        logits = (cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap)).float()
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none").view(targets.shape)
+
+
+def activation_bytes(cfg: Config) -> int:
+    """Estimated bytes that a token keeps for the backward pass: 2 x (16 C + 2 H) a layer and 10 V for its logits."""
+    return 2 * cfg.num_layers * (16 * cfg.model_dim + 2 * cfg.mlp_dim) + 10 * cfg.vocab_size
+
+
+def tokens_per_pass(cfg: Config, process: Process, training: bool) -> int:
+    """Tokens that one forward pass of a rank should hold: activations may take half of the device's memory, and
+    evaluation, which keeps none, takes four times as many. On a CPU more than a few thousand only leave the caches."""
+    room = process.memory()[0] // 2 // activation_bytes(cfg) * (1 if training else 4)
+    return room if process.cuda else min(room, 4096 if training else 8192)
+
+
+def compiled(model: GPT, cfg: Config, process: Process):
+    """The model's forward pass, compiled without graph breaks where that is wanted."""
+    torch._dynamo.config.cache_size_limit = 64  # one entry each for training, scoring, and their last batches
+    wanted = process.cuda if cfg.use_compile == "auto" else cfg.use_compile == "1"
+    return torch.compile(model, dynamic=False, fullgraph=True) if wanted else model
+
+
+# ==== Optimizers: one flat vector of weights, Muon for matrices, AdamW for the rest, EMA ==============================
+
+
+class FlatWeights:
+    """All weights as views of one fp32 vector, and all gradients of another.
+
+    Matrices come first, those of one shape side by side: Muon's batch, the reduction over ranks, clipping and the
+    EMA are then each one operation on a view. `buffer` has one more element than `grads`, the loss, which so travels
+    with them. `spans` lists (role, shape, first element, number of tensors).
+    """
+
+    def __init__(self, model: GPT, device: torch.device):
+        order = {"matrix": 0, "embed": 1, "head": 2, "vector": 3}  # the smallest last, so that views stay aligned
+        named = sorted(model.named_parameters(), key=lambda item: (
+            order[model.role(item[0])], -item[1].numel(), tuple(item[1].shape)))
+        total = sum(p.numel() for _, p in named)
+        self.weights, self.buffer = torch.empty(total, device=device), torch.zeros(total + 1, device=device)
+        self.grads, self.loss = self.buffer[:total], self.buffer[total]
+        self.spans: list[tuple[str, torch.Size, int, int]] = []
+        begin = 0
+        for (role, shape), group in itertools.groupby(named, lambda item: (model.role(item[0]), item[1].shape)):
+            params = [p for _, p in group]
+            self.spans.append((role, shape, begin, len(params)))
+            for p in params:
+                part = slice(begin, begin := begin + p.numel())
+                self.weights[part].copy_(p.data.flatten())
+                p.data, p.grad = self.weights[part].view(shape), self.grads[part].view(shape)
+
+    def extent(self, role: str) -> slice:
+        """Where the weights of a role lie."""
+        ends = [(begin, begin + n * shape.numel()) for r, shape, begin, n in self.spans if r == role]
+        return slice(ends[0][0], ends[-1][1]) if ends else slice(0, 0)
+
+    def gather_gradients(self, forward, tokens: Tensor, size: int, total: int, process: Process):
+        """Gradients and mean loss of a step of `total` sequences, of which this rank has tokens [n, seq_len + 1],
+        taken `size` at a time; summed over the ranks."""
+        self.buffer.zero_()
+        for part in tokens.split(size) if len(tokens) else ():
+            loss = forward(part[:, :-1], part[:, 1:]).mean() * (len(part) / total)
+            loss.backward()
+            self.loss.add_(loss.detach())
+        process.sum_(self.buffer)
+
+    def clip_(self, limit: float) -> Tensor:
+        """Scale the gradients down to a global norm of `limit`, 0 is off, without waiting for the device. Returns
+        whether they and the loss are finite; where not, the gradients are 0."""
+        norm = torch.linalg.vector_norm(self.grads)
+        if limit > 0:
+            self.grads.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+        finite = torch.isfinite(norm + self.loss)
+        self.grads.masked_fill_(~finite, 0.0)
+        return finite
+
+
+def newton_schulz(g: Tensor, steps: int) -> Tensor:
+    """Push the singular values of each matrix of g [n, rows, cols] towards 1 by a quintic iteration; they land
+    within about 0.7 to 1.2. (Muon, https://kellerjordan.github.io/posts/muon/)"""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.mT if g.size(-2) > g.size(-1) else g
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        s = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
+    return x.mT if g.size(-2) > g.size(-1) else x
+
+
+class Optimizers:
+    """Muon for matrices and AdamW for the rest, over the flat weights, and the weights' moving average.
+
+    Muon takes the matrices of one shape as one batch, of which each rank treats its share and holds the momentum;
+    the sum over ranks gives everyone the whole update. A step whose loss or gradient is not finite changes nothing;
+    `bad` counts how many there were in a row, on the device so that nobody waits.
+    """
+
+    def __init__(self, cfg: Config, flat: FlatWeights, process: Process):
+        self.cfg, self.flat, self.process = cfg, flat, process
+        compiles = process.cuda and cfg.use_compile != "0"
+        self.orthogonalise = torch.compile(newton_schulz, dynamic=False) if compiles else newton_schulz
+        self.average = flat.weights.clone() if cfg.ema_enabled else None
+        self.update = torch.zeros(flat.extent("matrix").stop, device=process.device, dtype=process.dtype)
+        self.reset()
+
+    def reset(self):
+        """Fresh state, as before the first step."""
+        cfg, flat, (rank, world) = self.cfg, self.flat, (self.process.rank, self.process.world)
+        self.momentum = torch.zeros_like(flat.weights[: len(self.update)])  # 0 in the shares of other ranks
+        self.bad, self.parts, self.shares = torch.zeros((), dtype=torch.int32, device=self.momentum.device), [], []
+        for role, shape, begin, n in flat.spans:  # shares: gradient, momentum, update, each [n, rows, cols]
+            low, high = n * rank // world, n * (rank + 1) // world
+            if role == "matrix" and low < high:
+                part = slice(begin + low * shape.numel(), begin + high * shape.numel())
+                self.parts.append(part)
+                self.shares.append([t[part].view(high - low, *shape) for t in (flat.grads, self.momentum, self.update)])
+        embed_lr, groups = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr, []
+        for role, lr, decay in (("embed", embed_lr, cfg.adam_wd), ("head", cfg.head_lr, 0.0),
+                                ("vector", cfg.scalar_lr, cfg.adam_wd)):
+            weights = nn.Parameter(flat.weights[flat.extent(role)])
+            weights.grad = flat.grads[flat.extent(role)]
+            groups += [{"params": [weights], "lr": lr, "base_lr": lr, "weight_decay": decay}] if len(weights) else []
+        self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+
+    @torch.no_grad()
+    def step(self, step: int, factor: float):
+        """Update all weights at `factor` times their rates; `step` counts from 0 and sets Muon's momentum."""
+        cfg = self.cfg
+        warm = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+        momentum = (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
+        finite = self.flat.clip_(cfg.grad_clip_norm)
+        self.bad = torch.where(finite, 0, self.bad + 1)
+        self.update.zero_()
+        for grad, buffer, update in self.shares:
+            buffer.mul_(torch.where(finite, momentum, 1.0)).add_(grad)
+            nesterov = grad.add(buffer, alpha=momentum).to(update.dtype)
+            stretch = max(1.0, grad.size(1) / grad.size(2)) ** 0.5
+            update.copy_(self.orthogonalise(nesterov, cfg.muon_backend_steps) * stretch)
+        self.process.sum_(self.update)
+        rate = torch.where(finite, cfg.matrix_lr * factor, 0.0)
+        matrices = self.flat.weights[: len(self.update)]
+        matrices.mul_(1 - rate * cfg.muon_wd).addcmul_(self.update, rate, value=-1)
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.adam.found_inf = (~finite).float()  # where 1, the fused kernel leaves everything as it is
+        self.adam.step()
+
+    @torch.no_grad()
+    def track_average(self):
+        if self.average is not None:
+            self.average.lerp_(self.flat.weights, torch.where(self.bad > 0, 0.0, 1 - self.cfg.ema_decay))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on, whole on every rank."""
+        bits = self.process.sum_(self.momentum.view(torch.int32).clone())  # as integers, so that each bit survives
+        average = {} if self.average is None else {"average": self.average}
+        return {"weights": self.flat.weights, "momentum": bits.view(torch.float32), **average,
+                **optimizer_tensors(self.adam)}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]):
+        """Put back what `tensors` gave, on any number of ranks."""
+        self.flat.weights.copy_(tensors["weights"])
+        for part in self.parts:
+            self.momentum[part].copy_(tensors["momentum"][part])
+        if self.average is not None:
+            self.average.copy_(tensors.get("average", tensors["weights"]))
+        restore_optimizer(self.adam, tensors)
+
+    @torch.no_grad()
+    def apply_average(self):
+        if self.average is not None:
+            self.flat.weights.copy_(self.average)
+
+
+# ==== Export: values rounded where it costs least, coded by their spread, in one file that rebuilds the model =========
+#   bytes 0-7    magic "GPT16MB" and format version 2
+#   bytes 8-11   length of the compressed header, little-endian
+#   then         zstd(header): JSON {"config": {...}, "coder": "rans" or "zstd", "sides": compressed bytes of the next
+#                part, "tensors": [[name, shape, kind, bits, offset], ...]}; offset: a tensor's first element in the
+#                stream of its kind (fp32, fp16, or the int8 values of kinds rows and grid)
+#   then         zstd(sides), as the bytes, lowest first, of: fp32 tensors; fp16 tensors, the fp16 steps a row of
+#                kind rows, rANS frequencies [CLASSES, 256]; then, as int8, log steps of rows and columns of kind
+#                grid, log spreads of rows and columns of all values
+#   then         the values, as rANS words or as a zstd frame of int8
+#   last 32      sha256 of everything before
+
+BALANCED_STEP = 0.0025  # what QUANT_BITS mean to "balanced": 6 for a matrix and 8 for an embedding cost alike
+ARTIFACT_NAME, FLOAT_NAME, ARTIFACT_MAGIC = "final_model.int6.ptz", "final_model.float.ptz", b"GPT16MB\x02"
+FILE_MOST, HEADER_MOST = 1 << 31, 1 << 20  # bytes of a file and of a header
+CLASSES, PRECISION = 64, 14  # rANS tables, and the bits of their frequencies
+GROUPS = ("bigram", "sidecar", "attn", "mlp", "embed")  # what has bits of its own: QUANT_BITS_<group>
+
+
+@dataclass
+class Stored:
+    """A tensor as the file holds it: numbers (fp32, fp16) or int8 values with their steps: an fp16 a row (rows), or
+    2**(k/8) of an int8 k a row and a column (grid)."""
+
+    kind: str
+    bits: float
+    values: np.ndarray
+    rows: np.ndarray | None = None
+    cols: np.ndarray | None = None
+
+    def tensor(self) -> Tensor:
+        """The fp32 values that the model computes with."""
+        roots, values = np.array([2 ** (i / 8) for i in range(8)], np.float32), self.values.astype(np.float32)
+        if self.kind == "grid":  # exact everywhere: a rounded root and a shift of the exponent
+            for steps, shape in ((self.rows, (-1, 1)), (self.cols, (1, -1))):
+                values *= np.ldexp(roots[steps & 7], steps >> 3).reshape(shape)
+        elif self.kind == "rows":
+            values *= self.rows.astype(np.float32)[:, None]
+        return torch.from_numpy(values)
+
+
+def spreads(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log spreads of rows and columns of int8 values, in quarter octaves: their sum says how far a value tends to be
+    from 0, and so which table codes it. int8 [rows], [cols]"""
+    squares = np.square(values, dtype=np.float32)
+    rows, cols = np.ones(len(values), np.float32), np.ones(values.shape[1], np.float32)
+    for _ in range(3):
+        rows = (squares @ (1 / cols)) / len(cols) + np.float32(0.02)
+        cols = (1 / rows) @ squares / len(rows) + np.float32(0.02)
+    return tuple(np.rint(2 * np.log2(s.astype(np.float64))).astype(np.int8) for s in (rows, cols))
+
+
+def classes(rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """The table of each value, from the log spreads. uint8 [rows * cols]"""
+    return np.clip(rows.astype(np.int16)[:, None] + cols + 16, 0, CLASSES - 1).astype(np.uint8).ravel()
+
+
+def frequencies(counts: np.ndarray) -> np.ndarray:
+    """Counts [CLASSES, 256] as uint16 frequencies: 2**PRECISION in sum a table, at least 1 where any are."""
+    result = np.zeros(counts.shape, np.int64)
+    for row, count in zip(result, counts, strict=True):
+        if total := count.sum():
+            row[:] = np.where(count, np.maximum((count << PRECISION) // total, 1), 0)
+            row[count.argmax()] += (1 << PRECISION) - row.sum()  # never below 1: at most 255 others were raised to 1
+    return result.astype(np.uint16)
+
+
+def rans_lanes(count: int) -> int:
+    return max(min(count, max(count // 4096, 32)), 1)
+
+
+def rans_encode(symbols: np.ndarray, table_of: np.ndarray, tables: np.ndarray) -> bytes:
+    """uint8 symbols, each under its table of `tables` [CLASSES, 256], as uint16 words. Many interleaved states, one a
+    lane, make each step a numpy operation. (ANS, https://arxiv.org/abs/1311.2540)"""
+    n, lanes = len(symbols), rans_lanes(len(symbols))
+    share, start = tables.astype(np.uint64).ravel(), (np.cumsum(tables, 1) - tables).astype(np.uint64).ravel()
+    states, words, shift, half = np.full(lanes, 1 << 16, np.uint64), [], np.uint64(PRECISION), np.uint64(16)
+    for begin in range((n - 1) // lanes * lanes, -1, -lanes):  # last symbol first: what comes out is read backwards
+        part = slice(begin, min(begin + lanes, n))
+        index = table_of[part].astype(np.int32) * 256 + symbols[part]
+        f, x = share[index], states[: part.stop - begin]
+        full = x >= f << np.uint64(32 - PRECISION)
+        words.append(x[full].astype("<u2"))
+        x[full] >>= half
+        quotient, rest = np.divmod(x, f)
+        x[:] = (quotient << shift) + rest + start[index]
+    words += [(states >> half).astype("<u2"), states.astype("<u2")]
+    return np.concatenate(words[::-1]).tobytes()
+
+
+def rans_decode(data: bytes, table_of: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """The symbols of `rans_encode`, uint8 [len(table_of)]. Raises ValueError for data that it cannot have written."""
+    n, lanes, mask = len(table_of), rans_lanes(len(table_of)), np.uint32((1 << PRECISION) - 1)
+    words, sums = np.frombuffer(data, "<u2"), tables.astype(np.int64).sum(1)
+    used = np.bincount(table_of, minlength=CLASSES) > 0
+    if not np.isin(sums, (0, 1 << PRECISION)).all() or not sums[used].all() or len(words) < 2 * lanes:
+        raise ValueError("tables that do not code the values")
+    share, start = tables.astype(np.uint32).ravel(), (np.cumsum(tables, 1) - tables).astype(np.uint32).ravel()
+    lookup = np.zeros((CLASSES, 1 << PRECISION), np.uint8)
+    lookup[sums > 0] = [np.repeat(np.arange(256, dtype=np.uint8), row) for row in tables[sums > 0]]
+    lookup, at, symbols = lookup.ravel(), 2 * lanes, np.empty(n, np.uint8)
+    states = words[:lanes].astype(np.uint32) | words[lanes:at].astype(np.uint32) << np.uint32(16)
+    for begin in range(0, n, lanes):
+        table = table_of[begin : begin + lanes].astype(np.int32)
+        x = states[: len(table)]
+        slot = x & mask
+        symbols[begin : begin + lanes] = symbol = lookup[(table << PRECISION) + slot]
+        index = (table << 8) + symbol
+        x[:] = share[index] * (x >> np.uint32(PRECISION)) + slot - start[index]
+        low = np.flatnonzero(x < 1 << 16)
+        if at + len(low) > len(words):
+            raise ValueError("values that end early")
+        x[low] = x[low] << np.uint32(16) | words[at : at + len(low)]
+        at += len(low)
+    if at != len(words) or (states != 1 << 16).any():
+        raise ValueError("values that do not end where they should")
+    return symbols
+
+
+def count_values(stored) -> tuple[list, np.ndarray]:
+    """For each quantised tensor its (log spreads, table of each value, counts [CLASSES, 256]), and all counts' sum."""
+    parts = []
+    for s in stored:
+        table_of = classes(*(spread := spreads(s.values)))
+        index = table_of.astype(np.int32) * 256 + (s.values.ravel().astype(np.int32) + 128)
+        parts.append((spread, table_of, np.bincount(index, minlength=CLASSES * 256).reshape(CLASSES, 256)))
+    return parts, sum((p[2] for p in parts), np.zeros((CLASSES, 256), np.int64))
+
+
+def planes(numbers: np.ndarray) -> bytes:
+    """The numbers' lowest bytes, then their next ones, and so on: bytes of one kind compress better side by side."""
+    return numbers.view(np.uint8).reshape(-1, numbers.itemsize).T.tobytes()
+
+
+def pack(cfg: Config, stored: dict[str, Stored], coder: str = "rans") -> bytes:
+    """A file's bytes from the model's settings and its tensors; the same give the same."""
+    config = {f.name: getattr(cfg, f.name) for f in MODEL_FIELDS}
+    table, ends = [], collections.Counter()
+    for name, s in stored.items():
+        stream = "values" if s.rows is not None else s.kind
+        table.append([name, list(s.values.shape), s.kind, round(s.bits, 3), ends[stream]])
+        ends[stream] += s.values.size
+    of_kind = {kind: [s for s in stored.values() if s.kind == kind] for kind in ("fp32", "fp16", "rows", "grid")}
+    quantised = [s for s in stored.values() if s.rows is not None]
+    halves = [s.values.ravel() for s in of_kind["fp16"]] + [s.rows for s in of_kind["rows"]]
+    codes = [steps for s in of_kind["grid"] for steps in (s.rows, s.cols)]
+    if quantised and coder == "rans":
+        parts, counts = count_values(quantised)
+        tables = frequencies(counts)
+        halves.append(tables.ravel().view(np.float16))
+        codes += [c for spread, _, _ in parts for c in spread]
+        symbols = np.concatenate([s.values.ravel() for s in quantised]).view(np.uint8) ^ 128  # as value + 128
+        values = rans_encode(symbols, np.concatenate([table_of for _, table_of, _ in parts]), tables)
+    else:
+        values = zstandard.compress(b"".join(s.values.tobytes() for s in quantised), 22) if quantised else b""
+    floats = np.concatenate([s.values.ravel() for s in of_kind["fp32"]] or [np.empty(0, np.float32)])
+    halves = np.concatenate(halves or [np.empty(0, np.float16)])
+    sides = planes(floats) + planes(halves) + b"".join(c.tobytes() for c in codes)
+    sides = zstandard.compress(sides, 3 if len(floats) else 22)  # nobody counts the bytes of a float file
+    header = {"config": config, "coder": coder, "sides": len(sides), "tensors": table}
+    header = zstandard.compress(json.dumps(header, separators=(",", ":")).encode(), 22)
+    blob = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + sides + values
+    return blob + hashlib.sha256(blob).digest()
+
+
+def decompress(data: bytes, most: int, exact: bool = True) -> bytes:
+    """One zstd frame of `most` bytes, or up to that, checked before any is allocated. Raises ValueError, ZstdError."""
+    size = zstandard.frame_content_size(data)
+    if not 0 <= size <= most or (exact and size != most):
+        raise ValueError(f"a frame of {size} bytes for {most}")
+    return zstandard.ZstdDecompressor().decompress(data, max_output_size=max(size, 1), allow_extra_data=False)
+
+
+def check_header(header: dict, size: int) -> dict:
+    """A header's configuration, checked like environment variables, and its tensors against it. Raises ValueError and
+    what else a forged header can cause. `size`: the file's; beyond 64 M elements each must take a bit of it."""
+    config = {f.name: check_value(f, header["config"][f.name]) for f in MODEL_FIELDS}
+    cfg = Config(train_enabled=False, model_path="-", ttt_enabled=False, final_sliding_eval_enable=False, **config)
+    if lines := conflicts(cfg, 1):
+        raise ValueError(lines[0])
+    with torch.device("meta"):  # nothing is allocated for a model that the file does not hold
+        wanted = {name: list(p.shape) for name, p in GPT(cfg).named_parameters()}
+    if wanted != {name: shape for name, shape, *_ in header["tensors"]} or len(wanted) != len(header["tensors"]):
+        raise ValueError("its tensors do not fit the model that its header describes")
+    ends = collections.Counter()
+    for name, shape, kind, bits, offset in header["tensors"]:
+        stream = "values" if kind in ("rows", "grid") else kind
+        if kind not in ("fp32", "fp16") and (stream != "values" or len(shape) != 2):
+            raise ValueError(f"{name} of kind {kind}")
+        if offset != ends[stream] or not 0 <= float(bits) <= 32:
+            raise ValueError(f"{name} at {offset} with {bits} bits")
+        ends[stream] += math.prod(shape)
+    if sum(ends.values()) > 8 * size + (1 << 26) or header["coder"] not in ("rans", "zstd"):
+        raise ValueError(f"{sum(ends.values())} elements by {header['coder']} in {size} bytes")
+    return config
+
+
+def read_file(path: str, variable: str = "") -> bytes:
+    """The bytes of an artifact. Raises UserError for what is no file, cannot be read, or larger than any artifact."""
+    shown = f"{variable}{path[:300]!r}"
+    try:
+        if Path(path).exists() and not (Path(path).is_file() and Path(path).stat().st_size <= FILE_MOST):
+            raise UserError(f"{shown}: not an artifact of this script but a folder, a device or huge; "
+                            f"give the {ARTIFACT_NAME} of a run")
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown}: {getattr(error, 'strerror', error)}; give the path of an artifact") from None
+
+
+def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Stored]]:
+    """A file's header, with the model's settings in "config", and its tensors.
+
+    Raises UserError, naming `source`, for all but a whole, consistent file.
+    """
+    source = source.replace("\n", " ")
+    if len(blob) < 44 or blob[:7] != ARTIFACT_MAGIC[:7]:
+        raise UserError(f"{source}: not an artifact of this script; give the {ARTIFACT_NAME} of a run")
+    if blob[7:8] != ARTIFACT_MAGIC[7:]:
+        raise UserError(f"{source}: of format {blob[7]}, this script reads {ARTIFACT_MAGIC[7]}; use its own script")
+    if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
+        raise UserError(f"{source}: damaged, its checksum does not match; copy or export it again")
+    cut = 12 + struct.unpack("<I", blob[8:12])[0]
+    try:
+        header = json.loads(decompress(blob[12:cut], HEADER_MOST, exact=False))
+        header["config"], end = check_header(header, len(blob)), cut + header["sides"]
+        return header, read_tensors(header, blob[cut:end], blob[end:-32])
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
+            zstandard.ZstdError) as error:  # whatever a forged header can cause
+        raise UserError(f"{source}: its parts do not agree ({type(error).__name__}: {error})"[:400].replace("\n", " ")
+                        + "; export it again") from None
+
+
+def read_tensors(header: dict, sides: bytes, values: bytes) -> dict[str, Stored]:
+    """The tensors of a checked header. Raises ValueError or ZstdError where the parts have other sizes than it says."""
+    table, rans = header["tensors"], header["coder"] == "rans"
+    sizes = {kind: [math.prod(t[1]) for t in table if t[2] == kind] for kind in ("fp32", "fp16")}
+    quantised = [t for t in table if t[2] in ("rows", "grid")]
+    n32, n16 = sum(sizes["fp32"]), sum(sizes["fp16"]) + sum(t[1][0] for t in quantised if t[2] == "rows")
+    n16 += CLASSES * 256 if rans and quantised else 0
+    lengths = [length for t in quantised if t[2] == "grid" for length in t[1]]
+    lengths += [length for t in quantised for length in t[1]] if rans else []
+    raw = np.frombuffer(decompress(sides, 4 * n32 + 2 * n16 + sum(lengths)), np.uint8)
+    floats = raw[: 4 * n32].reshape(4, n32).T.copy().view("<f4").ravel()
+    halves = raw[4 * n32 : len(raw) - sum(lengths)].reshape(2, n16).T.copy().view("<f2").ravel()
+    codes = iter(np.split(raw[len(raw) - sum(lengths) :].view(np.int8), np.cumsum(lengths)[:-1]) if lengths else ())
+    steps = {t[0]: (next(codes), next(codes)) for t in quantised if t[2] == "grid"}
+    at = sum(sizes["fp16"])
+    for name, shape, kind, _, _ in quantised:
+        if kind == "rows":
+            steps[name], at = (halves[at : at + shape[0]], None), at + shape[0]
+    if rans and quantised:
+        table_of = np.concatenate([classes(next(codes), next(codes)) for _ in quantised])
+        decoded = rans_decode(values, table_of, halves[at:].view("<u2").reshape(CLASSES, 256))
+        decoded = (decoded ^ 128).view(np.int8)
+    elif quantised:
+        decoded = np.frombuffer(decompress(values, sum(math.prod(t[1]) for t in quantised)), np.int8)
+    elif values:
+        raise ValueError("values that no tensor has")
+    if not (np.isfinite(floats).all() and np.isfinite(halves[:at]).all()):
+        raise ValueError("numbers that are not finite")
+    streams, tensors = {"fp32": floats, "fp16": halves}, {}
+    for name, shape, kind, bits, offset in table:
+        part = (streams[kind] if kind in streams else decoded)[offset : offset + math.prod(shape)].reshape(shape)
+        tensors[name] = Stored(kind, float(bits), part, *steps.get(name, ()))
+    return tensors
+
+
+def inspect(path: str, limit: int) -> str:
+    """--inspect: what a file holds, tensor by tensor. Raises UserError where it cannot be read.
+
+    Bytes of a tensor: those of its values under their tables, and its share of the compressed sides.
+    """
+    blob = read_file(path)
+    header, stored = unpack(blob, path)
+    quantised, start = [s for s in stored.values() if s.rows is not None], 12 + struct.unpack("<I", blob[8:12])[0]
+    parts, counts = count_values(quantised)
+    cost = PRECISION - np.log2(np.maximum(frequencies(counts), 1))
+    coded, payload = [float((part[2] * cost).sum()) / 8 for part in parts], len(blob) - start - header["sides"] - 32
+    raw = {n: s.values.nbytes if s.rows is None else s.rows.nbytes + len(s.values) for n, s in stored.items()}
+    lines = [" ".join(f"{n.upper()}={v}" for n, v in header["config"].items()), "",
+             f"{'tensor':32}{'shape':>14}{'kind':>6}{'bits':>7}{'entropy':>9}{'bytes':>12}{'share':>8}"]
+    sizes, coded_of = collections.Counter(), iter(coded)
+    for name, s in stored.items():
+        order0 = "" if s.rows is None else f"{entropy(s.values):.3f}"
+        size = raw[name] / sum(raw.values()) * header["sides"]
+        size += 0 if s.rows is None else next(coded_of) * payload / (sum(coded) or 1.0)
+        sizes[s.kind] += size
+        shape = "x".join(map(str, s.values.shape))
+        lines.append(f"{name:32}{shape:>14}{s.kind:>6}{s.bits:7.2f}{order0:>9}{size:12,.0f}{size / len(blob):8.2%}")
+    code, total = SCRIPT.stat().st_size, sum(s.values.size for s in stored.values())
+    kinds = ", ".join(f"{kind} {size:,.0f}" for kind, size in sizes.items())
+    order0 = sum(entropy(s.values) * s.values.size / 8 for s in quantised)
+    lines += ["", f"elements: {total:,}, {8 * len(blob) / total:.3f} bits each; bytes: {kinds}, frame {start + 32:,}",
+              f"values: {payload:,} bytes by {header['coder']}; their order-0 entropies are {order0:,.0f}",
+              f"file {len(blob):,} + code {code:,} = {len(blob) + code:,} bytes, "
+              f"{limit - len(blob) - code:,} left of {limit:,}"]
+    return "\n".join(lines)
+
+
+def entropy(values: np.ndarray) -> float:
+    """Order-0 entropy in bits a value of int8 `values`."""
+    counts = np.bincount(values.ravel().view(np.uint8), minlength=256)
+    shares = counts[counts > 0] / max(values.size, 1)
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def is_quantised(name: str, p: Tensor, min_numel: int) -> bool:
+    """Whether a tensor becomes int8 values: large matrices, embeddings and heads; all else stays fp16."""
+    return name.endswith(".weight") and p.numel() > min_numel
+
+
+def group_of(name: str) -> str:
+    """The tensor's group, one of GROUPS."""
+    return next((g for g in GROUPS if name.startswith(g) or f".{g}." in name), "embed")
+
+
+class Sensitivity:
+    """What rounding a matrix costs, from training text: H = E[x x'] of its inputs and G = E[(dL/dy)^2] of its outputs.
+
+    `factor` is the upper Cholesky factor of the inverse of H, with its rows and columns in `order`: an error of e at
+    column j costs e^2 / factor[j, j]^2 once the columns after it have made up for what they can. `weight`: G [rows].
+    """
+
+    def __init__(self, h: Tensor, g: Tensor):
+        h = h.double() + torch.eye(len(h), device=h.device) * (0.01 * h.diag().mean().item() + 1e-12)
+        self.order = torch.argsort(h.diag(), descending=True, stable=True)
+        h = torch.cholesky_inverse(torch.linalg.cholesky(h[self.order][:, self.order]))
+        self.factor, self.weight = torch.linalg.cholesky(h, upper=True).float(), g
+
+    def feed_back(self, u: Tensor, cols: Tensor | None, low: int, high: int) -> Tensor:
+        """Round u [rows, columns] to integers column by column; the columns not yet rounded take up each one's error.
+        `cols`: steps by which the columns were divided. (GPTQ, https://arxiv.org/abs/2210.17323)"""
+        factor = self.factor if cols is None else self.factor / cols[self.order]
+        u, values = u[:, self.order], torch.empty_like(u)
+        for begin in range(0, u.size(1), 128):
+            block = slice(begin, min(begin + 128, u.size(1)))
+            errors = torch.empty_like(u[:, block])
+            for j in range(block.start, block.stop):
+                values[:, j] = u[:, j].round().clamp(low, high)
+                errors[:, j - begin] = error = (u[:, j] - values[:, j]) / factor[j, j]
+                u[:, j : block.stop] -= error[:, None] * factor[j, j : block.stop]
+            u[:, block.stop :] -= errors @ factor[block, block.stop :]
+        result = torch.empty_like(values)
+        result[:, self.order] = values
+        return result
+
+
+def row_steps(w: Tensor, cfg: Config, bits: float, embedding: bool) -> Tensor:
+    """Steps [rows] that lay a grid of 2**bits values between the clips of each row by the rule QUANT, rounded to fp16.
+
+    The floor of the published rule gives every row whose weights stay below 1 the same coarse step: it costs loss and
+    saves bytes, since values near zero take few.
+    """
+    top, most = 2 ** (bits - 1) - 1, w.abs().amax(1)
+    if cfg.quant == "rowmax":
+        if embedding:  # in pieces, since torch.quantile takes at most 16 M values
+            most = torch.cat([p.abs().quantile(0.9999984, dim=1) for p in w.split(1024)])
+        reach = most.clamp(min=1.0)
+    elif cfg.quant == "mse":
+        tried = [most * share for share in torch.linspace(0.4, 1.0, 31).tolist()]
+        errors = [((w / (r[:, None] / top + 1e-30)).round().clamp(-top - 1, top) * r[:, None] / top - w).square().sum(1)
+                  for r in tried]
+        reach = torch.stack(tried).gather(0, torch.stack(errors).argmin(0)[None])[0]
+    else:
+        reach = (cfg.quant_clip_embed if embedding else cfg.quant_clip) * w.std(1)
+    return (reach / top).clamp(2**-24, 65504).to(torch.float16)  # what fp16 can hold
+
+
+def quantize(w: Tensor, cfg: Config, bits: float, embedding: bool, sensitivity: Sensitivity | None) -> Stored:
+    """Round a matrix by the rule QUANT; one bit more halves every step.
+
+    "balanced" makes the expected rise of the loss, G e^2 / 2 by Sensitivity, the same for every value of the model:
+    coarse where a row or column matters little, which the coder then turns into bytes. Rows end at 8 bits a value.
+    (A uniform step and an entropy coder are near the best: Gish and Pierce 1968; reverse water-filling.)
+    """
+    if cfg.quant == "balanced":
+        weight = sensitivity.weight.clamp(min=1e-3 * sensitivity.weight.mean() + 1e-20)
+        wish, cols = BALANCED_STEP * 2 ** (2 * embedding - bits) / weight.sqrt(), torch.empty_like(w[0])
+        cols[sensitivity.order] = sensitivity.factor.diag()
+        cols = torch.maximum(cols, (w / wish[:, None]).square().mean(0).sqrt() * 4 / 127)  # 127 reach 4 deviations
+        cols = (8 * cols.log2()).round().clamp(-128, 127)
+        most = (w / 2 ** (cols / 8)).abs().amax(1) / 127 + 1e-30
+        rows = (8 * torch.maximum(wish, most).log2()).ceil().clamp(-128, 127)
+        u = w / 2 ** (rows / 8)[:, None] / 2 ** (cols / 8)
+        values = sensitivity.feed_back(u, 2 ** (cols / 8), -127, 127)
+        return Stored("grid", bits, *(t.cpu().numpy().astype(np.int8) for t in (values, rows, cols)))
+    steps, low = row_steps(w, cfg, bits, embedding), max(-math.ceil(2 ** (bits - 1)), -127)
+    u, high = w / steps.float()[:, None], math.ceil(2 ** (bits - 1)) - 1
+    values = sensitivity.feed_back(u, None, low, high) if cfg.quant == "gptq" else u.round().clamp(low, high)
+    return Stored("rows", bits, values.cpu().numpy().astype(np.int8), steps.cpu().numpy())
+
+
+def text_loss(model: GPT, sequences: Tensor, size: int) -> float:
+    """Nats per token of `sequences` [n, T + 1], `size` at a time."""
+    with torch.no_grad():
+        means = [model(part[:, :-1], part[:, 1:]).double().mean(1) for part in sequences.split(size)]
+    return float(torch.cat(means).mean())
+
+
+def calibrate(model: GPT, sequences: Tensor, size: int, may_go_on) -> tuple[dict[str, Sensitivity], int]:
+    """Sensitivities of all matrices on training text [n, T + 1], and how many sequences time allowed, one at least.
+
+    Embeddings look rows up, so their H only tells how the gradient is spread over the columns; a tied one is seen as
+    the output layer. Nothing is returned where the model's gradients are not finite.
+    """
+    sums, hooks = collections.defaultdict(lambda: [0.0, 0.0, 1e-30]), []  # of H, G, and what H is divided by
+
+    def watch(name: str, y: Tensor, x: Tensor, gain: Tensor | float = 1.0):
+        x, entry = x.detach().flatten(0, 1).float(), sums[name]
+        scale = gain.detach()[:, 0] ** 2 if isinstance(gain, Tensor) else gain**2  # from y back to the bare product
+        entry[0], entry[2] = entry[0] + x.T @ x, entry[2] + len(x)
+        y.register_hook(lambda g: entry.__setitem__(1, entry[1] + g.flatten(0, 1).float().square().sum(0) * scale))
+
+    def look_up(name: str, rows: int, ids: Tensor, y: Tensor):
+        def gradient(g: Tensor):
+            entry, squares = sums[name], g.flatten(0, 1).float().square()
+            entry[0], entry[2] = entry[0] + squares.sum(0).diag(), entry[2] + squares.sum(0).mean()
+            entry[1] = entry[1] + squares.new_zeros(rows).index_add_(0, ids.flatten(), squares.mean(1))
+        y.register_hook(gradient)
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            hooks.append(module.register_forward_hook(
+                lambda module, args, y, name=f"{name}.weight": watch(name, y, *args)))
+        elif isinstance(module, nn.Embedding) and not (name == "tok_emb" and model.cfg.tie_embeddings):
+            hooks.append(module.register_forward_hook(
+                lambda module, args, y, name=f"{name}.weight": look_up(name, len(module.weight), args[0], y)))
+    model.watch_output, used = watch, 0
+    for part in sequences.split(size):
+        model(part[:, :-1], part[:, 1:]).sum().backward()
+        used += len(part)
+        if not may_go_on():
+            break
+    model.watch_output = None
+    for hook in hooks:
+        hook.remove()
+    for p in model.parameters():
+        p.grad = None
+    tokens = used * (sequences.size(1) - 1)
+    if not all(math.isfinite(float(h.sum() + g.sum())) for h, g, _ in sums.values()):
+        return {}, used
+    return {name: Sensitivity(h / n, g / tokens) for name, (h, g, n) in sums.items()}, used
+
+
+class Exporter:
+    """Rounds a trained model so that its file keeps the limit: at the bits asked for where that fits (EXPORT_FILL=0),
+    else at the bits that cost least by the loss measured on training text. Runs on one rank.
+
+    `room`: bytes that the file may take; `sequences` [n, T + 1]: training text; `seconds`: the guard, 0 for none.
+    """
+
+    def __init__(self, cfg: Config, log: Log, model: GPT, sequences: Tensor, size: int, room: int, seconds: float):
+        self.cfg, self.log, self.model, self.size, self.room = cfg, log, model, size, room
+        self.began, self.guard, self.report = time.perf_counter(), seconds, {"rule": cfg.quant, "attempts": 0}
+        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self.sequences, self.sensitivity, self.pass_seconds, self.attempt_seconds = sequences, {}, 0.0, 0.0
+        self.groups = sorted({group_of(n) for n in self.weights if self.coarse(n)})
+        if cfg.quant in ("balanced", "gptq") and self.groups:
+            self.sensitivity, used = calibrate(model, sequences, size, lambda: self.in_time(0.5))
+            self.pass_seconds = (time.perf_counter() - self.began) / 3 * len(sequences) / used  # a guess
+            self.bite(f"calibration on {used} of {len(sequences)} sequences" if used < len(sequences) else "")
+            if not self.sensitivity:
+                log("export: gradients on training text are not finite; QUANT=rowmax, which needs none, takes over")
+                self.cfg, self.report["rule"] = dataclasses.replace(cfg, quant="rowmax"), "rowmax"
+        self.low, self.high = (0.0, 12.0) if self.cfg.quant == "balanced" else (2.0, 8.0)
+
+    def coarse(self, name: str) -> bool:
+        return is_quantised(name, self.weights[name], self.cfg.quant_min_numel)
+
+    def in_time(self, share: float = 1.0, needs: float = 0.0) -> bool:
+        """Whether `needs` more seconds end within `share` of the guard."""
+        return not self.guard or time.perf_counter() - self.began + needs < share * self.guard
+
+    def bite(self, what: str):
+        if what:
+            self.log(f"export: EXPORT_MAX_SECONDS={self.guard:g} cut short: {what}")
+            self.report["cut_short"] = [*self.report.get("cut_short", []), what]
+
+    def rounded(self, bits: dict[str, float]) -> dict[str, Stored]:
+        """The tensors of the groups in `bits`."""
+        names = [(name, group_of(name)) for name in self.weights if self.coarse(name)]
+        return {n: quantize(self.weights[n], self.cfg, bits[g], g in ("embed", "bigram"), self.sensitivity.get(n))
+                for n, g in names if g in bits}
+
+    @torch.no_grad()
+    def put(self, tensors: dict[str, Stored]):
+        """Put these tensors in place of the model's own, which come back where there is none."""
+        for name, p in self.model.named_parameters():
+            p.copy_(tensors[name].tensor() if name in tensors else self.weights[name])
+
+    def loss(self, tensors: dict[str, Stored]) -> float:
+        """Nats per token of the model with these tensors on the training text."""
+        began = time.perf_counter()
+        self.put(tensors)
+        loss = text_loss(self.model, self.sequences, self.size)
+        self.pass_seconds = time.perf_counter() - began
+        return loss
+
+    def packed(self, coarse: dict[str, Stored], coder: str) -> bytes:
+        """The file of these tensors, and of the others in fp16."""
+        small = {n: w.clamp(-65504, 65504).half().cpu().numpy() for n, w in self.weights.items() if n not in coarse}
+        stored = {n: coarse[n] if n in coarse else Stored("fp16", 16, small[n]) for n in self.weights}
+        return pack(self.cfg, stored, coder)
+
+    def attempt(self, bits: dict[str, float]) -> tuple[bytes, dict[str, Stored]]:
+        """The file at these bits, and its coarse tensors."""
+        self.report["attempts"] += 1
+        began, coarse = time.perf_counter(), self.rounded(bits)
+        blob = self.packed(coarse, self.cfg.compressor)
+        self.attempt_seconds = time.perf_counter() - began
+        return blob, coarse
+
+    def slopes(self, bits: dict[str, float]) -> dict[str, tuple[float, float]]:
+        """For each group the loss that two bits less a value cost and the bytes that one bit takes; nothing where time
+        or numbers do not allow to measure all."""
+        found, whole = {}, None
+        for group in self.groups:
+            if not self.in_time(needs=self.pass_seconds * (2 if whole is None else 1) + self.attempt_seconds):
+                self.bite("measuring what bits are worth")
+                return {}
+            whole = self.loss({}) if whole is None else whole
+            less = max(bits[group] - 2, self.low)
+            coarse, fine = (self.rounded({group: b}) for b in (less, less + 2))
+            sizes = [len(pack(self.cfg, tensors, self.cfg.compressor)) for tensors in (fine, coarse)]
+            loss = max(self.loss(coarse) - whole, 1e-7) * 4 ** (less - (bits[group] - 2))  # as if at two bits less
+            found[group] = loss, max(sizes[0] - sizes[1], 8) / 2
+        self.report |= {"slopes": found, "loss_float": whole}
+        return found if math.isfinite(sum(loss for loss, _ in found.values())) else {}
+
+    def shifted(self, bits: dict[str, float], slopes: dict, common: float) -> dict[str, float]:
+        """Bits that are worth the same: a bit less takes four times the error, so a group should get half the log of
+        its loss for a byte, less what that is on average, plus what all get alike. Small losses are measured with
+        noise, so no group moves far from the others, and less where the rule has weighed them already."""
+        worth = {g: math.log2(loss / size) / 2 for g, (loss, size) in slopes.items()} or dict.fromkeys(bits, 0.0)
+        weight = {g: size for g, (_, size) in slopes.items()} or dict.fromkeys(bits, 1.0)
+        mean = sum(worth[g] * weight[g] for g in bits) / sum(weight.values())
+        far = 1.0 if self.cfg.quant == "balanced" else 2.0
+        moves = {g: min(max(worth[g] - mean, -far), far) + common for g in bits}
+        return {g: min(max(bits[g] + moves[g], self.low), self.high) for g in bits}
+
+    def search(self) -> bytes | None:
+        """The file, or None where no setting keeps it within `room`."""
+        nominal = {g: getattr(self.cfg, f"quant_bits_{g}") for g in self.groups}
+        blob, coarse = self.attempt(nominal)
+        self.report |= {"bits": nominal, "bytes_first": len(blob), "tokens": self.sequences[:, 1:].numel()}
+        first, fits, original = len(blob), len(blob) <= self.room, (blob, nominal, coarse)
+        if not self.groups or (fits and (not self.cfg.export_fill or first >= 0.995 * self.room)):
+            return blob if fits else None
+        self.log(f"export: {first} bytes at first, {abs(self.room - first)} {'to fill' if fits else 'too many'}; "
+                 "looking for the bits that matter " + ("most" if fits else "least"))
+        slopes, best = self.slopes(nominal), original if fits else None
+        elements = sum(w.numel() for name, w in self.weights.items() if self.coarse(name))
+        each = sum(size for _, size in slopes.values()) or elements / 8  # bytes that a bit more takes
+        common, under, over, last, aim = (0.998 * self.room - first) / each, None, None, None, 0.998 * self.room
+        for turn in range(16):  # of (common term, bytes) that fit and that do not, close in on the room
+            bits = self.shifted(nominal, slopes, common)
+            late = bool(best) and not self.in_time(needs=self.attempt_seconds)
+            self.bite("the search" if late else "")
+            if late or bits == last or (best and turn > 7):
+                break
+            last, (blob, coarse) = bits, self.attempt(bits)
+            if len(blob) <= self.room:
+                under = common, len(blob)
+                best = best if best and len(best[0]) >= len(blob) else (blob, bits, coarse)
+            else:
+                over = common, len(blob)
+            if 0.995 * self.room <= len(blob) <= self.room:
+                break
+            if under and over:
+                share = (aim - under[1]) / (over[1] - under[1])
+                common = under[0] + min(max(share, 0.1), 0.9) * (over[0] - under[0])
+            else:  # with larger steps each time, since a bit may take less than it did
+                common += (turn + 1) * (max if under else min)((aim - len(blob)) / each, 0.02 if under else -0.02)
+        if best:
+            best = self.judged(original, best, fits)
+        self.put({})
+        return best and best[0]
+
+    def judged(self, first: tuple, best: tuple, fits: bool) -> tuple:
+        """Say what the search did and what it cost; a larger file that is no better than the first is dropped."""
+        said, whole = "cost not measured", self.report.get("loss_float")
+        if whole is not None and self.in_time(needs=2 * self.pass_seconds):
+            losses = [self.loss(tensors) for _, _, tensors in (first, best)]
+            self.report |= {"loss_first": losses[0], "loss_file": losses[1]}
+            said = (f"loss on {self.report['tokens']} tokens of training text: float {whole:.4f}, "
+                    f"first {losses[0] - whole:+.4f}, file {losses[1] - whole:+.4f}")
+            if fits and not losses[1] < losses[0]:
+                best, said = first, said + "; the first is no worse and is kept"
+        self.report["bits"] = best[1]
+        bits = ", ".join(f"{g} {first[1][g]:g} -> {b:.2f}" for g, b in best[1].items())
+        self.log(f"export: bits {bits}; {len(first[0])} -> {len(best[0])} bytes; {said}")
+        return best
+
+
+def build_model(cfg: Config, tensors: dict[str, Tensor], process: Process) -> GPT:
+    """A model on the device with these weights."""
+    with torch.device("meta"):  # nothing is drawn that is overwritten
+        model = GPT(cfg, process.dtype)
+    model.to_empty(device="cpu")
+    model.load_state_dict(tensors)
+    return model.to(process.device)
+
+
+# ==== Evaluation: every target once, with up to a full window before it ===============================================
+
+
+@dataclass
+class Score:
+    """One evaluation: mean nats a target, bits a canonical byte, and what they were measured over."""
+
+    val_loss: float
+    val_bpb: float
+    seconds: float
+    tokens: int
+    bytes: int
+    faults: list[str]  # what of "every target once, and before any step that learnt from it" did not hold
+    nats: np.ndarray  # float32 [tokens], in stream order
+
+    def summary(self) -> dict:
+        return {k: getattr(self, k) for k in ("val_loss", "val_bpb", "seconds", "tokens", "bytes")}
+
+
+class Evaluator:
+    """Scores parts of a stream and keeps the books: for each target its nats and how often it was scored, for each
+    token how many optimizer steps have learnt from it, and how many of those came before its score.
+
+    A window is EVAL_SEQ_LEN inputs; windows stand `stride` apart and each scores its last `stride` targets, the
+    first all of its own. A target's window follows from its position in the stream (or, for `record`, from what the
+    caller gives), not from the batch or number of ranks.
+    For the audit, the whole distribution of the targets in `probe` is kept too, and `peek` is the largest change of a
+    loss when the inputs after its place are others.
+    """
+
+    made = 0  # how many there have been
+
+    def __init__(self, cfg: Config, process: Process, forward, stream: Stream, stride: int, probe=()):
+        self.cfg, self.process, self.forward, self.stream = cfg, process, forward, stream
+        self.window, self.stride, self.started, self.batch = cfg.eval_len, stride, time.perf_counter(), 0
+        self.nats = torch.zeros(stream.targets, device=process.device)
+        self.count = torch.zeros(stream.targets, dtype=torch.int32, device=process.device)
+        self.learnt = torch.zeros(stream.targets + 1, dtype=torch.int32, device=process.device)
+        self.early = torch.zeros((), dtype=torch.int64, device=process.device)
+        self.probe, self.distributions, self.peek = torch.tensor(list(probe), device=process.device), {}, 0.0
+        Evaluator.made += 1
+
+    def blocks(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Blocks that cover targets [begin, end): first target, end, and first input of each one's window."""
+        w, s = self.window, self.stride
+        low = np.concatenate((np.arange(begin, min(w, end), s), np.arange(max(begin, w), end, s)))
+        high = np.minimum(low + s, np.where(low < w, min(w, end), end))
+        return low, high, np.where(low < w, 0, low + s - w)
+
+    def score(self, begin: int, end: int, tick=lambda done: None):
+        """Score targets [begin, end), blocks shared out over the ranks. `tick` hears how much is done, 0 to 1, and may
+        say to stop."""
+        rank, world, device = self.process.rank, self.process.world, self.process.device
+        blocks = np.stack(self.blocks(begin, end))
+        mine = torch.from_numpy(blocks[:, blocks.shape[1] * rank // world : blocks.shape[1] * (rank + 1) // world])
+        mine, n = mine.to(device), mine.size(1)
+        if not self.batch:  # of equal size, so that a compiled model sees one shape; later calls keep it
+            most = min(self.cfg.val_batch_size // world, tokens_per_pass(self.cfg, self.process, False)) // self.window
+            self.batch = -(-n // -(-n // max(most, 1))) if n else 0
+        for first in range(0, n, self.batch or 1):
+            pick = torch.arange(first, first + self.batch, device=device)
+            low, high, start = mine[:, pick.clamp(max=n - 1)]
+            self.record(low, torch.where(pick < n, high, 0), start, self.window)
+            if tick(min(first + self.batch, n) / n):
+                return
+
+    @torch.no_grad()
+    def record(self, low: Tensor, high: Tensor, start: Tensor, window: int):
+        """Score one batch of blocks; the places from `high` on are computed for the shape and not recorded."""
+        tokens, last = self.stream.tokens, self.stream.targets - 1
+        length = min(window, last + 1)  # of what there is
+        inputs = tokens[(start[:, None] + torch.arange(length, device=low.device)).clamp(max=last)]
+        targets = low[:, None] + torch.arange(self.stride, device=low.device)
+        rows, scored = (targets - start[:, None]).clamp(max=length - 1), targets < high[:, None]
+        targets = targets.clamp(max=last)
+        nats = self.forward(inputs, tokens[targets + 1], rows, self.window)
+        for book, entry in ((self.nats, nats), (self.count, scored.int())):
+            book.index_add_(0, targets.flatten(), torch.where(scored, entry, 0).flatten())
+        self.early += torch.where(scored, self.learnt[targets + 1], 0).sum()
+        if len(self.probe) and bool(scored.any()):
+            slot = (low[:, None] // self.stride * 7919) % scored.sum(1, keepdim=True).clamp(min=1)  # one place a window
+            later = torch.arange(length, device=low.device) > rows.gather(1, slot)
+            other = torch.where(later, (inputs * 31 + 17) % self.cfg.vocab_size, inputs)
+            change = (self.forward(other, tokens[targets + 1], rows, self.window) - nats).abs()
+            upto = scored & (torch.arange(self.stride, device=low.device) <= slot)
+            self.peek = max(self.peek, float(change[upto].nan_to_num(torch.inf).max()) if upto.any() else 0.0)
+            for at, slot in (torch.isin(targets, self.probe) & scored).nonzero().tolist():
+                self._ask(inputs, rows, at, slot, int(targets[at, slot]))
+
+    def _ask(self, inputs: Tensor, rows: Tensor, at: int, slot: int, target: int):
+        """Keep the nats of every vocabulary entry at a target's place: the same batch is asked again with each entry
+        in turn as the target, so that a score which is no probability shows."""
+        place, vocab = rows[at, slot].expand_as(rows).contiguous(), self.cfg.vocab_size
+        entries = torch.arange(-(-vocab // self.stride) * self.stride, device=inputs.device).clamp(max=vocab - 1)
+        self.distributions[target] = torch.cat([
+            self.forward(inputs, part.expand_as(rows).contiguous(), place, self.window)[at] for part in
+            entries.split(self.stride)])[:vocab].cpu()
+
+    def lesson(self, positions: Tensor, who: Tensor | None = None) -> Tensor:
+        """The tokens at `positions` [n, length], which an optimizer step is about to learn from: noted as such, in
+        the rows where `who` [n] holds."""
+        marks = torch.ones_like(positions, dtype=torch.int32) * (1 if who is None else who[:, None].int())
+        positions = positions.clamp(max=self.stream.targets)
+        self.learnt.index_add_(0, positions.flatten(), marks.flatten())
+        return self.stream.tokens[positions]
+
+    def books(self, shared: bool) -> dict[str, Tensor]:
+        """What has been scored so far, to be kept: by all ranks when `shared`, else by this one."""
+        mine = {"nats": self.nats, "count": self.count, "early": self.early}
+        summed = {name: self.process.sum_(t.clone()) for name, t in mine.items()} if shared else mine
+        return {**summed, "learnt": self.learnt}
+
+    def restore(self, books: dict[str, Tensor], seconds: float, shared: bool):
+        """Go on with these books; shared ones are rank 0's."""
+        self.learnt.copy_(books["learnt"])
+        for name in ("nats", "count", "early") if self.process.main or not shared else ():
+            getattr(self, name).copy_(books[name])
+        self.started = time.perf_counter() - seconds
+
+    def running_bpb(self, shared: bool = True) -> float:
+        """BPB of what all ranks, or this rank, have scored so far."""
+        sums = torch.stack((self.nats.sum(), (self.count * self.stream.target_bytes).sum().float()))
+        nats, scored = (self.process.sum_(sums) if shared else sums).tolist()
+        return nats / math.log(2) / max(scored, 1)
+
+    def result(self) -> Score:
+        """Gather all ranks' books into the score. Call once, when everything has been scored."""
+        nats, n = self.process.sum_(self.nats).cpu(), self.stream.targets
+        odd, early = int((self.process.sum_(self.count) != 1).sum()), int(self.process.sum_(self.early))
+        faults = [f"{odd} of {n} targets were not scored exactly once"] * (odd > 0)
+        faults += [f"{early} optimizer steps had seen a target before its score"] * (early > 0)
+        total = float(nats.double().sum())
+        bpb, seconds = total / math.log(2) / (self.stream.bytes or math.nan), time.perf_counter() - self.started
+        return Score(total / n, bpb, seconds, n, self.stream.bytes, faults, nats.numpy())
+
+
+def evaluate(cfg: Config, process: Process, log: Log, forward, stream: Stream, stride: int, label: str,
+             probe=()) -> Evaluator:
+    """Score the whole stream, or until a signal that is held; stride = EVAL_SEQ_LEN gives non-overlapping windows."""
+    evaluator = Evaluator(cfg, process, forward, stream, stride, probe)
+    evaluator.score(0, stream.targets, lambda done: log.live(label, done, time.perf_counter() - evaluator.started) or
+                    process.signals.caught)
+    return evaluator
+
+
+# ==== Test-time training: score a chunk for good, only then learn from it =============================================
+
+
+class Budget:
+    """EVAL_MAX_SECONDS: for reading the artifact, compiling, and the evaluation that gives val_bpb; 0 is no limit."""
+
+    def __init__(self, cfg: Config, process: Process, spent: float = 0.0):
+        self.limit = cfg.eval_max_seconds
+        self.cuda, self.started = process.cuda, time.perf_counter() - spent
+
+    def spent(self) -> float:
+        """Seconds so far, this rank's queued work included."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - self.started
+
+
+class Walk:
+    """One walk of test-time training over a stream: its clock, its lines, when it must stop learning, and with
+    `checkpoints` its states. In lora mode ranks walk apart and each keeps its own; else they walk in step and rank 0
+    keeps one. `saved` is the state to go on from: facts and tensors."""
+
+    counters = ("scoring", "work", "stopped", "chunks", "adapted", "undone", "_said", "lesson")
+
+    def __init__(self, cfg: Config, process: Process, log: Log, evaluator: Evaluator, budget: Budget,
+                 checkpoints: Checkpoints | None = None):
+        self.cfg, self.process, self.log, self.evaluator, self.budget = cfg, process, log, evaluator, budget
+        self.scoring, self.work, self.total, self.stopped = 0.0, 0.0, 0.0, False
+        self.chunks, self.adapted, self.undone, self._said = 0, 0, 0, 0
+        self.begun, self.lesson_began, self.lesson = budget.spent(), None, 0.0
+        self.checkpoints, self.kept, self.shared = checkpoints, 0.0, cfg.ttt_mode == "full"
+        self.saved = self.latest = None
+        if checkpoints:
+            self._restore()
+            self.kept = self._clock()[0]
+
+    def _clock(self) -> tuple[float, int]:
+        """Seconds of the budget and the signal caught; of rank 0 and of any rank where the ranks walk in step."""
+        now = self.budget.spent()
+        return self.process.heard(now) if self.shared else (now, self.process.signals.caught)
+
+    @property
+    def state_name(self) -> str:
+        return f"ttt_rank{0 if self.shared else self.process.rank}.npz"
+
+    def _key(self) -> str:
+        """What a state must have been made with for this walk to go on from it."""
+        settings = {n: v for n, v in self.cfg.settings().items() if n.startswith(("ttt_", "eval_s", "val_b", "comp"))}
+        return json.dumps([settings, self.checkpoints.about["artifact"], self.process.world, self.process.device.type,
+                           self.evaluator.stream.targets])
+
+    def _restore(self):
+        path, saved = self.checkpoints.folder / self.state_name, None
+        try:
+            if path.exists() and (self.process.main or not self.shared):
+                saved = read_state(path)
+                if saved[0].get("key") != self._key():
+                    raise UserError(f"{path}: of another artifact, other settings or other ranks")
+        except UserError as error:
+            saved = None
+            self.log(f"ttt: {error}; starting over")
+        self.saved = saved = self.process.agree(saved) if self.shared else saved
+        if saved:
+            facts = saved[0]
+            self.evaluator.restore(saved[1], facts["seconds"], self.shared)
+            self.evaluator.batch = facts["batch"]
+            for name in self.counters:
+                setattr(self, name, facts[name])
+            self.budget.started -= facts["seconds"]
+            self.begun = self.budget.spent() - facts["seconds"]
+            self.log(f"ttt: goes on from {facts['file']}, after {facts['chunks']} chunks and {facts['seconds']:.1f} s")
+
+    def keep(self, tensors, **facts):
+        """Between chunks: where CKPT_EVERY_SECONDS have passed or a signal was caught, keep the books, the tensors
+        that tensors() gives, and the facts that say where the walk is. Raises Interrupted after a signal."""
+        if not self.checkpoints:
+            return
+        (now, caught), self.latest = self._clock(), (tensors, facts)
+        if caught:
+            self.write()
+            raise Interrupted(caught)
+        if 0 < self.cfg.ckpt_every_seconds <= now - self.kept:
+            self.write(wait=False)
+            self.kept = now
+
+    def write(self, wait: bool = True):
+        """Write the latest state that `keep` was given."""
+        if not self.latest:
+            return
+        (tensors, facts), now = self.latest, self.now()
+        facts |= {name: getattr(self, name) for name in self.counters} | {
+            "key": self._key(), "seconds": now - self.begun, "batch": self.evaluator.batch}
+        books = self.evaluator.books(self.shared)
+        if wait:
+            self.checkpoints.wait()
+        if self.process.main or not self.shared:
+            self.checkpoints.save(self.state_name, books | tensors(), facts)
+        if wait:
+            self.checkpoints.wait()
+            if self.shared:  # no rank leaves before rank 0 has written
+                self.process.agree(None)
+
+    def now(self) -> float:
+        """Seconds of the budget spent; a lesson that may have been going on is over, its seconds noted."""
+        now = self.budget.spent()
+        if self.lesson_began is not None:
+            self.lesson, self.lesson_began = max(self.lesson, now - self.lesson_began), None
+        return now
+
+    @contextlib.contextmanager
+    def scored(self, work: float):
+        """Time a piece of scoring of `work` units."""
+        begin = self.now()
+        yield
+        self.scoring, self.work = self.scoring + self.now() - begin, self.work + work
+
+    def may_learn(self, rest: float, shared: bool) -> bool:
+        """Whether there is time for a lesson, with `rest` units left to score after it and a quarter for unevenness.
+        When `shared` all ranks ask at the same place and hear rank 0's answer."""
+        now, need = self.now(), self.lesson + 1.25 * rest * self.scoring / max(self.work, 1e-9)
+        stop = self.stopped or 0 < self.budget.limit <= now + need
+        stop = self.process.agree(stop) if shared and self.budget.limit else stop
+        if stop and not self.stopped:
+            self.log(f"EVAL_MAX_SECONDS={self.budget.limit:g}: adaptation stops, the time left is for scoring")
+        self.stopped, self.lesson_began = stop, now
+        return not stop
+
+    def line(self, i: int, n: int, rate: float, bpb: float):
+        """Chunk i of n is done."""
+        seconds = self.budget.spent() - self.begun
+        self.log(f"ttt_chunk [{i}/{n}] bpb={bpb:.6f} rate={rate:.3g} time={seconds:.1f}s "
+                 f"eta={seconds / i * (n - i):.1f}s")
+        self.log.metric(ttt_chunk=i, chunks=n, running_bpb=bpb, rate=rate, ttt_seconds=seconds)
+
+    def document_line(self):
+        """A line for each twentieth of this rank's documents, with the BPB of its own share."""
+        if self.log.main and (part := int(20 * self.work / self.total)) > self._said:
+            self._said = part
+            self.line(part, 20, self.cfg.ttt_lora_lr, self.evaluator.running_bpb(shared=False))
+
+
+def ttt_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
+    """The rate at a step within a chunk, as a share of the chunk's."""
+    warm, total = cfg.ttt_warmup_epochs * steps_per_epoch, cfg.ttt_epochs * steps_per_epoch
+    if not cfg.ttt_cosine or cfg.ttt_lr == 0:
+        return 1.0
+    if step < warm:
+        return (step + 1) / warm
+    least = cfg.ttt_lr_min / cfg.ttt_lr
+    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+
+
+class FullAdapter:
+    """TTT_MODE=full: the weights learn from one chunk after another; ranks share a step's sequences, and stay alike.
+
+    After each chunk the weights go back a share TTT_PULL of their way from the artifact's: what helped once fades,
+    what helps again stays (after dynamic evaluation, https://arxiv.org/abs/1709.07432).
+    """
+
+    def __init__(self, cfg: Config, process: Process, model: GPT, evaluator: Evaluator):
+        self.cfg, self.process, self.evaluator, self.flat = cfg, process, evaluator, FlatWeights(model, process.device)
+        self.origin = self.flat.weights.clone()
+        for block in model.blocks[: cfg.ttt_freeze_blocks]:
+            block.requires_grad_(False)
+        adapted = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = (torch.optim.SGD(adapted, cfg.ttt_lr, cfg.ttt_momentum, weight_decay=cfg.ttt_wd)
+                          if cfg.ttt_optimizer == "sgd" else
+                          torch.optim.AdamW(adapted, cfg.ttt_lr, weight_decay=cfg.ttt_wd))
+
+    def learn(self, begin: int, end: int, rate: float, may_go_on) -> tuple[int, bool]:
+        """TTT_EPOCHS passes over targets [begin, end), all of them scored. Returns the steps taken, and whether they
+        had to be undone for a loss or weights that were not finite."""
+        cfg, flat, world, rank = self.cfg, self.flat, self.process.world, self.process.rank
+        length = min(cfg.train_seq_len, end)
+        starts = torch.arange(begin, end, length, device=flat.weights.device).clamp(max=end - length)
+        group, size = cfg.ttt_batch_seqs * world or len(starts), max(
+            tokens_per_pass(cfg, self.process, True) // length, 1)
+        per_epoch, before, bad, step = -(-len(starts) // group), flat.weights.clone(), flat.loss.new_zeros(()), 0
+        while step < cfg.ttt_epochs * per_epoch and may_go_on():
+            self.optimizer.param_groups[0]["lr"] = rate * ttt_factor(cfg, step, per_epoch)
+            batch = starts[step % per_epoch * group :][:group]
+            tokens = self.evaluator.lesson(batch[:, None] + torch.arange(length + 1, device=batch.device))
+            flat.gather_gradients(self.evaluator.forward, tokens[rank::world], size, len(tokens), self.process)
+            bad += ~flat.clip_(cfg.ttt_grad_clip)
+            self.optimizer.step()
+            step += 1
+        with torch.no_grad():
+            flat.weights.lerp_(self.origin, cfg.ttt_pull)
+            last = self.evaluator.stream.tokens[None, end - length : end + 1]  # scored above; proves the weights usable
+            bad += ~torch.isfinite(self.evaluator.forward(last[:, :-1], last[:, 1:]).sum() + flat.weights.sum())
+        if undone := bool(bad):
+            flat.weights.copy_(before)
+            self.optimizer.state.clear()
+        return step, undone
+
+
+def walk_full(walk: Walk, model: GPT) -> int:
+    """Score and learn chunk by chunk. Returns the number of chunks."""
+    cfg, evaluator, n = walk.cfg, walk.evaluator, walk.evaluator.stream.targets
+    adapter, chunks, first = FullAdapter(cfg, walk.process, model, evaluator), -(-n // cfg.ttt_chunk_tokens), 0
+    if walk.saved:
+        first = walk.saved[0]["chunks"]
+        adapter.flat.weights.copy_(walk.saved[1]["weights"])
+        restore_optimizer(adapter.optimizer, walk.saved[1])
+    for i in range(first, chunks):
+        begin, end = i * cfg.ttt_chunk_tokens, min((i + 1) * cfg.ttt_chunk_tokens, n)
+        with walk.scored(end - begin):
+            evaluator.score(begin, end)
+        fall = 0.5 * (1 + math.cos(math.pi * i / max(chunks - 1, 1)))  # a cosine across chunks, to a share of the rate
+        rate = cfg.ttt_lr * (cfg.ttt_lr_end + (1 - cfg.ttt_lr_end) * fall)
+        if end < n and cfg.ttt_epochs and not walk.stopped:
+            steps, undone = adapter.learn(begin, end, rate, lambda rest=n - end: walk.may_learn(rest, True))
+            walk.adapted, walk.undone = walk.adapted + (steps > 0), walk.undone + undone
+            if undone:
+                walk.log(f"ttt_chunk {i + 1}: its adaptation was not finite and is undone")
+        walk.line(i + 1, chunks, rate, evaluator.running_bpb())
+        walk.chunks = i + 1
+        walk.keep(lambda: {"weights": adapter.flat.weights} | optimizer_tensors(adapter.optimizer))
+    return chunks
+
+
+LORA_CONTEXT = 64  # tokens before a chunk that go in when it is learnt
+
+
+class LoraAdapters:
+    """TTT_MODE=lora: low-rank adapters (https://arxiv.org/abs/2106.09685) on the matrices of the blocks, one set a
+    document. A document's are one row of `weights` [documents, n], and so are their gradient and Adam's state: what
+    is done row by row couples nothing."""
+
+    def __init__(self, cfg: Config, process: Process, model: GPT):
+        rank, generator = min(cfg.ttt_lora_rank, cfg.model_dim), torch.Generator().manual_seed(0)
+        self.cfg, self.dtype = cfg, model.requires_grad_(False).dtype
+        self.layers = [m for name, m in model.named_modules() if isinstance(m, Linear) and name.startswith("blocks.")]
+        self.shapes, parts = [], []
+        for layer in self.layers:  # the first factor random, the second zero: no effect before the first step
+            self.shapes += [(rank, layer.in_features), (layer.out_features, rank)]
+            parts += [torch.randn(self.shapes[-2], generator=generator) / math.sqrt(layer.in_features),
+                      torch.zeros(self.shapes[-1])]
+        self.initial = torch.cat([p.flatten() for p in parts]).to(process.device)
+
+    def reset(self, places: int):
+        """Room for the adapters of this many documents at a time; each place is a parameter of its own to Adam."""
+        self.weights = self.initial.repeat(places, 1)
+        self.adam = torch.optim.Adam(self.weights.unbind(), self.cfg.ttt_lora_lr, betas=(0.9, 0.99), fused=True)
+
+    def renew(self, places: list[int]):
+        """Fresh adapters and optimizer state in these places."""
+        for place in places:
+            self.weights[place] = self.initial
+            self.adam.state.pop(self.adam.param_groups[0]["params"][place], None)
+
+    def attach(self, places: Tensor, times: int = 1):
+        """Give the layers the adapters in `places`, a row of the next batch each, the whole repeated so many times."""
+        everyone = len(places) == len(self.weights)
+        self.leaf = (self.weights.detach() if everyone else self.weights[places]).requires_grad_()
+        parts = self.leaf.to(self.dtype).repeat(times, 1) if times > 1 else self.leaf.to(self.dtype)
+        parts = parts.split([math.prod(shape) for shape in self.shapes], dim=1)
+        matrices = [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        for layer, down, up in zip(self.layers, matrices[::2], matrices[1::2], strict=True):
+            layer.adapter = (down, up)
+
+    def detach(self):
+        for layer in self.layers:
+            layer.adapter = None
+
+    def step(self, nats: Tensor, places: Tensor, learns: Tensor) -> int:
+        """An Adam step on the mean of each row of nats [rows, targets], for the attached `places` where `learns`
+        [rows]. Returns how many had to be left as they were, for a loss or gradient that was not finite."""
+        grad, = torch.autograd.grad((nats.mean(1) * learns).sum(), self.leaf)
+        norm, loss = torch.linalg.vector_norm(grad, dim=1), nats.detach().sum(1)
+        fit = (torch.isfinite(norm + loss) & learns).tolist()
+        if self.cfg.ttt_grad_clip:
+            grad = grad * (self.cfg.ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0)[:, None]
+        for place, row, ok in zip(places.tolist(), grad, fit, strict=True):
+            self.adam.param_groups[0]["params"][place].grad = row if ok else None
+        self.adam.step()
+        self.adam.zero_grad()
+        return int(learns.sum()) - sum(fit)
+
+
+def document_groups(cfg: Config, process: Process, stream: Stream, weights: int) -> list[tuple[int, int, np.ndarray]]:
+    """This rank's documents by length: (window, places, documents [n, 2] as first target and end, longest first).
+
+    A document is the targets from its BOS to the next; what comes before the first BOS is one too. A short one gets
+    a shorter window: half or a quarter. `places` go through the model side by side, as many as activations and, with
+    all that Adam needs, adapters of `weights` numbers leave room for.
+    """
+    starts = np.union1d([0], torch.nonzero(stream.tokens[:-1] == BOS_ID)[:, 0].cpu().numpy())
+    documents = np.stack((starts, np.append(starts[1:], stream.targets)), axis=1)
+    lengths, groups, chunk = documents[:, 1] - documents[:, 0], [], min(cfg.ttt_lora_chunk_tokens, cfg.eval_len)
+    stride = min(cfg.eval_stride, chunk)
+    windows = sorted({w for w in (cfg.eval_len, cfg.eval_len // 2, cfg.eval_len // 4) if w >= stride}, reverse=True)
+    # a document's length must not show before its end: in the shorter windows all its blocks see its first token
+    longest = {w: w if w % stride == chunk % stride == 0 else w - stride + 1 for w in windows[1:]}
+    for window, shorter in zip(windows, [*windows[1:], None], strict=True):
+        fits = (lengths <= longest.get(window, math.inf)) & (lengths > longest.get(shorter, 0))
+        chosen = documents[fits]
+        chosen = chosen[np.argsort(chosen[:, 0] - chosen[:, 1], kind="stable")]
+        room = min(tokens_per_pass(cfg, process, True), cfg.val_batch_size // process.world) // window
+        room = max(min(room, process.memory()[0] // 8 // (32 * weights)), 1)
+        if len(chosen):
+            places = min(room, -(-len(chosen) // process.world))
+            groups.append((window, places, chosen[process.rank :: process.world]))
+    return groups
+
+
+def walk_documents(walk: Walk, adapters: LoraAdapters, group: int, window: int, places: int, documents: np.ndarray,
+                   fixed: bool):
+    """Score and learn a group's documents chunk by chunk, `places` at a time; one that ends gives its place to the
+    next. `fixed`: places without a document stay in the batch, so that a compiled model sees one shape."""
+    evaluator, device, stride = walk.evaluator, walk.process.device, walk.evaluator.stride
+    chunk, queue = min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len), collections.deque(documents.tolist())
+    begin, end, at = table = np.zeros((3, places), np.int64)  # of each place's document; its next target
+    adapters.reset(places)
+    if walk.saved and walk.saved[0]["group"] == group:
+        table[:], queue = walk.saved[1]["places"].numpy(), collections.deque(walk.saved[0]["queue"])
+        adapters.weights.copy_(walk.saved[1]["adapters"])
+        restore_optimizer(adapters.adam, walk.saved[1])
+    while True:
+        free = np.flatnonzero(at >= end)
+        for place in free[: len(queue)].tolist():
+            begin[place], end[place] = document = queue.popleft()
+            at[place] = document[0]
+        adapters.renew(free.tolist())
+        if not (left := end - at).any():
+            return
+        active = np.arange(places) if fixed else np.flatnonzero(left)
+        rows, first, low, stop = (torch.from_numpy(x[active]).to(device) for x in (np.arange(places), begin, at, end))
+        offsets = torch.arange(0, chunk if fixed else min(chunk, int(left.max())), stride, device=device)[:, None]
+        with walk.scored(window * int(np.minimum(left, chunk).sum())):
+            for some in offsets.split(max(tokens_per_pass(walk.cfg, walk.process, False) // (window * len(rows)), 1)):
+                adapters.attach(rows, len(some))
+                begins, ends = low + some, (low + (some + stride).clamp(max=chunk)).minimum(stop)
+                starts = (begins + stride - window).maximum(first)  # a window ends where its block does
+                evaluator.record(begins.flatten(), ends.flatten(), starts.flatten(), window)
+        walk.chunks += int((left > 0).sum())
+        if (left > chunk).any() and walk.may_learn(walk.total - walk.work, False):
+            kept = torch.from_numpy(np.flatnonzero(fixed | (left > chunk)[active])).to(device)
+            learn_documents(walk, adapters, window, *(x[kept] for x in (rows, first, low, stop)))
+            walk.adapted += int((left > chunk).sum())
+        walk.document_line()
+        np.minimum(at + chunk, end, out=at)
+        walk.keep(lambda: {"adapters": adapters.weights, "places": torch.from_numpy(table),
+                           **optimizer_tensors(adapters.adam)}, group=group, queue=list(queue))
+
+
+def learn_documents(walk: Walk, adapters: LoraAdapters, window: int, rows: Tensor, first: Tensor, low: Tensor,
+                    stop: Tensor):
+    """A step of each document on the chunk from `low` on, if that is not its last; no later token goes in, and of the
+    earlier ones LORA_CONTEXT, since whole windows taught hardly more (0.001 BPB) at several times the cost."""
+    evaluator, chunk = walk.evaluator, min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len)
+    window = min(window, chunk + LORA_CONTEXT)
+    learns, start = low + chunk < stop, (low + chunk - window).maximum(first)[:, None]
+    inputs = (start + torch.arange(window, device=low.device)).minimum(low[:, None] + chunk - 1)
+    targets, last = low[:, None] + torch.arange(chunk, device=low.device), evaluator.stream.targets
+    tokens = evaluator.lesson(targets + 1, learns)
+    adapters.attach(rows)
+    nats = evaluator.forward(evaluator.stream.tokens[inputs.clamp(max=last)], tokens, targets - start, evaluator.window)
+    walk.undone += adapters.step(nats, rows, learns)
+
+
+def walk_lora(walk: Walk, model: GPT) -> int:
+    """Each document from fresh adapters: score a chunk of it, learn from it, go on to its next one. Nothing carries
+    over between documents, so they share batches and are shared out over the ranks. Returns the number of chunks."""
+    process, adapters = walk.process, LoraAdapters(walk.cfg, walk.process, model)
+    groups = document_groups(walk.cfg, process, walk.evaluator.stream, len(adapters.initial))
+    walk.total = sum(window * int((documents[:, 1] - documents[:, 0]).sum()) for window, _, documents in groups)
+    for i, group in enumerate(groups):
+        if not walk.saved or walk.saved[0]["group"] <= i:
+            walk_documents(walk, adapters, i, *group, walk.evaluator.forward is not model)
+    adapters.detach()
+    try:
+        process.heard(0.0)  # ranks that are done wait here for the others
+    except PeerLost:  # which were interrupted
+        walk.write()
+        raise
+    counts = torch.tensor((walk.adapted, walk.undone, walk.chunks, walk.stopped), device=process.device)
+    walk.adapted, walk.undone, walk.chunks, walk.stopped = process.sum_(counts).tolist()
+    return walk.chunks
+
+
+def prime(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream, tokenizer: Tokenizer):
+    """Where forward passes are compiled, walk over random tokens, never validation text, in the shapes that `stream`
+    will need, so that the walk that counts meets none for the first time. Changes `model`."""
+    if compiled(model, cfg, process) is model:
+        return
+    rng, starts, n = np.random.default_rng(0), [], min(2 * cfg.ttt_chunk_tokens, stream.targets)
+    if cfg.ttt_mode == "lora":  # a whole batch for each length of window
+        groups = document_groups(cfg, process, stream, len(LoraAdapters(cfg, process, model).initial))
+        starts = np.cumsum([window + (window == cfg.eval_len) for window, places, _ in groups  # one more: it learns
+                            for _ in range(places * process.world)])
+        n, starts = int(starts[-1]), [0, *starts[:-1]]
+    ids = rng.integers(BOS_ID + 1, max(cfg.vocab_size, BOS_ID + 2), n + 1)
+    ids[starts] = BOS_ID
+    cfg = dataclasses.replace(cfg, eval_max_seconds=0.0)
+    test_time_train(cfg, process, log.silent(), model, Stream(ids, tokenizer, process.device))
+
+
+def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream, budget: Budget | None = None,
+                    probe=(), checkpoints: Checkpoints | None = None) -> tuple[Evaluator, dict]:
+    """Walk the stream once: score a chunk for good, learn from it, score the next. Changes `model` in full mode.
+    Returns the books and what to report of the walk. With `checkpoints` states of it are kept and gone on from."""
+    lora = cfg.ttt_mode == "lora"
+    stride = min(cfg.eval_stride, cfg.ttt_lora_chunk_tokens, cfg.eval_len) if lora else cfg.eval_stride
+    evaluator = Evaluator(cfg, process, compiled(model, cfg, process), stream, stride, probe)
+    with process.signals.hold() if checkpoints else contextlib.nullcontext():
+        walk = Walk(cfg, process, log, evaluator, budget or Budget(cfg, process), checkpoints)
+        chunks = (walk_lora if lora else walk_full)(walk, model)
+    if walk.undone:
+        log(f"ttt: the adaptation of {walk.undone} chunks was not finite and is undone")
+    return evaluator, {"chunks": chunks, "mode": cfg.ttt_mode, "adapted_chunks": walk.adapted - walk.undone,
+                       "undone_chunks": walk.undone, "stopped_by_budget": bool(walk.stopped)}
+
+
+# ==== Audit: proof, on an excerpt, that the evaluation behind val_bpb is causal =======================================
+
+
+def decoded_bytes(sp, ids: np.ndarray) -> int:
+    """Canonical bytes of the targets ids[1:], counted without the table: from the text that the pieces spell, in
+    which a space at the start of a document does not count."""
+    mark, boundary = b"\xff\xfe\xff", [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(len(sp))]
+    spelt = [mark if boundary[i] else bytes([int(p[3:5], 16)]) if sp.is_byte(i) else p.replace("\u2581", " ").encode()
+             for i, p in enumerate(map(sp.id_to_piece, range(len(sp))))]
+    first = spelt[ids[0]]  # the context of the first target, itself not scored
+    text = first + b"".join(map(spelt.__getitem__, ids[1:].tolist()))
+    return len(text) - len(first) - text.count(mark + b" ") - len(mark) * text[len(first) :].count(mark)
+
+
+def exact_audit(cfg: Config, process: Process) -> bool:
+    """Whether honest runs agree bit for bit: not on a GPU, nor where a cut changes the batches of documents. Where
+    they do not, the audit computes in fp32 and uncompiled, and allows for what is left."""
+    return not process.cuda and not (cfg.ttt_enabled and cfg.ttt_mode == "lora")
+
+
+def audit_length(cfg: Config) -> int:
+    """Targets of the excerpt that the audit evaluates."""
+    return max(cfg.audit_tokens, cfg.eval_len) if cfg.audit_tokens else 4 * cfg.eval_len
+
+
+class Audit:
+    """AUDIT=1. `trial(ids, probe, **changes)` evaluates any tokens with the evaluation under test, a black box, and
+    returns its Evaluator; `changes` are settings to change for the trial."""
+
+    def __init__(self, cfg: Config, process: Process, trial, ids: np.ndarray):
+        self.cfg, self.process, self.trial, self.rng = cfg, process, trial, np.random.default_rng(cfg.seed)
+        self.ids = ids[: audit_length(cfg) + 1].copy()
+        n = len(self.ids) - 1
+        if n >= 16:  # several documents, to be kept apart
+            self.ids[self.rng.integers(1, n, 4)] = BOS_ID
+        starts = np.flatnonzero(self.ids[1:] == BOS_ID) + 1  # their ends are places worth cheating at
+        chosen = self.rng.choice(starts, min(2, len(starts)), replace=False)
+        self.cuts = sorted({*self.rng.integers(max(n // 3, 1), n + 1, 4).tolist(), *chosen.tolist()})
+        probe = sorted({cut - 1 for cut in self.cuts} | set(self.rng.integers(0, n, 4).tolist()))
+        made = Evaluator.made
+        self.honest = trial(self.ids, probe)
+        self.walks = Evaluator.made - made
+        self.score, self.distributions = self.honest.result(), self.merge(self.honest)
+
+    def merge(self, evaluator: Evaluator) -> dict[int, Tensor]:
+        """The probed distributions of all ranks."""
+        return {at: nats for part in self.process.gather(evaluator.distributions) for at, nats in part.items()}
+
+    def causal(self) -> tuple[bool, str]:
+        """Random tokens from a cut on must leave every loss before it as it was, and the distribution at it."""
+        worst, noise, tolerance, learnt = 0.0, 0.0, 0.0, []
+        if not exact_audit(self.cfg, self.process):  # how far honest runs differ whose batches have other shapes
+            again = self.trial(self.ids, val_batch_size=self.cfg.eval_len * self.process.world).result()
+            noise = float(np.abs(again.nats - self.score.nats).max())
+            tolerance = min(1e-3, 1e-5 + 4 * noise)
+        for cut in self.cuts:  # tokens before position `cut` stay, so the losses of targets 0 to cut-2
+            ids = self.ids.copy()
+            ids[cut:] = self.rng.integers(0, self.cfg.vocab_size, len(ids) - cut)
+            other = self.trial(ids, [cut - 1])
+            losses = np.abs(other.result().nats - self.score.nats)[: cut - 1]
+            at_cut = (self.merge(other)[cut - 1].neg().exp() - self.distributions[cut - 1].neg().exp()).abs().numpy()
+            worst = max(worst, float(np.nan_to_num(np.concatenate((losses, at_cut)), nan=np.inf).max()))
+            learnt.append(int((self.process.sum_(other.learnt)[:cut] > 0).sum()))
+        peek = max(self.process.gather(self.honest.peek))
+        return worst <= tolerance and peek <= max(tolerance, 1e-5) and noise <= 1e-3, (
+            f"cuts at {self.cuts} of {self.score.tokens}: what comes before differs by {worst:.3g}, allowed "
+            f"{tolerance:.3g} (a re-run: {noise:.3g}); other inputs after a place change its loss by {peek:.3g}; "
+            f"tokens learnt from before the cuts: {learnt}")
+
+    def normalised(self) -> tuple[bool, str]:
+        """At sampled places the distribution sums to 1, and its entry for the target is what was recorded."""
+        sums = [abs(float(nats.double().neg().exp().sum()) - 1) for nats in self.distributions.values()]
+        gaps = [abs(float(nats[int(self.ids[at + 1])]) - float(self.score.nats[at]))
+                for at, nats in self.distributions.items()]
+        ok = all(x <= 1e-4 for x in sums) and all(x <= 1e-4 for x in gaps) and len(sums) > 0
+        return ok, (f"at {len(sums)} places the sum is off 1 by at most {max(sums):.2g}, the loss off -log of its "
+                    f"entry by at most {max(gaps):.2g}")
+
+    def one_pass(self) -> tuple[bool, str]:
+        count = self.honest.count
+        return bool((count == 1).all()) and self.walks == 1, (
+            f"{len(count)} targets, scored {int(count.min())} to {int(count.max())} times in {self.walks} walk(s)")
+
+    def score_before_update(self) -> tuple[bool, str]:
+        return int(self.honest.early) == 0, (f"{int(self.honest.early)} optimizer steps had seen a target before its "
+                                             f"score; {int((self.honest.learnt > 0).sum())} tokens were learnt from")
+
+
+def audit(cfg: Config, process: Process, log: Log, trial, stream: Stream, sp) -> dict:
+    """Run the five checks; `sp` is the SentencePiece model. Returns the summary's `audit` entry."""
+    ids = stream.tokens.cpu().numpy()
+    proof, counted = Audit(cfg, process, trial, ids), decoded_bytes(sp, ids)
+    checks = {name: getattr(proof, name)() for name in ("causal", "normalised", "one_pass", "score_before_update")}
+    checks["bytes"] = counted == stream.bytes, f"{stream.bytes} by the table, {counted} by the decoded pieces"
+    for name, (ok, detail) in checks.items():
+        log(f"audit {name}: {'ok' if ok else 'FAILED'}, {detail}")
+    result = {name: {"ok": ok, "detail": detail} for name, (ok, detail) in checks.items()}
+    return {"ok": all(ok for ok, _ in checks.values()), "seconds": 0.0} | result
+
+
+# ==== Training ========================================================================================================
+
+
+def rate_factor(cfg: Config, step: int, seconds: float) -> float:
+    """Learning rates at a step, as a share of their full values: 1, then a linear warmdown to 0.
+
+    Under a wall-clock cap the warmdown is the time that WARMDOWN_ITERS steps take at the speed measured so far.
+    """
+    if cfg.warmdown_iters == 0:
+        return 1.0
+    if cfg.max_wallclock_seconds == 0:
+        return min((cfg.iterations - step) / cfg.warmdown_iters, 1.0)
+    warmdown = cfg.warmdown_iters * seconds / max(step, 1)
+    left = max(cfg.max_wallclock_seconds - seconds, 0.0)
+    return left / max(warmdown, 1e-9) if left <= warmdown else 1.0
+
+
+class Trainer:
+    """One rank's training: its share of each batch, the step and the clock."""
+
+    def __init__(self, cfg: Config, process: Process, model: GPT):
+        self.cfg, self.process, self.started, self._marks = cfg, process, 0.0, collections.deque()
+        self.bad, self.dropped, self.fault = 0, 0, ""  # steps dropped in a row, in all, and the last one
+        self.flat, self.forward = FlatWeights(model, process.device), compiled(model, cfg, process)
+        self.optimizers = Optimizers(cfg, self.flat, process)
+        self.share = cfg.train_batch_tokens // cfg.train_seq_len // process.world
+        most = cfg.micro_batch_seqs or max(tokens_per_pass(cfg, process, True) // cfg.train_seq_len, 1)
+        self.micro = max(n for n in range(1, self.share + 1) if self.share % n == 0 and n <= most)
+
+    def step(self, tokens: Tensor, step: int, factor: float):
+        """One update from this rank's tokens [sequences, seq_len + 1]; leaves the mean loss in `flat.loss`, and says
+        in `bad`, `dropped` and `fault` what was dropped (on a GPU up to the step before, which is known by then)."""
+        self.flat.gather_gradients(self.forward, tokens, self.micro, self.share * self.process.world, self.process)
+        self.optimizers.step(step, factor)
+        self.optimizers.track_average()
+        event = torch.cuda.Event() if self.process.cuda else None
+        self._marks.append((self.optimizers.bad.to("cpu", non_blocking=True), event, step + 1, factor))
+        if event:
+            event.record()
+        if not event or len(self._marks) > 1:
+            self._settle()
+
+    def _settle(self):
+        """Wait for the oldest step not waited for: the clock stays true and the device, one step ahead, never idles."""
+        bad, event, step, factor = self._marks.popleft()
+        if event:
+            event.synchronize()
+        self.bad = int(bad)
+        if self.bad:
+            self.dropped += 1
+            self.fault = (f"step {step}: the loss or a gradient is not finite, at rate {factor:.3g} x MATRIX_LR="
+                          f"{self.cfg.matrix_lr:g}, SCALAR_LR={self.cfg.scalar_lr:g}")
+
+    def warm_up(self):
+        """Prime compilation on random tokens at rate 0, which leaves the weights as they are; start the clock."""
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(self.cfg.warmup_steps):
+            tokens = torch.randint(self.cfg.vocab_size, (self.share, self.cfg.train_seq_len + 1), generator=generator)
+            self.step(tokens.to(self.process.device, torch.int32), 0, 0.0)
+        self.synchronize()
+        self.optimizers.reset()
+        self.started, self.bad, self.dropped = time.perf_counter(), 0, 0
+
+    def synchronize(self):
+        if self.process.cuda:
+            torch.cuda.synchronize()
+        while self._marks:
+            self._settle()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the steps to come depend on, whole on every rank."""
+        cuda = {"random_cuda": torch.cuda.get_rng_state()} if self.process.cuda else {}
+        return self.optimizers.tensors() | cuda | {"random": torch.get_rng_state()}
+
+    def restore(self, tensors: dict[str, Tensor], seconds: float):
+        """Go on from what `state` gave, with the clock at `seconds`. UserError for what another model gave."""
+        try:
+            if odd := [n for n, x in tensors.items() if x.dtype not in (torch.float32, torch.uint8)]:
+                raise TypeError(f"{odd[0]} is {tensors[odd[0]].dtype}")
+            self.optimizers.restore(tensors)
+            torch.set_rng_state(tensors["random"])
+            if self.process.cuda and "random_cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["random_cuda"])
+        except (LookupError, RuntimeError, ValueError, TypeError) as error:
+            raise UserError(f"the checkpoint is of another model or device ({error}); start afresh", True) from None
+        self.started = time.perf_counter() - seconds
+
+    def heard(self) -> tuple[float, int]:
+        """Training seconds so far and the signal that any rank has caught, the same on every rank."""
+        return self.process.heard(time.perf_counter() - self.started)
+
+    @contextlib.contextmanager
+    def off_the_clock(self):
+        self.synchronize()
+        begin = time.perf_counter()
+        yield
+        self.synchronize()
+        self.started += time.perf_counter() - begin
+
+
+NAN_MOST = 3  # steps in a row that NAN_POLICY=skip drops
+
+
+def keep_state(trainer: Trainer, checkpoints: Checkpoints, step: int, seconds: float, last: bool):
+    """Begin to write the state after `step` steps; `last`: after waiting for the one before, wherever there is room."""
+    began = time.perf_counter()
+    state, facts = trainer.state(), {"step": step, "seconds": seconds, "dropped": trainer.dropped, "last": last}
+    if trainer.process.main:
+        if last:
+            checkpoints.wait()
+        kept = checkpoints.save(f"step_{step:07d}.npz", state, facts)
+        said = "is being written" if kept else "left out, the one before is still being written"
+        waited = 1000 * (time.perf_counter() - began)
+        checkpoints.log(f"checkpoint of step {step} {said}; training waited {waited:.0f} ms", console=False)
+
+
+def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, stream: Stream,
+          checkpoints: Checkpoints, saved: tuple[dict, dict[str, Tensor]] | None = None) -> dict:
+    """Train `model` in place, from the start or from a `saved` state, and leave the averaged weights in it. Returns
+    the summary's `train` entry.
+
+    Raises UserError when a loss or gradient is not finite and NAN_POLICY does not let the step be dropped, and
+    Interrupted after a signal, when the state is written.
+    """
+    trainer, first, seconds = Trainer(cfg, process, model), 0, 0.0
+    log(f"world_size:{process.world} grad_accum_steps:{trainer.share // trainer.micro} "
+        f"micro_batch_seqs:{trainer.micro} compute_dtype:{str(process.dtype)[6:]} warmup_steps:{cfg.warmup_steps}")
+    trainer.warm_up()
+    if saved:
+        first, seconds, trainer.dropped = (saved[0][name] for name in ("step", "seconds", "dropped"))
+        trainer.restore(saved[1], seconds)
+    loader, step, kept, caught, dropped = Loader(cfg, tokens, process, first), first, seconds, 0, trainer.dropped
+    with process.signals.hold():
+        while True:
+            capped = 0 < cfg.max_wallclock_seconds <= seconds
+            stop = "wallclock_cap" if capped else "iterations" if step >= cfg.iterations else ""
+            if stop:
+                trainer.synchronize()
+            failed = trainer.dropped > dropped and (cfg.nan_policy == "stop" or trainer.bad > NAN_MOST)
+            due = 0 < cfg.ckpt_every_seconds <= seconds - kept
+            if step > first and (stop or caught or failed or due):
+                keep_state(trainer, checkpoints, step, seconds, bool(stop or caught or failed))
+                kept = seconds
+            if failed:
+                newest = process.agree(process.main and (checkpoints.wait() or checkpoints.newest))
+                advice = f"see why {NAN_MOST} in a row were not enough" if cfg.nan_policy == "skip" else (
+                    "set NAN_POLICY=skip")
+                raise UserError(f"{trainer.fault}; the step is dropped and the run ends; lower the rates or {advice}; "
+                                f"last good checkpoint: {newest or 'none'}", shared=True)
+            if trainer.dropped > dropped:
+                log(f"{trainer.fault}; the step is dropped, {max(trainer.bad, 1)} in a row")
+            dropped = trainer.dropped
+            if caught:
+                process.agree(process.main and checkpoints.wait())  # no rank leaves before it is written
+                raise Interrupted(caught)
+            clock = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
+            if (cfg.val_loss_every and step % cfg.val_loss_every == 0) or (stop and cfg.final_eval_enable):
+                with trainer.off_the_clock():
+                    evaluator = evaluate(cfg, process, log, trainer.forward, stream, cfg.eval_len, "validation")
+                    if (caught := trainer.heard()[1]):
+                        continue
+                    raw = evaluator.result()
+                log(f"step:{step}/{cfg.iterations} val_loss:{raw.val_loss:.4f} val_bpb:{raw.val_bpb:.4f} {clock}")
+                log.metric(step=step, val_loss=raw.val_loss, val_bpb=raw.val_bpb, train_seconds=seconds)
+            if stop:
+                break
+            factor = rate_factor(cfg, step, seconds)
+            trainer.step(loader.next(), step, factor)
+            step, (seconds, caught) = step + 1, trainer.heard()
+            speed, done = step * cfg.train_batch_tokens / seconds, step / cfg.iterations
+            done = max(done, seconds / (cfg.max_wallclock_seconds or math.inf))
+            if cfg.train_log_every and (step <= first + 10 or step % cfg.train_log_every == 0 or done >= 1):
+                loss = trainer.flat.loss.item()
+                log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
+                    f"step_avg:{1000 * seconds / step:.2f}ms")
+                log.metric(step=step, train_loss=loss if math.isfinite(loss) else None, train_seconds=seconds,
+                           rate_factor=factor, tokens_per_second=speed)
+            log.live(f"step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s" if cfg.train_log_every else f"step {step}",
+                     done, seconds, every=60.0)
+    if stop == "wallclock_cap":
+        log(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{cfg.iterations}")
+    log(f"peak memory allocated: {process.memory()[1] // 2**20} MiB")
+    trainer.optimizers.apply_average()
+    if not bool(torch.isfinite(trainer.flat.weights).all()):
+        raise UserError("training ended with weights that are not finite; lower the learning rates", shared=True)
+    return {"steps": step, "tokens": step * cfg.train_batch_tokens, "seconds": seconds, "dropped_steps": dropped,
+            "step_ms": 1000 * seconds / max(step, 1), "stop": stop}
+
+
+# ==== Main: find a run to go on with, open and check, run the stages, leave a record ==================================
+
+# What a run's continuation may change without a word; and what it may not, since the state hangs on it.
+UNBOUND = ("run_id", "log_dir", "resume", "preset", "strict_env", "env_extra", "train_log_every", "nll_dump",
+           "ckpt_every_seconds", "keep_ckpts", "nan_policy")
+BOUND = {f.name for f in MODEL_FIELDS} | {"seed", "shuffle", "train_batch_tokens", "train_enabled", "model_path"}
+
+
+NO_ROOM_SECONDS = 900.0  # how long a run waits for room on the disk before it gives up what is kept nowhere else
+
+
+def launcher() -> str:
+    """What tells this launch from any other, and stays the same when torchrun restarts its workers."""
+    began = ""
+    with contextlib.suppress(OSError):
+        began = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {platform.node()} {os.getppid()} {began}"
+
+
+def lock(folder: Path, patience: float = 0.0):
+    """Lock a run's folder for as long as this process lives; the lock of a dead one is no obstacle. Returns the open
+    file. UserError when a live run still has it after `patience` seconds."""
+    file, began = open(folder / "lock", "a+"), time.monotonic()
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() - began > patience:
+                file.seek(0)
+                raise UserError(f"RUN_ID={folder.name}: a live run writes into {folder} ({file.read(80).strip()}); "
+                                "wait for it or choose another RUN_ID") from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            break
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+    return file
+
+
+def read_progress(folder: Path) -> dict:
+    """The record of a run's finished stages; empty where there is none that can be read."""
+    try:
+        text, _, checksum = (folder / "progress.json").read_bytes().rpartition(b"\n")
+        record = json.loads(text) if hashlib.sha256(text).hexdigest().encode() == checksum else {}
+        if record:
+            check_settings(record)
+        return record
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return {}
+
+
+def search_runs(cfg: Config, restart: bool) -> Path | None:
+    """The newest unfinished run under LOG_DIR that this launch began before its restart; or, told to resume without a
+    RUN_ID, one of the same settings that no process is at."""
+    found = [(p.stat().st_mtime, p.parent) for p in Path(cfg.log_dir).glob("*/progress.json")]
+    mine = {name: value for name, value in cfg.settings().items() if name not in UNBOUND}
+    for _, folder in sorted(found, reverse=True):
+        record = read_progress(folder)
+        if restart and launcher() in record.get("launchers", ()):
+            return folder
+        if not restart and record and mine == {name: record["settings"].get(name) for name in mine}:
+            with contextlib.suppress(UserError, OSError):
+                lock(folder).close()
+                return folder
+    return None
+
+
+def place_to_resume(cfg: Config, restart: bool) -> tuple[Path | None, dict, dict[str, Tensor]]:
+    """The folder that RESUME or a restart means, None for a new one; and what the checkpoint holds that RESUME names.
+
+    Raises UserError for a path that is no checkpoint and no run's folder.
+    """
+    path = Path(cfg.resume)
+    if cfg.resume in ("0", "1"):
+        return Path(cfg.log_dir, cfg.run_id) if cfg.run_id else search_runs(cfg, restart), {}, {}
+    if path.is_dir():
+        if not any((path / name).exists() for name in ("progress.json", "summary.json", "checkpoints")):
+            raise UserError(f"RESUME={path}: no run's folder; give LOG_DIR/RUN_ID or a file of its checkpoints")
+        return path, {}, {}
+    facts, tensors = read_state(path)
+    if "step" not in facts:
+        raise UserError(f"RESUME={path}: a state of test-time training, which only RESUME=1 goes on from")
+    around = path.absolute().parents  # LOG_DIR/RUN_ID/checkpoints, unless the file was moved
+    inside = around[0].name == "checkpoints" and around[1].name == facts["run_id"] and "log_dir" not in cfg.explicit
+    home = around[2] if inside else Path(cfg.log_dir)
+    return home / facts["run_id"] if cfg.run_id in ("", facts["run_id"]) else None, facts, tensors
+
+
+def find_run(cfg: Config, process: Process) -> tuple[dict | None, dict[str, Tensor]]:
+    """What RESUME, or a restart by torchrun, asks to go on with: {"folder", "facts" of its newest good checkpoint,
+    "notes" to log, and what is in its progress.json}; and that checkpoint's tensors. On rank 0, which locks the folder.
+
+    Raises UserError for a live run, and for a path that is no checkpoint and no run.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if cfg.resume == "0" and not restart:
+        return None, {}
+    why, notes = "restart" if restart else f"RESUME={cfg.resume}", []
+    folder, facts, tensors = place_to_resume(cfg, restart)
+    if cfg.resume == "0" and folder and launcher() not in read_progress(folder).get("launchers", ()):
+        return None, {}  # not this launch's: refused, as at first
+    if folder is None or not folder.is_dir():
+        notes.append(f"{why}: " + ("a new run starts from it" if facts else "nothing to resume, starting afresh"))
+        return {"folder": None, "facts": facts, "notes": notes, "summary": None, "nats": None}, tensors
+    if (folder / "summary.json").exists() and not (folder / "progress.json").exists():
+        if facts:
+            raise UserError(f"{why}: the run in {folder} is finished; give a new RUN_ID to start from this checkpoint")
+        return {"finished": str(folder / "summary.json")}, {}
+    process.lock, progress = lock(folder, 10.0 * restart), read_progress(folder)
+    states, later = step_files(folder / "checkpoints"), []
+    if facts:  # that state and no later one; what was done after it is to be done again
+        progress = progress | {"summary": None, "nats": None}
+        later = [str(state) for state in states if int(state.stem[5:]) > facts["step"]]
+    for state in () if facts else reversed(states):
+        try:
+            facts, tensors = read_state(state)
+            break
+        except UserError as error:
+            notes.append(f"{why}: {error}; falling back to the one before")
+    artifact = (progress.get("summary") or {}).get("artifact")
+    own = folder / ARTIFACT_NAME
+    given = artifact and progress["settings"]["model_path"] and not own.exists()
+    scored = Path(artifact["path"]) if given else own
+    if artifact and artifact["sha256"] != file_hash(scored):
+        notes.append(f"{why}: {scored} is not the artifact that this run scored; that is done again")
+        progress["summary"]["artifact"] = None
+        progress["summary"]["eval"] |= {"int6": None, "sliding": None, "ttt": None}
+    if not facts and not (progress.get("summary") or {}).get("artifact"):
+        notes.append(f"{why}: nothing to resume in {folder}, starting afresh there")
+    found = {"folder": str(folder), "facts": facts, "notes": notes, "summary": None, "nats": None, "later": later}
+    return found | progress, tensors
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, empty where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def continued(cfg: Config, found: dict, ranks: int) -> Config:
+    """The settings of the run that was found, with what the environment sets anew. Raises UserError for a setting that
+    its state cannot go on with; others that change are noted."""
+    source = found if "settings" in found else found["facts"]
+    stored = {f.name: source["settings"][f.name] for f in VARIABLES if f.name in source.get("settings", {})}
+    changed = [n for n in sorted(cfg.explicit & stored.keys() - set(UNBOUND)) if getattr(cfg, n) != stored[n]]
+    for name in changed:
+        if name in BOUND:
+            raise UserError(f"{name.upper()}={getattr(cfg, name)}: the run to go on with has {stored[name]}; unset it, "
+                            "or start another run")
+        found["notes"].append(f"resumed with {name.upper()}={getattr(cfg, name)}, before {stored[name]}")
+    if changed and found["summary"]:  # what hung on them is done again
+        scores = all(n.startswith(("eval_", "val_", "final_", "ttt_", "audit")) for n in changed)
+        found["summary"] |= {"eval": dict.fromkeys(found["summary"]["eval"]), "audit": None, "reasons": []}
+        found["summary"]["artifact"] = found["summary"]["artifact"] if scores else None
+    if stored.get("nll_dump") and "nll_dump" not in cfg.explicit:  # no file chooses where this process writes
+        found["notes"].append(f"NLL_DUMP={stored['nll_dump']} of the run so far is not taken over; give it again")
+    given = {*cfg.explicit, "run_id", "log_dir", "resume", "nll_dump"}
+    kept = {n: v for n, v in stored.items() if n not in given}
+    if found["folder"]:
+        kept |= {"run_id": Path(found["folder"]).name, "log_dir": str(Path(found["folder"]).parent)}
+    cfg = dataclasses.replace(cfg, **kept, explicit=cfg.explicit | set(source.get("explicit", ())) - {"nll_dump"})
+    if lines := conflicts(cfg, ranks):
+        raise UserError(lines[0])
+    return cfg
+
+
+class Run:
+    """One run: what it reads, opened and checked when it is made; its stages, in order; the summary they fill."""
+
+    def __init__(self, cfg: Config, process: Process, found: dict | None = None, tensors: dict | None = None):
+        """Open MODEL_PATH, tokenizer and data, look at the output folders. UserError for the first that fails.
+        `found` and `tensors` are `find_run`'s."""
+        self.process, self.code, self.artifact, self.train_tokens = process, SCRIPT.read_bytes(), None, None
+        self.read_seconds, self.nats, self.float, self.settings = 0.0, None, False, cfg.settings()
+        self.found, self.tensors = found or {"folder": None, "facts": {}, "notes": [], "summary": None}, tensors or {}
+        self.checkpoints = None
+        self.cfg = cfg = cfg if cfg.train_enabled else self.open_artifact(cfg)
+        if cfg.eval_max_seconds < 0:
+            self.cfg = cfg = dataclasses.replace(cfg, eval_max_seconds=600.0 if process.cuda else 0.0)
+        folder = find_path(cfg.data_path)
+        if not folder.is_dir():
+            raise UserError(f"DATA_PATH={folder}: no such folder; run ./run.sh data, data/prepare.py, or set DATA_PATH")
+        path = Path(cfg.tokenizer_path or folder / "tokenizer.model")
+        self.tokenizer_path = path if cfg.tokenizer_path or path.exists() else find_path(DEFAULT_TOKENIZER)
+        self.tokenizer = Tokenizer(self.tokenizer_path, cfg.vocab_size)
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # data/prepare.py says what it cut with
+            cut_with = json.loads((folder / "manifest.json").read_bytes())["tokenizer"]["sha256"]
+            if cut_with != hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest():
+                raise UserError(f"TOKENIZER_PATH={self.tokenizer_path}: not the tokenizer that cut the data, by "
+                                f"{folder / 'manifest.json'}; give that one")
+        if cfg.train_enabled or (self.float and cfg.export_enabled):
+            self.train_tokens = Tokens(folder, "train", cfg.vocab_size)
+        tokens = Tokens(folder, "val", cfg.vocab_size)
+        self.stream = open_stream(tokens, self.tokenizer, cfg.val_token_limit, process.device)
+        count = len(self.train_tokens) if self.train_tokens else 0
+        if count != (before := self.found["facts"].get("train_tokens", count)):
+            raise UserError(f"DATA_PATH={folder}: {count} training tokens where the run to go on with had {before}; "
+                            "give the same data")
+        run_folder, dump = Path(cfg.log_dir, cfg.run_id).absolute(), Path(cfg.nll_dump).absolute()
+        if cfg.run_id and run_folder.exists() and not self.found["folder"]:
+            raise UserError(f"RUN_ID={cfg.run_id}: {run_folder} exists and no run is overwritten; choose another "
+                            "RUN_ID, or RESUME=1 if that run is to go on")
+        here = next(p for p in (run_folder, *run_folder.parents) if p.exists())
+        if not here.is_dir() or not os.access(here, os.W_OK):
+            raise UserError(f"LOG_DIR={cfg.log_dir}: {here} is not a folder that can be written to")
+        replaceable = dump.is_file() or not dump.exists()  # a device or a folder is not
+        if cfg.nll_dump and not (replaceable and dump.parent.is_dir() and os.access(dump.parent, os.W_OK)):
+            raise UserError(f"NLL_DUMP={cfg.nll_dump}: not a file in a folder that can be written to")
+        self.summary = {
+            "run_id": cfg.run_id, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
+            "overrides": cfg.overrides(), "hardware": process.hardware(), "train": None, "export": None,
+            "artifact": None, "eval": {"float": None, "int6": None, "sliding": None, "ttt": None}, "audit": None,
+            "val_bpb": None, "valid": False, "reasons": [], "caveats": [], "resumes": [],
+            "seconds": {"read": self.read_seconds}}
+        if record := self.found["summary"]:
+            done = ("train", "export", "artifact", "eval", "audit", "reasons", "resumes", "seconds")
+            self.summary |= {name: record[name] for name in done}
+            self.summary["seconds"]["read"] += self.read_seconds
+            self.nats = np.array(self.found["nats"], np.float32) if self.found["nats"] else None
+        self.refuse_too_large()
+
+    def refuse_too_large(self):
+        """UserError for a model or a batch that this machine's memory cannot hold, before anything is tried."""
+        cfg, memory = self.cfg, self.process.memory()[0]
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in GPT(cfg).parameters())
+        share = cfg.train_batch_tokens // self.process.world
+        need = 20 * weights + 4 * share + cfg.train_seq_len * activation_bytes(cfg)
+        need = need if cfg.train_enabled else 4 * weights
+        if need > memory:
+            raise UserError(f"MODEL_DIM={cfg.model_dim}, NUM_LAYERS={cfg.num_layers}, TRAIN_SEQ_LEN="
+                            f"{cfg.train_seq_len}, TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: need about "
+                            f"{need / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}; make them smaller")
+
+    def open_artifact(self, cfg: Config) -> Config:
+        """Read MODEL_PATH; returns the configuration with the artifact's model in it. Raises UserError."""
+        began = time.perf_counter()
+        blob = read_file(cfg.model_path, "MODEL_PATH=")
+        header, tensors = unpack(blob, cfg.model_path)
+        stored = header["config"]
+        self.float = any(s.kind == "fp32" for s in tensors.values())  # weights to export, not an artifact to score
+        for name in cfg.explicit & stored.keys():
+            if getattr(cfg, name) != stored[name]:
+                raise UserError(f"{name.upper()}={getattr(cfg, name)}: the artifact {cfg.model_path} was made with "
+                                f"{stored[name]}; unset it")
+        cfg = dataclasses.replace(cfg, **stored)
+        self.artifact = blob, {name: s.tensor() for name, s in tensors.items()}
+        self.read_seconds = time.perf_counter() - began
+        if lines := conflicts(cfg, 1):
+            raise UserError(lines[0])
+        return cfg
+
+    def check(self, ranks: int, step_ms: float) -> str:
+        """What a run would do; UserError for more ranks than GPUs. The bytes are a guess before any search: a value
+        takes about 1.6 bits less than its grid has, as in the run of record; other training will differ."""
+        cfg, counts, (memory, _) = self.cfg, dict.fromkeys((*GROUPS, "fp16"), 0), self.process.memory()
+        if self.process.cuda and ranks > torch.cuda.device_count():
+            raise UserError(f"{ranks} ranks: this machine has {torch.cuda.device_count()} GPUs; launch at most as many")
+        with torch.device("meta"):
+            model = GPT(cfg)
+        for name, p in model.named_parameters():
+            counts[group_of(name) if is_quantised(name, p, cfg.quant_min_numel) else "fp16"] += p.numel()
+        total, limit, kinds = sum(counts.values()), cfg.artifact_limit_bytes, {g: n for g, n in counts.items() if n}
+        scored = (f"test-time training, {cfg.ttt_mode}" if cfg.ttt_enabled else f"sliding windows, stride "
+                  f"{cfg.eval_stride}" if cfg.final_sliding_eval_enable and cfg.eval_stride else "windows side by side")
+        bits = {g: getattr(cfg, f"quant_bits_{g}") - 1.6 for g in GROUPS} | {"fp16": 16}
+        predicted = len(self.code) + int(sum(n * bits[g] / 8 for g, n in counts.items()))
+        lines = [
+            f"preset:     {cfg.preset} {json.dumps(cfg.overrides())}",
+            f"machine:    {ranks} x {self.summary['hardware']['name']}, {str(self.process.dtype)[6:]}",
+            f"tokenizer:  {self.tokenizer_path}, {cfg.vocab_size} pieces",
+            f"validation: {self.stream.targets:,} targets, {self.stream.bytes:,} bytes of {cfg.data_path}",
+            f"evaluation: {scored}, {f'within {cfg.eval_max_seconds:g} s' if cfg.eval_max_seconds else 'no time limit'}"
+            f"{', then an audit' if cfg.audit else ''}",
+            f"parameters: {total:,} ({', '.join(f'{n:,} {kind}' for kind, n in kinds.items())})",
+            f"artifact:   about {predicted:,} bytes with code at first, limit {limit:,}; "
+            + ("coarser values will be sought" if predicted > limit else "to be filled" if cfg.export_fill else "fits")]
+        if cfg.train_enabled:
+            tokens = cfg.micro_batch_seqs * cfg.train_seq_len or tokens_per_pass(cfg, self.process, True)
+            tokens = min(max(tokens, cfg.train_seq_len), cfg.train_batch_tokens // ranks)
+            need, cap = 20 * total + tokens * activation_bytes(cfg), cfg.max_wallclock_seconds
+            cap -= cfg.export_seconds if cfg.export_enabled else 0
+            steps = min(int(cap * 1000 / step_ms), cfg.iterations) if cap else cfg.iterations
+            lines += [f"training:   {len(self.train_tokens):,} tokens in {len(self.train_tokens.paths)} shards",
+                      f"memory:     about {need / 2**30:.1f} GiB of {memory / 2**30:.1f} GiB a rank",
+                      f"steps:      {steps:,} of {cfg.train_batch_tokens:,} tokens"
+                      + (f" in {cap:g} s at {step_ms:g} ms a step (--step-ms)" if cap else ", no time cap")]
+        return "\n".join(lines)
+
+    def start(self) -> Log:
+        """Make LOG_DIR/RUN_ID, or take it up again, and write into its log what someone needs who reads it a year from
+        now."""
+        cfg, found = self.cfg, self.found
+        name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"_seed{cfg.seed}"
+        if not cfg.run_id and Path(cfg.log_dir, name).exists():  # another run began in the same second
+            name += f"_{os.getpid()}"
+        folder = Path(cfg.log_dir) / (name := self.process.agree(name))
+        self.process.together(lambda: self.process.main and self.make(folder))
+        self.log, self.summary["run_id"] = Log(self.process, folder), name
+        self.launchers = sorted(set(self.process.gather(launcher())))
+        self.checkpoints = Checkpoints(self.log, cfg.keep_ckpts, {
+            "run_id": name, "settings": self.settings, "explicit": sorted(cfg.explicit),
+            "train_tokens": len(self.train_tokens) if self.train_tokens else 0})
+        self.checkpoints.newest = found["facts"].get("file", "")
+        for note in found["notes"]:
+            self.log(note)
+        versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
+        code = hashlib.sha256(self.code).hexdigest()
+        if code != self.found.get("code"):
+            self.log(self.code.decode() + "=" * 100, console=False)
+        self.log(f"python {platform.python_version()} {versions}\nhardware {self.summary['hardware']}", console=False)
+        self.log(f"config {json.dumps(cfg.settings())}", console=False)
+        self.log(f"preset:{cfg.preset} seed:{cfg.seed} overrides:{json.dumps(cfg.overrides())}")
+        self.log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={self.tokenizer_path}")
+        if self.train_tokens:
+            self.log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(self.train_tokens.paths)} "
+                     f"tokens:{len(self.train_tokens)}")
+        self.log(f"val_loader:tokens:{self.stream.targets} bytes:{self.stream.bytes}")
+        scored, facts = [key for key, value in self.summary["eval"].items() if value], found["facts"]
+        if facts or scored or self.summary["artifact"]:
+            where = f"step {facts['step']} in {facts['file']}" if facts else "its float weights"
+            where = "its artifact" if self.summary["artifact"] else where
+            other = "" if code == self.found.get("code", code) else "; by another version of the script"
+            self.summary["resumes"].append(f"resumed from {where}, scored so far: {', '.join(scored) or 'nothing'}"
+                                           f"{other}")
+            self.log(self.summary["resumes"][-1])
+        self.checkpoints.remove("*.partial")
+        self.keep_progress()
+        return self.log
+
+    def make(self, folder: Path):
+        """A new run's folder, locked; in an old one what comes after the chosen checkpoint is set aside."""
+        for state in map(Path, self.found.get("later", ())):
+            os.replace(state, state.with_suffix(".aside"))
+        if not self.found["folder"]:
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                raise UserError(f"RUN_ID={folder.name}: another launch has just begun it; choose another RUN_ID"
+                                ) from None
+            self.process.lock = lock(folder)
+
+    def keep_progress(self):
+        """Record the stages that are finished, so that they need not be repeated."""
+        nats = self.nats[: audit_length(self.cfg)].tolist() if self.cfg.audit and self.nats is not None else []
+        record = {"run_id": self.summary["run_id"], "settings": self.settings, "explicit": sorted(self.cfg.explicit),
+                  "launchers": self.launchers, "code": hashlib.sha256(self.code).hexdigest(), "nats": nats,
+                  "summary": self.summary}
+        if self.process.main:
+            try:
+                text = json.dumps(record).encode()
+                text += b"\n" + hashlib.sha256(text).hexdigest().encode()
+                write_atomically(self.log.folder / "progress.json", text)
+            except UserError as error:
+                self.log(f"warning: {error}; the run goes on")
+
+    def how_to_resume(self) -> str:
+        """What to launch to go on after an end before the end."""
+        if not self.checkpoints:
+            return "nothing was done yet, launch it again"
+        newest = self.checkpoints.wait() or self.checkpoints.newest
+        where = f"LOG_DIR={shlex.quote(self.cfg.log_dir)} " if self.cfg.log_dir != Config.log_dir else ""
+        if newest and self.log.folder / "checkpoints" != Path(newest).parent:
+            return f"{where}RESUME={shlex.quote(newest)} goes on"
+        does = "goes on" if newest or self.summary["artifact"] else "starts again, nothing is saved yet"
+        problem = f"not saved: {self.checkpoints.problem}; " if self.checkpoints.problem else ""
+        return f"{problem}{where}RUN_ID={shlex.quote(self.summary['run_id'])} RESUME=1 {does}"
+
+    def stages(self):
+        """Train, average, export, read back, evaluate, audit: each if its switch is on and it is not done yet."""
+        cfg, summary = self.cfg, self.summary
+        folder = os.path.join(cfg.log_dir, summary["run_id"])
+        if self.artifact and not self.float:
+            model = self.adopt(cfg.model_path, *self.artifact)
+        elif summary["artifact"]:
+            model = self.read_back(os.path.join(folder, ARTIFACT_NAME))
+        else:
+            model = self.trained()
+            if cfg.save_float:
+                self.process.together(lambda: self.process.main and self.keep_float(model, folder))
+            if cfg.final_eval_enable:
+                self.score("float", "final_float", model, cfg.eval_len)
+            if cfg.export_enabled:
+                model = self.export(model)
+        self.keep_progress()
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        if cfg.ttt_enabled and not summary["eval"]["ttt"]:
+            with self.timed("compile"):
+                prime(cfg, self.process, self.log, model, self.stream, self.tokenizer)
+                model.load_state_dict(weights)
+        if cfg.final_eval_enable and summary["artifact"]:
+            self.score("int6", "final_int6_roundtrip", model, cfg.eval_len)
+        if cfg.final_sliding_eval_enable and cfg.eval_stride:
+            kind = "int6" if summary["artifact"] else "float"
+            self.score("sliding", f"final_{kind}_sliding_window", model, cfg.eval_stride)
+        budget = Budget(cfg, self.process, summary["seconds"]["read"] + summary["seconds"].get("compile", 0.0))
+        if cfg.ttt_enabled and not summary["eval"]["ttt"]:
+            self.checkpoints.about["artifact"] = (summary["artifact"] or {}).get("sha256", "float")
+            evaluator, details = self.final(cfg, self.log, model, self.stream, budget, checkpoints=self.checkpoints)
+            self.report("ttt", "legal_ttt", evaluator.result(), **details)
+        final = next((s for s in reversed(summary["eval"].values()) if s), None)
+        summary["val_bpb"] = final and final["val_bpb"]
+        if final and budget.limit:
+            spent = summary["seconds"]["read"] + summary["seconds"].get("compile", 0.0) + final["seconds"]
+            summary["reasons"] += [f"evaluation took {spent:.0f} s, EVAL_MAX_SECONDS={budget.limit:g}"] * (
+                spent > budget.limit)
+        if cfg.nll_dump and self.nats is not None and len(self.nats) == self.stream.targets:
+            np.save(buffer := io.BytesIO(), self.nats)
+            self.process.together(lambda: self.process.main and write_atomically(Path(cfg.nll_dump), buffer.getvalue()))
+        if cfg.audit and not summary["audit"]:
+            self.audit(weights)
+
+    def trained(self) -> GPT:
+        """The model with its averaged weights: read from a float file, else trained, which leaves the guard's seconds
+        of MAX_WALLCLOCK_SECONDS to the export."""
+        cfg = self.cfg
+        if self.float:
+            return build_model(cfg, self.artifact[1], self.process)
+        torch.manual_seed(cfg.seed)
+        model = GPT(cfg, self.process.dtype).to(self.process.device)
+        self.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+        if cfg.export_enabled and cfg.max_wallclock_seconds:
+            cfg = dataclasses.replace(cfg, max_wallclock_seconds=cfg.max_wallclock_seconds - cfg.export_seconds)
+        saved = (self.found["facts"], self.process.agree(self.tensors)) if self.found["facts"] else None
+        with self.timed("train"):
+            self.summary["train"] = train(cfg, self.process, self.log, model, self.train_tokens, self.stream,
+                                          self.checkpoints, saved)
+        self.tensors = {}
+        self.keep_progress()
+        return model
+
+    def final(self, cfg: Config, log: Log, model: GPT, stream: Stream, budget=None, probe=(),
+              checkpoints=None) -> tuple[Evaluator, dict]:
+        """The evaluation behind val_bpb: test-time training, else sliding windows, else windows side by side."""
+        if cfg.ttt_enabled:
+            return test_time_train(cfg, self.process, log, model, stream, budget, probe, checkpoints)
+        stride = cfg.eval_stride if cfg.final_sliding_eval_enable and cfg.eval_stride else cfg.eval_len
+        return evaluate(cfg, self.process, log, compiled(model, cfg, self.process), stream, stride, "audit", probe), {}
+
+    def audit(self, weights: dict[str, Tensor]):
+        """AUDIT=1: try the evaluation behind val_bpb, on these weights, in chunks that leave room for updates."""
+        began, tokens = time.perf_counter(), audit_length(self.cfg)
+        chunk = max(tokens // 16, 2 * self.cfg.eval_stride)
+        small = {"eval_max_seconds": 0.0, "ttt_chunk_tokens": max(tokens // 12, self.cfg.eval_stride, 1),
+                 "ttt_lora_chunk_tokens": max(min(self.cfg.ttt_lora_chunk_tokens, chunk), 1)}
+        if self.cfg.ttt_enabled and self.cfg.ttt_mode == "lora":  # two places, so that documents follow each other
+            small["val_batch_size"] = 2 * self.cfg.eval_len * self.process.world
+
+        def trial(ids: np.ndarray, probe=(), **changes) -> Evaluator:
+            cfg, exact = dataclasses.replace(self.cfg, **small | changes), exact_audit(self.cfg, self.process)
+            cfg = cfg if exact else dataclasses.replace(cfg, use_compile="0")
+            model = build_model(cfg, weights, self.process)
+            model.dtype = self.process.dtype if exact else torch.float32  # bf16 rounds more than a leak may show
+            part = Stream(ids, self.tokenizer, self.process.device)
+            return self.final(cfg, self.log.silent(), model, part, None, probe)[0]
+
+        seed = int((self.summary["artifact"] or {"sha256": f"{self.cfg.seed:x}"})["sha256"][:8], 16)  # not to be chosen
+        cfg = dataclasses.replace(self.cfg, seed=seed)
+        result = audit(cfg, self.process, self.log, trial, self.stream, self.tokenizer.sp)
+        stopped = (self.summary["eval"]["ttt"] or {}).get("stopped_by_budget")
+        if self.nats is not None and not stopped:  # and what was tried is what was run
+            ids, real = self.stream.tokens[: tokens + 1].cpu().numpy(), {name: getattr(cfg, name) for name in small}
+            same = min(len(ids) - 1, cfg.ttt_chunk_tokens if cfg.ttt_mode == "full" else tokens)
+            nats = trial(ids, **real | {"eval_max_seconds": 0.0}).result().nats[:same]
+            gap = abs(float(np.mean(nats.astype(np.float64) - self.nats[:same])))  # the mean: rounding cancels out
+            said = f"the mean of {same} losses differs by {gap:.3g} nats between the run and a trial, allowed 0.01"
+            self.log(f"audit causal: {'ok' if gap <= 0.01 else 'FAILED'}, {said}")
+            result["causal"]["detail"] += f"; {said}"
+            result["causal"]["ok"] &= gap <= 0.01
+            result["ok"] &= result["causal"]["ok"]
+        self.summary["audit"] = result
+        self.summary["reasons"] += [f"audit: {name} failed, {check['detail']}" for name, check in
+                                    self.summary["audit"].items() if isinstance(check, dict) and not check["ok"]]
+        result["seconds"] = self.summary["seconds"]["audit"] = time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def timed(self, name: str):
+        begin = time.perf_counter()
+        yield
+        self.summary["seconds"][name] = self.summary["seconds"].get(name, 0.0) + time.perf_counter() - begin
+
+    def export(self, model: GPT) -> GPT:
+        """Write the artifact and read it back on every rank, from rank 0's disk: nodes need not share one."""
+        folder = os.path.join(self.cfg.log_dir, self.summary["run_id"])
+        if not self.process.agree(self.process.together(lambda: self.process.main and self.encode(model, folder))):
+            self.summary["reasons"].append(f"no setting fits ARTIFACT_LIMIT_BYTES={self.cfg.artifact_limit_bytes}")
+            kept = self.cfg.model_path if self.float else os.path.join(folder, FLOAT_NAME)
+            self.log(f"export: no setting fits the limit; TRAIN_ENABLED=0 MODEL_PATH={kept} exports again")
+            return model
+        return self.read_back(os.path.join(folder, ARTIFACT_NAME))
+
+    def read_back(self, path: str) -> GPT:
+        """The model of the artifact that this run wrote, now or before it was stopped."""
+        with self.timed("read"):
+            blob = self.process.agree(self.process.together(lambda: self.process.main and read_file(path)))
+            return self.adopt(path, blob, {name: s.tensor() for name, s in unpack(blob, path)[1].items()})
+
+    def keep_float(self, model: GPT, folder: str):
+        """Write the weights in fp32, to be exported again. On one rank."""
+        weights = {n: Stored("fp32", 32, p.detach().float().cpu().numpy()) for n, p in model.named_parameters()}
+        write_atomically(Path(folder, FLOAT_NAME), pack(model.cfg, weights))
+
+    def calibration_text(self) -> tuple[Tensor, int]:
+        """Sequences spread evenly over the training split, [n, T + 1], and how many of them a forward pass takes."""
+        tokens, length = self.train_tokens, self.cfg.train_seq_len
+        count = min(max(self.cfg.calibration_tokens // length, 1), max(len(tokens) // length, 1))
+        starts = [max(i * (len(tokens) - length) // count, 0) for i in range(count)]
+        text = torch.from_numpy(np.stack([tokens.read(s, length + 1) for s in starts]).astype(np.int32))
+        return text.to(self.process.device), max(tokens_per_pass(self.cfg, self.process, True) // length, 1)
+
+    def encode(self, model: GPT, folder: str) -> bool:
+        """Round, code and write the artifact, and say whether one fits; else keep the float weights. On one rank."""
+        cfg, room = self.cfg, self.cfg.artifact_limit_bytes - len(self.code)
+        text, size = self.calibration_text()
+        with self.timed("search"):
+            exporter = Exporter(cfg, self.log, model, text, size, room, cfg.export_seconds)
+            blob = exporter.search()
+            seconds, self.summary["export"] = time.perf_counter() - exporter.began, exporter.report
+            if cfg.export_seconds:
+                self.log(f"export: took {seconds:.1f} s of the {cfg.export_seconds:g} s kept for it")
+        with self.timed("export"):
+            if blob is None and not self.float and not cfg.save_float:
+                self.keep_float(model, folder)
+            patience = 0.0 if self.float or self.checkpoints.wait() else NO_ROOM_SECONDS
+            while blob is not None:
+                try:
+                    write_atomically(Path(folder, ARTIFACT_NAME), blob)
+                    break
+                except UserError as error:
+                    if patience <= 0:
+                        raise
+                    self.log(f"{error}; the training is kept nowhere else: tried again for {patience:.0f} s")
+                time.sleep(5)
+                patience -= 5
+        return blob is not None
+
+    def adopt(self, path: str, blob: bytes, tensors: dict[str, Tensor]) -> GPT:
+        """The model of an artifact. Its bytes are held against the limit; over it the run goes on, to end not valid."""
+        code, limit = len(self.code), self.cfg.artifact_limit_bytes
+        total = len(blob) + code
+        self.log(f"Code size: {code} bytes\nSerialized model int6+zstd: {len(blob)} bytes")
+        self.log(f"Total submission size int6+zstd: {total} bytes")
+        if total > limit:
+            self.summary["reasons"].append(f"artifact over the limit: {total} > {limit} bytes")
+            self.log(f"over the limit by {total - limit} bytes; all files are kept, the score is not valid")
+        self.summary["artifact"] = {"path": path, "bytes_model": len(blob), "bytes_code": code,
+                                    "bytes_total": total, "limit": limit, "sha256": hashlib.sha256(blob).hexdigest()}
+        return build_model(self.cfg, tensors, self.process)
+
+    def score(self, key: str, tag: str, model: GPT, stride: int):
+        """Evaluate, unless that was done before the run was stopped."""
+        if self.summary["eval"][key]:
+            return
+        forward = compiled(model, self.cfg, self.process)
+        evaluator = evaluate(self.cfg, self.process, self.log, forward, self.stream, stride, key)
+        self.report(key, tag, evaluator.result(), **({"stride": stride} if key == "sliding" else {}))
+
+    def report(self, key: str, tag: str, score: Score, **details):
+        """Log a score in the field's form and put it into the summary. The last one is val_bpb's."""
+        self.summary["eval"][key], self.nats = {**score.summary(), **details}, score.nats
+        self.summary["seconds"][key] = score.seconds
+        self.summary["reasons"] += [f"{key}: {fault}" for fault in score.faults]
+        if not math.isfinite(score.val_loss):
+            self.summary["reasons"].append(f"{key}: the score is not a finite number")
+        more = "".join(f"{k}:{v} " for k, v in details.items())
+        self.log(f"{tag} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} {more}"
+                 f"eval_time:{1000 * score.seconds:.0f}ms")
+        self.log(f"{tag}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
+        self.keep_progress()
+
+    def judge(self) -> int:
+        """Fill `valid`, `reasons` and `caveats`. Returns the exit code: 1 if a check failed."""
+        summary, hardware, data = self.summary, self.summary["hardware"], Path(self.cfg.data_path).name
+        summary["reasons"] = list(dict.fromkeys(summary["reasons"]))  # a resumed run may have met one twice
+        failed = bool(summary["reasons"])
+        facts = [  # (holds, where it is said, what is said)
+            (summary["artifact"] is None and not self.cfg.export_enabled, "reasons",
+             "EXPORT_ENABLED=0: no artifact, the scores are of float weights"),
+            (summary["val_bpb"] is None, "caveats", "no final evaluation ran"),
+            (bool(self.cfg.max_wallclock_seconds) and self.trained_seconds() > 1.01 * self.cfg.max_wallclock_seconds,
+             "caveats", f"training and export took {self.trained_seconds():.0f} s of MAX_WALLCLOCK_SECONDS"),
+            (not self.stream.complete, "caveats", f"partial split: its first {self.stream.targets} targets"),
+            (not data.startswith("fineweb10B"), "caveats", f"not the challenge's data: {data}"),
+            (bool(summary["resumes"]), "caveats", f"resumed {len(summary['resumes'])} times; what was lost in between "
+             "is not in its seconds"),
+            (any("resumed with" in note for note in self.found["notes"]), "caveats",
+             "; ".join(note for note in self.found["notes"] if "resumed with" in note)),
+            (bool(summary["train"] and summary["train"]["dropped_steps"]), "caveats", "steps that were not finite were "
+             "dropped"),
+            (hardware["world_size"] != 8 or "H100" not in hardware["name"], "caveats",
+             f"not 8 x H100: {hardware['world_size']} x {hardware['name']}")]
+        for holds, where, text in facts:
+            summary[where] += [text] if holds else []
+        summary["valid"] = not summary["reasons"]
+        return int(failed)
+
+    def finish(self, started: float) -> int:
+        """Judge the run, write summary.json, and remove what only a resumption needs. Returns the exit code."""
+        code, summary = self.judge(), self.summary
+        summary["memory_peak_bytes"] = self.process.memory()[1]
+        summary["seconds"]["total"] = summary["seconds"].get("total", 0.0) + time.perf_counter() - started
+        self.log(self.table())
+        text = re.sub(r"(?<=: )(NaN|-?Infinity)(?=,?\n)", "null", json.dumps(summary, indent=1))  # not JSON
+        self.process.together(lambda: self.process.main and write_atomically(self.log.folder / "summary.json",
+                                                                             (text + "\n").encode()))
+        self.checkpoints.wait()
+        self.checkpoints.remove("ttt_*")
+        if self.process.main:
+            if not self.cfg.ckpt_every_seconds:
+                self.checkpoints.remove("step_*")
+            for name in ("progress.json", "lock"):
+                (self.log.folder / name).unlink(missing_ok=True)
+        return code
+
+    def trained_seconds(self) -> float:
+        """Training seconds and those of calibration and search, which count as training."""
+        train = self.summary["train"]
+        return train["seconds"] + self.summary["seconds"].get("search", 0.0) if train else 0.0
+
+    def table(self) -> str:
+        """The result in one short table."""
+        names = {"float": "float, averaged", "int6": "int6, read back", "sliding": "sliding window",
+                 "ttt": "test-time training"}
+        lines = ["", f"{'score':20}{'nats/token':>12}{'BPB':>10}{'tokens':>12}{'seconds':>10}"]
+        lines += [f"{names[key]:20}{s['val_loss']:12.4f}{s['val_bpb']:10.4f}{s['tokens']:12,}{s['seconds']:10.1f}"
+                  for key, s in self.summary["eval"].items() if s]
+        if a := self.summary["artifact"]:
+            lines.append(f"bytes: {a['bytes_total']:,} of {a['limit']:,} ({a['bytes_total'] / a['limit']:.1%}): model "
+                         f"{a['bytes_model']:,} + code {a['bytes_code']:,}")
+        if t := self.summary["train"]:
+            lines.append(f"trained: {t['steps']:,} steps, {t['tokens']:,} tokens, {t['step_ms']:.1f} ms a step")
+        lines.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.summary["seconds"].items()))
+        lines.append("valid: yes" if self.summary["valid"] else "valid: NO, " + "; ".join(self.summary["reasons"]))
+        return "\n".join(lines + [f"note: {caveat}" for caveat in self.summary["caveats"]])
+
+
+def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
+    """One launch on one rank. Returns the exit code; raises UserError, Interrupted and PeerLost."""
+    started = time.perf_counter()
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode must not end a run
+    if options.inspect is not None:
+        own = cfg.artifact_limit_bytes if "artifact_limit_bytes" in cfg.explicit else Config.artifact_limit_bytes
+        print(inspect(options.inspect, own))
+        return 0
+    process = Process(cfg.compute_dtype, signals)
+    found, tensors = process.together(lambda: find_run(cfg, process) if process.main else (None, {}))
+    found = process.agree(found)
+    if found and "finished" in found:
+        if process.main:
+            print(f"nothing to do: the run is finished, see {found['finished']}")
+        return 0
+    if found:
+        cfg = process.together(lambda: continued(cfg, found, process.world))
+        process.compute_in(cfg.compute_dtype)
+    run = process.together(lambda: Run(cfg, process, found, tensors))
+    if options.check:
+        if process.main:
+            print(run.check(options.ranks, options.step_ms))
+        return 0
+    try:
+        log = run.start()
+        run.stages()
+        code = run.finish(started)
+    except Interrupted as stop:
+        stop.args = (f"interrupted by {stop}; {run.how_to_resume()}",)
+        raise
+    except UserError as error:
+        raise UserError(f"{error}; {run.how_to_resume()}", error.shared) from None
+    except PeerLost:
+        signals.held = True
+        run.how_to_resume()  # what is being written is finished
+        raise
+    log(f"summary: {log.folder / 'summary.json'}")
+    return process.agree(code)  # no rank leaves before rank 0 has written
+
+
+if __name__ == "__main__":
+    second, caught = os.environ.get("RANK", "0") != "0", Signals(listens=True)
+    try:
+        leave(main(*LAUNCH, caught))
+    except UserError as problem:
+        silent = problem.shared and second
+        sys.stderr.write("" if silent else f"error: {one_line(problem)}\n")
+        leave(2, silent)
+    except (Interrupted, KeyboardInterrupt) as problem:
+        said = str(problem) if "interrupted" in str(problem) else f"interrupted {problem}"
+        sys.stderr.write("" if second else said + "\n")
+        leave(128 + getattr(problem, "number", signal.SIGINT))
+    except PeerLost as problem:  # the lost rank says why, and the launcher ends this one
+        caught.held, patience = True, time.monotonic() + 10
+        while not caught.caught and time.monotonic() < patience:
+            time.sleep(0.1)
+        if not caught.caught:
+            sys.stderr.write(f"error: rank {os.environ['RANK']}: another rank is gone, see its message ({problem})\n")
+        leave(128 + caught.caught if caught.caught else 1)
+    except OSError as problem:
+        sys.stderr.write(f"error: {problem.filename or 'output'}: {problem.strerror}; mend the path or make room\n")
+        leave(2)
+    except Exception as problem:
+        if "an't allocate memory" in str(problem) or isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
+            sys.stderr.write("error: out of memory; lower MICRO_BATCH_SEQS, VAL_BATCH_SIZE or the model's size\n")
+            leave(2)
+        traceback.print_exc()
+        leave(1)
