@@ -586,10 +586,21 @@ class Process:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks, in place."""
-        if self.world > 1:
-            with self._exchange():
-                dist.all_reduce(tensor)
+        self.begin_sum_(tensor)()
         return tensor
+
+    def begin_sum_(self, tensor: Tensor):
+        """Begin to sum `tensor` over the ranks, in place, beside what is computed next. Returns what waits for it."""
+        if self.world == 1:
+            return lambda: None
+        with self._exchange():
+            work = dist.all_reduce(tensor, async_op=True)
+
+        def wait():
+            with self._exchange():
+                work.wait()  # on a GPU the stream waits, not the host
+
+        return wait
 
     def heard(self, seconds: float) -> tuple[float, int]:
         """Rank 0's `seconds`, and the signal that any rank has caught, 0 for none; on every rank."""
@@ -1354,13 +1365,15 @@ class Optimizers:
         """Fresh state, as before the first step."""
         cfg, flat, (rank, world) = self.cfg, self.flat, (self.process.rank, self.process.world)
         self.momentum = torch.zeros_like(flat.weights[: len(self.update)])  # 0 in the shares of other ranks
-        self.bad, self.parts, self.shares = torch.zeros((), dtype=torch.int32, device=self.momentum.device), [], []
-        for role, shape, begin, n in flat.spans:  # shares: gradient, momentum, update, each [n, rows, cols]
+        self.bad, self.parts, self.buckets = torch.zeros((), dtype=torch.int32, device=self.momentum.device), [], []
+        for role, shape, begin, n in flat.spans:
+            if role != "matrix":
+                continue
             low, high = n * rank // world, n * (rank + 1) // world
-            if role == "matrix" and low < high:
-                part = slice(begin + low * shape.numel(), begin + high * shape.numel())
-                self.parts.append(part)
-                self.shares.append([t[part].view(high - low, *shape) for t in (flat.grads, self.momentum, self.update)])
+            part = slice(begin + low * shape.numel(), begin + high * shape.numel())
+            self.parts.append(part)
+            share = [t[part].view(-1, *shape) for t in (flat.grads, self.momentum, self.update)] if low < high else []
+            self.buckets.append((slice(begin, begin + n * shape.numel()), share))  # share: each [n, rows, cols]
         embed_lr, groups = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr, []
         for role, lr, decay in (("embed", embed_lr, cfg.adam_wd), ("head", cfg.head_lr, 0.0),
                                 ("vector", cfg.scalar_lr, cfg.adam_wd)):
@@ -1378,19 +1391,24 @@ class Optimizers:
         finite = self.flat.clip_(cfg.grad_clip_norm)
         self.bad = torch.where(finite, 0, self.bad + 1)
         self.update.zero_()
-        for grad, buffer, update in self.shares:
-            buffer.mul_(torch.where(finite, momentum, 1.0)).add_(grad)
-            nesterov = grad.add(buffer, alpha=momentum).to(update.dtype)
-            stretch = max(1.0, grad.size(1) / grad.size(2)) ** 0.5
-            update.copy_(self.orthogonalise(nesterov, cfg.muon_backend_steps) * stretch)
-        self.process.sum_(self.update)
-        rate = torch.where(finite, cfg.matrix_lr * factor, 0.0)
-        matrices = self.flat.weights[: len(self.update)]
-        matrices.mul_(1 - rate * cfg.muon_wd).addcmul_(self.update, rate, value=-1)
+        gathered = []
+        for part, share in self.buckets:  # each is gathered while the next is computed
+            if share:
+                grad, buffer, update = share
+                buffer.mul_(torch.where(finite, momentum, 1.0)).add_(grad)
+                nesterov = grad.add(buffer, alpha=momentum).to(update.dtype)
+                stretch = max(1.0, grad.size(1) / grad.size(2)) ** 0.5
+                update.copy_(self.orthogonalise(nesterov, cfg.muon_backend_steps) * stretch)
+            gathered.append(self.process.begin_sum_(self.update[part]))
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.adam.found_inf = (~finite).float()  # where 1, the fused kernel leaves everything as it is
         self.adam.step()
+        for wait in gathered:
+            wait()
+        rate = torch.where(finite, cfg.matrix_lr * factor, 0.0)
+        matrices = self.flat.weights[: len(self.update)]
+        matrices.mul_(1 - rate * cfg.muon_wd).addcmul_(self.update, rate, value=-1)
 
     @torch.no_grad()
     def track_average(self):

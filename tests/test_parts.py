@@ -38,6 +38,9 @@ class Lone:
     def sum_(self, tensor):
         return tensor
 
+    def begin_sum_(self, tensor):
+        return lambda: None
+
     def agree(self, value):
         return value
 
@@ -329,7 +332,7 @@ def test_warm_up_leaves_the_weights(tiny):
     before = trainer.flat.weights.clone()
     trainer.warm_up()
     assert torch.equal(before, trainer.flat.weights)
-    assert all(not momentum.any() for _, momentum, _ in trainer.optimizers.shares)
+    assert all(not momentum.any() for _, (_, momentum, _) in trainer.optimizers.buckets)
     assert trainer.optimizers.adam.state_dict()["state"] == {}
 
 
