@@ -163,6 +163,8 @@ class Config:
     final_sliding_eval_enable: bool = var(True, "0|1", "1: score the artifact in sliding windows")
     eval_stride: int = var(64, ">=0", "tokens between sliding windows; 0: no sliding evaluation")
     eval_seq_len: int = var(0, "0..1048576", "tokens an evaluation window; 0: as TRAIN_SEQ_LEN")
+    eval_window: int = var(0, ">=0", "for the sliding score: keys and values are kept, each token attends to so many, "
+                           "its own included, and is computed 1 to 1.3 times; EVAL_SEQ_LEN at most; 0: windows")
     val_batch_size: int = var(524288, ">=1", "tokens a validation batch over all ranks, at most")
     eval_max_seconds: float = var(-1.0, ">=-1", "seconds from artifact to val_bpb; 0 no limit; -1: 600 on CUDA, else 0")
     nll_dump: str = var("", "path", "write the nats of every target behind val_bpb to this .npy file")
@@ -363,6 +365,8 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
         (cfg.mlp_dim > 0, f"MLP_MULT={cfg.mlp_mult}: leaves no hidden unit at MODEL_DIM={cfg.model_dim}"),
         (not slides or cfg.eval_stride <= cfg.eval_len,
          f"EVAL_STRIDE={cfg.eval_stride}: must not exceed the evaluation window of {cfg.eval_len} tokens"),
+        (cfg.eval_window <= cfg.eval_len,
+         f"EVAL_WINDOW={cfg.eval_window}: must not exceed the evaluation window of {cfg.eval_len} tokens"),
         (not cfg.ttt_enabled or cfg.eval_stride > 0, "EVAL_STRIDE=0: TTT_ENABLED=1 scores in windows; give a stride"),
         (not cfg.ttt_enabled or cfg.ttt_mode == "lora" or cfg.ttt_chunk_tokens >= cfg.eval_stride,
          f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens}: must be at least EVAL_STRIDE={cfg.eval_stride}"),
@@ -1043,8 +1047,8 @@ class Linear(nn.Linear):
 def rope_tables(length: int, dims: int, base: float, like: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
     """Cosines and sines [length, 1, dims/2] of rotary embeddings (https://arxiv.org/abs/2104.09864); beyond 1024
     tokens the base grows with the window (NTK-aware scaling), which is `length` unless given."""
-    if max(length, window) > 1024 and dims > 2:
-        base = base * (max(length, window) / 1024) ** (dims / (dims - 2))
+    if (window or length) > 1024 and dims > 2:
+        base = base * ((window or length) / 1024) ** (dims / (dims - 2))
     speed = base ** (-torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / dims)
     angle = torch.outer(torch.arange(length, device=like.device, dtype=torch.float32), speed)[:, None, :]
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
@@ -1057,29 +1061,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, scale 1/sqrt(D). q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]"""
+def attend(q: Tensor, k: Tensor, v: Tensor, band: int = 0) -> Tensor:
+    """Causal attention, scale 1/sqrt(D), to the last `band` tokens, 0: to all. q [B, T, H, D], k and v [B, T, H_kv, D]
+    -> [B, T, H, D]"""
     if flash_attn_func is not None and q.is_cuda and q.dtype == torch.bfloat16:
-        return flash_attn_func(q, k, v, causal=True)
-    if not q.is_cuda and q.dtype == torch.bfloat16:
-        return attend_in_blocks(q, k, v)
+        return flash_attn_func(q, k, v, causal=True, **({"window_size": (band - 1, 0)} if band else {}))
+    if band or (not q.is_cuda and q.dtype == torch.bfloat16):
+        return attend_in_blocks(q, k, v, band)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` as plain products of blocks of queries with all keys before them: in bf16 on a CPU twice as fast as
-    PyTorch's fused kernel, forward and backward, though scores are rounded. Heads that share keys are rows of one
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, band: int = 0) -> Tensor:
+    """`attend` as plain products of blocks of queries with all keys that they may see: in bf16 on a CPU twice as fast
+    as PyTorch's fused kernel, forward and backward, though scores are rounded. Heads that share keys are rows of one
     product."""
-    (b, t, h, d), group, block = q.shape, q.size(2) // k.size(2), 64 * -(-q.size(1) // 512)
+    (b, t, h, d), group, block = q.shape, q.size(2) // k.size(2), 64 * -(-(band or q.size(1)) // 512)
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -t % block)) for x in (q * d**-0.5, k, v))
     q = q.view(b, q.size(1), -1, group, d).transpose(1, 2).reshape(b * k.size(2), -1, d)  # [B H_kv, T group, D]
     k, v = k.permute(0, 2, 3, 1).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)  # [B H_kv, D, T], [B H_kv, T, D]
-    later = torch.full((block, block), -math.inf, dtype=q.dtype).triu_(1).repeat_interleave(group, 0)
+    reach = min(band or k.size(2), k.size(2) - block)  # tokens before a block that it may see
+    gap = torch.arange(block, device=q.device)[:, None] - torch.arange(-reach, block, device=q.device)
+    hidden = (gap < 0) | (gap >= (band or k.size(2)))
+    bias = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -math.inf).repeat_interleave(group, 0)
     done = []
     for i, rows in enumerate(q.split(block * group, dim=1)):
-        scores = torch.baddbmm(F.pad(later, (i * block, 0)), rows, k[:, :, : (i + 1) * block])
-        done.append(scores.softmax(-1) @ v[:, : (i + 1) * block])
+        low, high = max(i * block - reach, 0), (i + 1) * block
+        scores = torch.baddbmm(bias[:, low - high :], rows, k[:, :, low:high])
+        done.append(scores.softmax(-1) @ v[:, low:high])
     return torch.cat(done, 1).view(b, h // group, -1, group, d).transpose(1, 2).reshape(b, -1, h, d)[:, :t]
 
 
@@ -1095,12 +1104,12 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gain_in: float, gain_out: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gain_in: float, gain_out: Tensor, band: int) -> Tensor:
         """[B, T, C] -> [B, T, C], causal; queries and keys are normalised, then turned by RoPE."""
         b, t, c = x.shape
         q = norm(self.q(x, gain_in).view(b, t, self.heads, self.head_dim))
         k, v = (matrix(x, gain_in).view(b, t, self.kv_heads, self.head_dim) for matrix in (self.k, self.v))
-        y = attend(rotate(q, cos, sin) * self.q_gain.to(x.dtype)[:, None], rotate(norm(k), cos, sin), v)
+        y = attend(rotate(q, cos, sin) * self.q_gain.to(x.dtype)[:, None], rotate(norm(k), cos, sin), v, band)
         if self.exclusive:  # XSA: take out what the token's own value says
             own, y = v[:, :, :, None], y.view(b, t, self.kv_heads, -1, self.head_dim)  # [B, T, H_kv, 1, D]
             share = (y * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp(min=1e-24)
@@ -1129,10 +1138,10 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
         self.input_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
 
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, band: int) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = torch.addcmul(mix[0] * x, mix[1], x0)
-        x = x + self.attn(norm(x), cos, sin, self.input_scale, self.attn_scale[:, None])
+        x = x + self.attn(norm(x), cos, sin, self.input_scale, self.attn_scale[:, None], band)
         return x + self.mlp(norm(x), self.input_scale, self.mlp_scale[:, None])
 
 
@@ -1223,11 +1232,11 @@ class GPT(nn.Module):
         return "matrix" if name.endswith(".weight") or name == "sidecar.site" else "vector"
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, rows: Tensor | None = None,
-                window: int = 0) -> Tensor:
+                window: int = 0, band: int = 0) -> Tensor:
         """ids int [B, T] -> fp32 nats of `targets` [B, S], or without targets fp32 logits [B, S, V].
 
         `rows` int64 [B, S] picks the positions that go through the output layer; without it all T do. `window`: the
-        length that RoPE is scaled for, where ids are a shorter piece.
+        length that RoPE is scaled for, where ids are of another; `band`: tokens that attention sees, 0 for all.
         """
         cfg, starts = self.cfg, (ids == BOS_ID) & self.cfg.bos_mask
         keep = (~starts)[:, :, None].to(self.dtype)
@@ -1242,7 +1251,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if i >= self.skips and stack:
                 x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
-            x = block(x, x0, cos, sin)
+            x = block(x, x0, cos, sin, band)
             if i in cfg.sparse_sites:
                 site = cfg.sparse_sites.index(i)
                 x = x + self.sidecar(norm(x), site, keep, self.sidecar_scale[site][:, None])
@@ -2066,16 +2075,19 @@ class Evaluator:
 
     A window is EVAL_SEQ_LEN inputs; windows stand `stride` apart and each scores its last `stride` targets, the
     first all of its own. A target's window follows from its position in the stream (or, for `record`, from what the
-    caller gives), not from the batch or number of ranks.
+    caller gives), not from the batch or number of ranks. With a `band` a window is four times as long and each token
+    attends to the last `band` tokens only, so that all but the first `band` of a window are scored: as if keys and
+    values were carried along, which takes one pass a token and not EVAL_SEQ_LEN / EVAL_STRIDE.
     For the audit, the whole distribution of the targets in `probe` is kept too, and `peek` is the largest change of a
     loss when the inputs after its place are others.
     """
 
     made = 0  # how many there have been
 
-    def __init__(self, cfg: Config, process: Process, forward, stream: Stream, stride: int, probe=()):
-        self.cfg, self.process, self.forward, self.stream = cfg, process, forward, stream
-        self.window, self.stride, self.started, self.batch = cfg.eval_len, stride, time.perf_counter(), 0
+    def __init__(self, cfg: Config, process: Process, forward, stream: Stream, stride: int, probe=(), band: int = 0):
+        self.cfg, self.process, self.forward, self.stream, self.band = cfg, process, forward, stream, band
+        self.window, self.stride = (4 * cfg.eval_len, 4 * cfg.eval_len - band) if band else (cfg.eval_len, stride)
+        self.started, self.batch = time.perf_counter(), 0
         self.nats = torch.zeros(stream.targets, device=process.device)
         self.count = torch.zeros(stream.targets, dtype=torch.int32, device=process.device)
         self.learnt = torch.zeros(stream.targets + 1, dtype=torch.int32, device=process.device)
@@ -2116,7 +2128,7 @@ class Evaluator:
         targets = low[:, None] + torch.arange(self.stride, device=low.device)
         rows, scored = (targets - start[:, None]).clamp(max=length - 1), targets < high[:, None]
         targets = targets.clamp(max=last)
-        nats = self.forward(inputs, tokens[targets + 1], rows, self.window)
+        nats = self.forward(inputs, tokens[targets + 1], rows, self.cfg.eval_len, self.band)
         for book, entry in ((self.nats, nats), (self.count, scored.int())):
             book.index_add_(0, targets.flatten(), torch.where(scored, entry, 0).flatten())
         self.early += torch.where(scored, self.learnt[targets + 1], 0).sum()
@@ -2124,7 +2136,7 @@ class Evaluator:
             slot = (low[:, None] // self.stride * 7919) % scored.sum(1, keepdim=True).clamp(min=1)  # one place a window
             later = torch.arange(length, device=low.device) > rows.gather(1, slot)
             other = torch.where(later, (inputs * 31 + 17) % self.cfg.vocab_size, inputs)
-            change = (self.forward(other, tokens[targets + 1], rows, self.window) - nats).abs()
+            change = (self.forward(other, tokens[targets + 1], rows, self.cfg.eval_len, self.band) - nats).abs()
             upto = scored & (torch.arange(self.stride, device=low.device) <= slot)
             self.peek = max(self.peek, float(change[upto].nan_to_num(torch.inf).max()) if upto.any() else 0.0)
             for at, slot in (torch.isin(targets, self.probe) & scored).nonzero().tolist():
@@ -2136,7 +2148,7 @@ class Evaluator:
         place, vocab = rows[at, slot].expand_as(rows).contiguous(), self.cfg.vocab_size
         entries = torch.arange(-(-vocab // self.stride) * self.stride, device=inputs.device).clamp(max=vocab - 1)
         self.distributions[target] = torch.cat([
-            self.forward(inputs, part.expand_as(rows).contiguous(), place, self.window)[at] for part in
+            self.forward(inputs, part.expand_as(rows).contiguous(), place, self.cfg.eval_len, self.band)[at] for part in
             entries.split(self.stride)])[:vocab].cpu()
 
     def lesson(self, positions: Tensor, who: Tensor | None = None) -> Tensor:
@@ -2180,7 +2192,7 @@ class Evaluator:
 def evaluate(cfg: Config, process: Process, log: Log, forward, stream: Stream, stride: int, label: str,
              probe=()) -> Evaluator:
     """Score the whole stream, or until a signal that is held; stride = EVAL_SEQ_LEN gives non-overlapping windows."""
-    evaluator = Evaluator(cfg, process, forward, stream, stride, probe)
+    evaluator = Evaluator(cfg, process, forward, stream, stride, probe, cfg.eval_window if stride < cfg.eval_len else 0)
     evaluator.score(0, stream.targets, lambda done: log.live(label, done, time.perf_counter() - evaluator.started) or
                     process.signals.caught)
     return evaluator
@@ -2543,7 +2555,8 @@ def learn_documents(walk: Walk, adapters: LoraAdapters, window: int, rows: Tenso
     targets, last = low[:, None] + torch.arange(chunk, device=low.device), evaluator.stream.targets
     tokens = evaluator.lesson(targets + 1, learns)
     adapters.attach(rows)
-    nats = evaluator.forward(evaluator.stream.tokens[inputs.clamp(max=last)], tokens, targets - start, evaluator.window)
+    inputs = evaluator.stream.tokens[inputs.clamp(max=last)]
+    nats = evaluator.forward(inputs, tokens, targets - start, walk.cfg.eval_len)
     walk.undone += adapters.step(nats, rows, learns)
 
 
@@ -3157,8 +3170,9 @@ class Run:
         for name, p in model.named_parameters():
             counts[group_of(name) if is_quantised(name, p, cfg.quant_min_numel) else "fp16"] += p.numel()
         total, limit, kinds = sum(counts.values()), cfg.artifact_limit_bytes, {g: n for g, n in counts.items() if n}
-        scored = (f"test-time training, {cfg.ttt_mode}" if cfg.ttt_enabled else f"sliding windows, stride "
-                  f"{cfg.eval_stride}" if cfg.final_sliding_eval_enable and cfg.eval_stride else "windows side by side")
+        scored = (f"test-time training, {cfg.ttt_mode}" if cfg.ttt_enabled else "windows side by side" if not (
+            cfg.final_sliding_eval_enable and cfg.eval_stride) else f"keys and values of the last {cfg.eval_window} "
+            "tokens" if cfg.eval_window else f"sliding windows, stride {cfg.eval_stride}")
         bits = {g: getattr(cfg, f"quant_bits_{g}") - 1.6 for g in GROUPS} | {"fp16": 16}
         predicted = len(self.code) + int(sum(n * bits[g] / 8 for g, n in counts.items()))
         lines = [
@@ -3449,7 +3463,8 @@ class Run:
             return
         forward = compiled(model, self.cfg, self.process)
         evaluator = evaluate(self.cfg, self.process, self.log, forward, self.stream, stride, key)
-        self.report(key, tag, evaluator.result(), **({"stride": stride} if key == "sliding" else {}))
+        self.report(key, tag, evaluator.result(), **({"stride": evaluator.stride} if key == "sliding" else {}),
+                    **({"eval_window": evaluator.band} if evaluator.band else {}))
 
     def report(self, key: str, tag: str, score: Score, **details):
         """Log a score in the field's form and put it into the summary. The last one is val_bpb's."""

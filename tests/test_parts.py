@@ -153,6 +153,18 @@ def test_document_boundary(tiny, mask):
         assert torch.allclose(model(ids[:, 16:])[0], model(ids)[0, 16:], atol=1e-5)
 
 
+@pytest.mark.parametrize("length, band", [(1, 1), (64, 1), (65, 64), (200, 70), (700, 600), (700, 5), (90, 90)])
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_a_band_hides_what_lies_further_back(length, band, dtype, close):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, length, 4, 16), torch.randn(2, length, 2, 16), torch.randn(2, length, 2, 16)
+    gap = torch.arange(length)[:, None] - torch.arange(length)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=(gap >= 0) & (gap < band), enable_gqa=True).transpose(1, 2)
+    got = t.attend(q.to(dtype), k.to(dtype), v.to(dtype), band)
+    assert torch.allclose(got.float(), expected, atol=close)
+
+
 @pytest.mark.parametrize("length, heads, shared, dim", [(1, 2, 1, 8), (64, 4, 4, 16), (65, 4, 2, 16), (150, 6, 2, 8),
                                                         (513, 2, 1, 8), (700, 3, 1, 8)])
 def test_attention_in_blocks_is_attention(length, heads, shared, dim):
@@ -410,6 +422,30 @@ def test_windows_equal_brute_force_for_any_world_size(tiny, length, window, stri
             nats, count = nats + evaluator.nats, count + evaluator.count
         assert (count == 1).all()
         assert np.allclose(nats.numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("length, window, band", [(300, 16, 8), (300, 16, 16), (65, 16, 5), (64, 16, 12), (20, 16, 1)])
+def test_carried_keys_and_values_equal_brute_force(tiny, length, window, band):
+    """EVAL_WINDOW: spans of four windows, of which all but the first `band` tokens are scored, on 1 and 3 ranks; and
+    no token looks further back than the layers' bands together."""
+    cfg = tiny(EVAL_SEQ_LEN=window, EVAL_STRIDE=4, EVAL_WINDOW=band, VAL_BATCH_SIZE=8 * window)
+    model, n = model_of(cfg, noise=0.05), length - 1
+    ids = np.random.default_rng(length).integers(1, 400, length)
+    expected, at = [], 0
+    while at < n:
+        start = max(at - band, 0)
+        tokens = torch.tensor(ids[start : min(start + 4 * window, n) + 1])[None]
+        expected += model(tokens[:, :-1], tokens[:, 1:], None, window, band)[0, at - start :].tolist()
+        at = len(expected)
+    for world in (1, 3):
+        nats, count = torch.zeros(n), torch.zeros(n, dtype=torch.int32)
+        for rank in range(world):
+            evaluator = t.evaluate(cfg, Lone(rank, world), Quiet(), model, stream_of(ids.tolist()), 4, "")
+            nats, count = nats + evaluator.nats, count + evaluator.count
+        assert (count == 1).all() and evaluator.band == band
+        assert np.allclose(nats.numpy(), expected, atol=1e-4)
+    side_by_side = t.evaluate(cfg, Lone(), Quiet(), model, stream_of(ids.tolist()), window, "")
+    assert side_by_side.band == 0 and (side_by_side.count == 1).all()
 
 
 def test_windows_in_chunks_score_every_target_once(tiny):
