@@ -1,5 +1,6 @@
 """The parts one by one: bytes, model, optimizers, schedule, loader, windows, artifact."""
 
+import collections
 import math
 import struct
 
@@ -260,6 +261,56 @@ def test_compiles_without_graph_breaks(tiny, variables):
     with torch.no_grad():
         rows = torch.zeros(2, 4, dtype=torch.int64)
         compiled(ids[:, :-1], ids[:, :4], rows)
+
+
+# ---- how much work there is: counted by the profiler, since a time proves nothing ----
+
+
+def operations(action) -> collections.Counter:
+    """How often each operation of torch is called in `action`."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        action()
+    return collections.Counter({event.key: event.count for event in profile.key_averages()})
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+@pytest.mark.parametrize("micro", [1, 4])
+def test_a_step_reads_one_number_from_the_device(tiny, layers, micro):
+    """Whether the step was finite, on a GPU read when the next step is queued; however many layers and passes."""
+    cfg = tiny(NUM_LAYERS=layers, MICRO_BATCH_SEQS=micro)
+    trainer, tokens = t.Trainer(cfg, Lone(), model_of(cfg)), torch.randint(2, 400, (8, 33), dtype=torch.int32)
+    trainer.step(tokens, 0, 1.0)
+    seen = operations(lambda: trainer.step(tokens, 1, 1.0))
+    # the fused AdamW of the CPU reads found_inf itself, once a group; that of CUDA does so inside its kernel
+    assert seen["aten::_local_scalar_dense"] - seen["aten::_fused_adamw_"] == 1
+    assert seen["aten::nonzero"] == 0
+
+
+@pytest.mark.parametrize("layers", [2, 4, 6])
+def test_newton_schulz_runs_once_a_shape(tiny, layers):
+    """Two fused products an iteration for each shape of matrix, not for each matrix; and one AdamW for all the rest."""
+    cfg = tiny(NUM_LAYERS=layers, MUON_BACKEND_STEPS=5)
+    model = model_of(cfg)
+    shapes = {p.shape for name, p in model.named_parameters() if model.role(name) == "matrix"}
+    trainer, tokens = t.Trainer(cfg, Lone(), model), torch.randint(2, 400, (8, 33), dtype=torch.int32)
+    trainer.step(tokens, 0, 1.0)
+    seen = operations(lambda: trainer.step(tokens, 1, 1.0))
+    assert seen["aten::baddbmm"] == 2 * 5 * len(shapes)
+    assert seen["aten::_fused_adamw_"] == len(trainer.optimizers.adam.param_groups)
+
+
+@pytest.mark.parametrize("band", [0, 8])
+def test_evaluation_is_as_many_operations_for_many_windows(tiny, band):
+    """Windows of a batch are gathered by index: twenty of them take as many operations as five."""
+    cfg = tiny(EVAL_SEQ_LEN=16, EVAL_STRIDE=4, EVAL_WINDOW=band, VAL_BATCH_SIZE=1 << 16)
+    model, counts = model_of(cfg), []
+    for windows in (5, 20):
+        stream = stream_of(list(range(1, 100)) * ((64 * windows) // 99 + 1))
+        seen = operations(lambda: t.evaluate(cfg, Lone(), Quiet(), model, stream, 4, ""))  # noqa: B023
+        counts.append((sum(n for name, n in seen.items() if name in ("aten::linear", "aten::index_add_", "aten::gather",
+                                                                     "aten::embedding", "aten::item")),
+                       seen["aten::item"]))
+    assert counts[0] == counts[1] and counts[0][0] > 0
 
 
 # ---- optimizers, schedule ----
