@@ -96,6 +96,17 @@ class Config:
     rope_base: float = var(10000.0, ">=1", "RoPE base up to length 1024; grows with longer sequences")
     rope_dims: int = var(16, ">=0", "dimensions of a head that RoPE turns, even; 0 all")
     qk_gain_init: float = var(1.5, ">=0", "initial gain on normalised queries, one a head")
+    attn_gate_dim: int = var(0, "0..16384", "input channels that gate each head's output; 0 off")
+    mlp_slope: float = var(0.0, "0..1", "slope below 0 of what the MLP squares; 0: squared ReLU")
+    parallel_start_layer: int = var(-1, "-1..256", "first layer whose MLP reads what its attention reads; -1 none")
+    num_loops: int = var(0, "0..16", "times that layers LOOP_START to LOOP_END are run again; 0 off")
+    loop_start: int = var(3, "0..256", "first of those layers")
+    loop_end: int = var(5, "0..256", "last of those layers")
+    enable_looping_at: float = var(0.35, "0..1", "share of training after which they are")
+    skip_gates: bool = var(False, "0|1", "1: U-Net skips are mixed in by learned gates")
+    smear: bool = var(True, "0|1", "1: SmearGate, a learned share of the token before in each input")
+    ve_last_n: int = var(0, "0..256", "last layers whose values are given an embedding of the token; 0 off")
+    ve_dim: int = var(96, "1..16384", "width of that embedding")
     logit_softcap: float = var(30.0, ">0", "logits are squashed into +-this by tanh")
     ln_scale: bool = var(True, "0|1", "1: the inputs of layer i are divided by sqrt(i+1)")
     xsa_last_n: int = var(0, ">=0", "exclusive self-attention on the last N layers; 0 off")
@@ -114,6 +125,7 @@ class Config:
     micro_batch_seqs: int = var(0, ">=0", "sequences a forward pass of one rank; 0: from the device's memory")
     iterations: int = var(9000, ">=1", "steps at most")
     max_wallclock_seconds: float = var(596.0, ">=0", "training seconds at most; 0 no cap")
+    min_lr: float = var(0.0, "0..1", "share of the rates at which the warmdown ends")
     warmdown_iters: int = var(3000, ">=0", "final steps of linear decay to 0, in their measured time under a cap")
     warmup_steps: int = var(20, ">=0", "steps that prime compilation on random tokens and are undone")
     val_loss_every: int = var(0, ">=0", "steps between validations of the raw weights, off the clock; 0 off")
@@ -130,6 +142,10 @@ class Config:
     muon_momentum_warmup_start: float = var(0.92, "0..<1", "Muon's momentum at step 0")
     muon_momentum_warmup_steps: int = var(1500, ">=0", "steps of that warm-up")
     muon_backend_steps: int = var(5, "1..100", "Newton-Schulz iterations")
+    muon_row_normalize: bool = var(False, "0|1", "1: rows of Muon's input are brought to one length (MuonEq-R)")
+    muon_polar: bool = var(False, "0|1", "1: Polar Express coefficients a Newton-Schulz iteration")
+    muon_beta2: float = var(0.0, "0..<1", "Muon's updates are divided by their rows' running size (NorMuon); 0 off")
+    muon_cautious: bool = var(False, "0|1", "1: weight decay only where it agrees with the update")
     muon_wd: float = var(0.04, ">=0", "Muon's decoupled weight decay")
     adam_wd: float = var(0.04, ">=0", "AdamW's weight decay")
     beta1: float = var(0.9, "0..<1", "Adam's first beta")
@@ -240,8 +256,8 @@ PRESETS = {
 
 # Switches of this field's other scripts that are not implemented here: harmless when off, an error when on.
 NOT_IMPLEMENTED = ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS", "LAWA_ENABLED", "DTG_ENABLED",
-                   "VE_ENABLED", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM")
-COMPANIONS = ("SWA_", "QAT_", "MTP_", "LAWA_", "DTG_", "VE_", "MUON_BETA2")  # settings of those: no effect
+                   "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM")
+COMPANIONS = ("SWA_", "QAT_", "MTP_", "LAWA_", "DTG_")  # settings of those: no effect
 # A name with a prefix of the first group was meant for us, one of the second never was.
 FAMILIES = ("ADAM_", "AUDIT_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "RESUME_",
             "ROPE_", "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "XSA_")
@@ -1103,17 +1119,24 @@ class Attention(nn.Module):
         self.proj = Linear(cfg.model_dim, cfg.model_dim)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
+        self.gate = nn.Parameter(torch.zeros(cfg.num_heads, cfg.attn_gate_dim)) if cfg.attn_gate_dim else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gain_in: float, gain_out: Tensor, band: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gain_in: float, gain_out: Tensor, band: int,
+                extra: Tensor | None = None) -> Tensor:
         """[B, T, C] -> [B, T, C], causal; queries and keys are normalised, then turned by RoPE."""
         b, t, c = x.shape
         q = norm(self.q(x, gain_in).view(b, t, self.heads, self.head_dim))
         k, v = (matrix(x, gain_in).view(b, t, self.kv_heads, self.head_dim) for matrix in (self.k, self.v))
+        if extra is not None:
+            v = v + extra.view(v.shape)
         y = attend(rotate(q, cos, sin) * self.q_gain.to(x.dtype)[:, None], rotate(norm(k), cos, sin), v, band)
         if self.exclusive:  # XSA: take out what the token's own value says
             own, y = v[:, :, :, None], y.view(b, t, self.kv_heads, -1, self.head_dim)  # [B, T, H_kv, 1, D]
             share = (y * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp(min=1e-24)
             y = torch.addcmul(y, share, own, value=-1)
+        if self.gate is not None:  # a head may say nothing
+            open_ = 2 * torch.sigmoid(F.linear(x[..., : self.gate.size(1)], self.gate.to(x.dtype)))
+            y = y.view(b, t, self.heads, self.head_dim) * open_[..., None]
         return self.proj(y.view(b, t, c), gain_out)
 
 
@@ -1123,9 +1146,10 @@ class MLP(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.fc, self.proj = Linear(cfg.model_dim, cfg.mlp_dim), Linear(cfg.mlp_dim, cfg.model_dim)
+        self.slope = cfg.mlp_slope
 
     def forward(self, x: Tensor, gain_in: float, gain_out: Tensor) -> Tensor:
-        return self.proj(F.relu(self.fc(x, gain_in)).square(), gain_out)
+        return self.proj(F.leaky_relu(self.fc(x, gain_in), self.slope).square(), gain_out)
 
 
 class Block(nn.Module):
@@ -1137,12 +1161,14 @@ class Block(nn.Module):
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(cfg.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
         self.input_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
+        self.parallel = 0 <= cfg.parallel_start_layer <= layer
 
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, band: int) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, band: int, extra: Tensor | None) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = torch.addcmul(mix[0] * x, mix[1], x0)
-        x = x + self.attn(norm(x), cos, sin, self.input_scale, self.attn_scale[:, None], band)
-        return x + self.mlp(norm(x), self.input_scale, self.mlp_scale[:, None])
+        read = norm(x)
+        x = x + self.attn(read, cos, sin, self.input_scale, self.attn_scale[:, None], band, extra)
+        return x + self.mlp(read if self.parallel else norm(x), self.input_scale, self.mlp_scale[:, None])
 
 
 def shift(x: Tensor, keep: Tensor) -> Tensor:
@@ -1194,13 +1220,19 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.cfg, self.dtype, self.skips = cfg, dtype, cfg.num_layers // 2
+        self.cfg, self.dtype, self.looping = cfg, dtype, bool(cfg.num_loops)
         self.watch_output = None  # set by `calibrate`, which hooks the other layers
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
         self.bigram = Bigram(cfg) if cfg.bigram_vocab_size else None
-        self.smear = nn.Parameter(torch.zeros(cfg.model_dim))
+        self.smear = nn.Parameter(torch.zeros(cfg.model_dim)) if cfg.smear else None
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
-        self.skip_weights = nn.Parameter(torch.ones(self.skips, cfg.model_dim))
+        skips = len(self.order()) // 2
+        self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model_dim))
+        self.skip_gates = nn.Parameter(torch.zeros(skips, cfg.model_dim)) if cfg.skip_gates else None
+        if cfg.ve_last_n:
+            kv = cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
+            self.value_emb, self.value_proj = nn.Embedding(cfg.vocab_size, cfg.ve_dim), Linear(cfg.ve_dim, kv)
+            self.value_scale = nn.Parameter(torch.full((cfg.ve_last_n,), 0.1))
         if cfg.sparse_sites:
             self.sidecar = Sidecar(cfg)
             self.sidecar_scale = nn.Parameter(torch.zeros(len(cfg.sparse_sites), cfg.model_dim))
@@ -1223,9 +1255,15 @@ class GPT(nn.Module):
                     if name.endswith(".proj"):  # muP-style: outputs into the residual stream shrink with depth
                         module.weight.mul_(1 / math.sqrt(2 * self.cfg.num_layers))
 
+    def order(self) -> list[int]:
+        """The layers in the order in which they run."""
+        cfg, layers = self.cfg, list(range(self.cfg.num_layers))
+        again = layers[cfg.loop_start : cfg.loop_end + 1] * (cfg.num_loops if self.looping else 0)
+        return layers[: cfg.loop_end + 1] + again + layers[cfg.loop_end + 1 :]
+
     def role(self, name: str) -> str:
         """How a parameter is trained: matrix (Muon), embed, head or vector (AdamW)."""
-        if name in ("tok_emb.weight", "bigram.embed.weight"):
+        if name in ("tok_emb.weight", "bigram.embed.weight", "value_emb.weight"):
             return "embed"
         if name == "lm_head.weight":
             return "head"
@@ -1243,19 +1281,30 @@ class GPT(nn.Module):
         x = self.tok_emb(ids).to(self.dtype)
         if self.bigram is not None:
             x = x + self.bigram(ids, starts, self.dtype)
-        x, g = norm(x), torch.sigmoid(self.smear.to(x.dtype))
-        x = x0 = (1 - g) * x + g * shift(x, keep)  # SmearGate
+        x = norm(x)
+        if self.smear is not None:
+            g = torch.sigmoid(self.smear.to(x.dtype))
+            x = (1 - g) * x + g * shift(x, keep)  # SmearGate
+        x0, values = x, self.value_proj(self.value_emb(ids).to(self.dtype)) if cfg.ve_last_n else None
         cos, sin = rope_tables(ids.size(1), cfg.rope_dims or cfg.model_dim // cfg.num_heads, cfg.rope_base, x,
                                window)
         stack = []  # U-Net: the first half of the layers hands its outputs to the second, last to first
-        for i, block in enumerate(self.blocks):
-            if i >= self.skips and stack:
-                x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
-            x = block(x, x0, cos, sin, band)
+        order = self.order()
+        for place, i in enumerate(order):
+            if place >= len(order) // 2 and stack:
+                skip = place - len(order) // 2
+                if self.skip_gates is None:
+                    x = x + self.skip_weights[skip].to(x.dtype) * stack.pop()
+                else:
+                    g = torch.sigmoid(self.skip_gates[skip].to(x.dtype))
+                    x = 2 * (g * x + (1 - g) * self.skip_weights[skip].to(x.dtype) * stack.pop())
+            extra = i - (cfg.num_layers - cfg.ve_last_n)
+            extra = values * self.value_scale[extra].to(x.dtype) if values is not None and extra >= 0 else None
+            x = self.blocks[i](x, x0, cos, sin, band, extra)
             if i in cfg.sparse_sites:
                 site = cfg.sparse_sites.index(i)
                 x = x + self.sidecar(norm(x), site, keep, self.sidecar_scale[site][:, None])
-            if i < self.skips:
+            if place < len(order) // 2:
                 stack.append(x)
         if rows is not None:
             x = x.gather(1, rows[:, :, None].expand(-1, -1, x.size(-1)))
@@ -1342,13 +1391,19 @@ class FlatWeights:
         return finite
 
 
-def newton_schulz(g: Tensor, steps: int) -> Tensor:
+POLAR_EXPRESS = (  # https://arxiv.org/abs/2505.16932
+    (8.28721201814563, -23.595886519098837, 17.300387312530933), (4.107059111542203, -2.9478499167379106,
+    0.5448431082926601), (3.9486908534822946, -2.908902115962949, 0.5518191394370137), (3.3184196573706015,
+    -2.488488024314874, 0.51004894012372), (2.300652019954817, -1.6689039845747493, 0.4188073119525673))
+
+
+def newton_schulz(g: Tensor, steps: int, polar: bool = False) -> Tensor:
     """Push the singular values of each matrix of g [n, rows, cols] towards 1 by a quintic iteration; they land
     within about 0.7 to 1.2. (Muon, https://kellerjordan.github.io/posts/muon/)"""
-    a, b, c = 3.4445, -4.7750, 2.0315
     x = g.mT if g.size(-2) > g.size(-1) else g
-    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    x = x / ((1.02 if polar else 1.0) * torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    for i in range(steps):
+        a, b, c = POLAR_EXPRESS[min(i, 4)] if polar else (3.4445, -4.7750, 2.0315)
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
     return x.mT if g.size(-2) > g.size(-1) else x
@@ -1374,6 +1429,7 @@ class Optimizers:
         """Fresh state, as before the first step."""
         cfg, flat, (rank, world) = self.cfg, self.flat, (self.process.rank, self.process.world)
         self.momentum = torch.zeros_like(flat.weights[: len(self.update)])  # 0 in the shares of other ranks
+        self.second = {}
         self.bad, self.parts, self.buckets = torch.zeros((), dtype=torch.int32, device=self.momentum.device), [], []
         for role, shape, begin, n in flat.spans:
             if role != "matrix":
@@ -1406,8 +1462,17 @@ class Optimizers:
                 grad, buffer, update = share
                 buffer.mul_(torch.where(finite, momentum, 1.0)).add_(grad)
                 nesterov = grad.add(buffer, alpha=momentum).to(update.dtype)
+                if cfg.muon_row_normalize:
+                    nesterov = nesterov / (torch.linalg.vector_norm(nesterov, dim=-1, keepdim=True) + 1e-7)
                 stretch = max(1.0, grad.size(1) / grad.size(2)) ** 0.5
-                update.copy_(self.orthogonalise(nesterov, cfg.muon_backend_steps) * stretch)
+                o = self.orthogonalise(nesterov, cfg.muon_backend_steps, cfg.muon_polar)
+                if cfg.muon_beta2:
+                    size = torch.linalg.vector_norm(o, dim=(-2, -1), keepdim=True)
+                    second = self.second.setdefault(part.start, o.new_zeros(o.shape[:2], dtype=torch.float32))
+                    second.lerp_(o.float().square().mean(-1), 1 - cfg.muon_beta2)
+                    o = o / (second.sqrt()[..., None].to(o.dtype) + 1e-8)
+                    o = o * (size / (torch.linalg.vector_norm(o, dim=(-2, -1), keepdim=True) + 1e-7))
+                update.copy_(o * stretch)
             gathered.append(self.process.begin_sum_(self.update[part]))
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -1417,7 +1482,11 @@ class Optimizers:
             wait()
         rate = torch.where(finite, cfg.matrix_lr * factor, 0.0)
         matrices = self.flat.weights[: len(self.update)]
-        matrices.mul_(1 - rate * cfg.muon_wd).addcmul_(self.update, rate, value=-1)
+        if cfg.muon_cautious:
+            matrices.mul_(1 - rate * cfg.muon_wd * (self.update * matrices > 0))
+        else:
+            matrices.mul_(1 - rate * cfg.muon_wd)
+        matrices.addcmul_(self.update, rate, value=-1)
 
     @torch.no_grad()
     def track_average(self):
@@ -2724,10 +2793,10 @@ def rate_factor(cfg: Config, step: int, seconds: float) -> float:
     if cfg.warmdown_iters == 0:
         return 1.0
     if cfg.max_wallclock_seconds == 0:
-        return min((cfg.iterations - step) / cfg.warmdown_iters, 1.0)
+        return max(min((cfg.iterations - step) / cfg.warmdown_iters, 1.0), cfg.min_lr)
     warmdown = cfg.warmdown_iters * seconds / max(step, 1)
     left = max(cfg.max_wallclock_seconds - seconds, 0.0)
-    return left / max(warmdown, 1e-9) if left <= warmdown else 1.0
+    return max(left / max(warmdown, 1e-9), cfg.min_lr) if left <= warmdown else 1.0
 
 
 class Trainer:
@@ -2845,6 +2914,7 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
         first, seconds, trainer.dropped = (saved[0][name] for name in ("step", "seconds", "dropped"))
         trainer.restore(saved[1], seconds)
     loader, step, kept, caught, dropped = Loader(cfg, tokens, process, first), first, seconds, 0, trainer.dropped
+    done = first / cfg.iterations
     with process.signals.hold():
         while True:
             capped = 0 < cfg.max_wallclock_seconds <= seconds
@@ -2880,6 +2950,7 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
             if stop:
                 break
             factor = rate_factor(cfg, step, seconds)
+            model.looping = bool(cfg.num_loops) and done >= cfg.enable_looping_at
             trainer.step(loader.next(), step, factor)
             step, (seconds, caught) = step + 1, trainer.heard()
             speed, done = step * cfg.train_batch_tokens / seconds, step / cfg.iterations
@@ -2896,6 +2967,7 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
         log(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{cfg.iterations}")
     log(f"peak memory allocated: {process.memory()[1] // 2**20} MiB")
     trainer.optimizers.apply_average()
+    model.looping = bool(cfg.num_loops)
     if not bool(torch.isfinite(trainer.flat.weights).all()):
         raise UserError("training ended with weights that are not finite; lower the learning rates", shared=True)
     return {"steps": step, "tokens": step * cfg.train_batch_tokens, "seconds": seconds, "dropped_steps": dropped,
