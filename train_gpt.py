@@ -107,7 +107,7 @@ class Config:
     smear: bool = var(True, "0|1", "1: SmearGate, a learned share of the token before in each input")
     ve_last_n: int = var(0, "0..256", "last layers whose values are given an embedding of the token; 0 off")
     ve_dim: int = var(96, "1..16384", "width of that embedding")
-    logit_softcap: float = var(30.0, ">0", "logits are squashed into +-this by tanh")
+    logit_softcap: float = var(30.0, "0.1..80", "logits are squashed into +-this by tanh")
     ln_scale: bool = var(True, "0|1", "1: the inputs of layer i are divided by sqrt(i+1)")
     xsa_last_n: int = var(0, ">=0", "exclusive self-attention on the last N layers; 0 off")
     bigram_vocab_size: int = var(2048, "0..1048576", "buckets of the hashed bigram embedding; 0 off")
@@ -1215,6 +1215,11 @@ class Sidecar(nn.Module):
         return self.proj(gate * mixed, gain)
 
 
+def softcapped(logits: Tensor, cap: float) -> Tensor:
+    """Logits squashed into +-cap in their own type, as fp32."""
+    return (cap * torch.tanh(logits / cap)).float()
+
+
 class GPT(nn.Module):
     """The whole model. Weights are fp32; activations are of type `dtype`."""
 
@@ -1312,10 +1317,11 @@ class GPT(nn.Module):
         logits = F.linear(x := norm(x), head.weight.to(x.dtype))
         if self.watch_output is not None:
             self.watch_output(name, logits, x)
-        logits = (cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap)).float()
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none").view(targets.shape)
+            return softcapped(logits, cfg.logit_softcap)
+        # exp of what the softcap bounds cannot overflow, so one pass does; compiled it makes no fp32 copy of the logits
+        total = softcapped(logits, cfg.logit_softcap).exp_().sum(-1).log()
+        return total - softcapped(logits.gather(-1, targets.long()[..., None]), cfg.logit_softcap)[..., 0]
 
 
 def activation_bytes(cfg: Config) -> int:

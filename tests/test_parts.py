@@ -2,12 +2,15 @@
 
 import collections
 import math
+import re
 import struct
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
+import torch.nn.functional as F
+from torch._inductor.utils import run_and_get_code
 
 import train_gpt as t
 
@@ -261,6 +264,25 @@ def test_compiles_without_graph_breaks(tiny, variables):
     with torch.no_grad():
         rows = torch.zeros(2, 4, dtype=torch.int64)
         compiled(ids[:, :-1], ids[:, :4], rows)
+
+
+@pytest.mark.parametrize("cap", [0.1, 30.0, 80.0])
+def test_nats_are_the_cross_entropy_of_the_logits(tiny, cap):
+    """Up to the largest softcap, and with logits far beyond it."""
+    model, ids = model_of(tiny(LOGIT_SOFTCAP=cap), noise=3.0), torch.randint(2, 400, (2, 33))
+    expected = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    assert torch.allclose(model(ids[:, :-1], ids[:, 1:]).flatten(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_compiled_loss_makes_no_fp32_copy_of_the_logits(tiny):
+    """Of the [256, 400] logits of a training pass the generated code holds copies in bf16 only."""
+    torch.compiler.reset()
+    small = {"NUM_LAYERS": 1, "SPARSE_HIDDEN_DIM": 0, "BIGRAM_VOCAB_SIZE": 0, "SMEAR": 0}  # less to compile
+    model, ids = model_of(tiny(**small)), torch.randint(2, 400, (8, 33), dtype=torch.int32)
+    model.dtype, compiled = torch.bfloat16, torch.compile(model, dynamic=False, fullgraph=True)
+    _, code = run_and_get_code(lambda: compiled(ids[:, :-1], ids[:, 1:]).mean().backward())
+    buffers = re.findall(r"empty_strided_cpu\(\((?:8, 32|256), 400\), .*?(torch\.\w+)\)", "\n".join(code))
+    assert buffers and set(buffers) == {"torch.bfloat16"}
 
 
 # ---- how much work there is: counted by the profiler, since a time proves nothing ----
