@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""What the fast forms in train_gpt.py are worth here: a training step with each put back to its plain form, in
+turn with the step as it is.
+
+    PRESET=demo python tools/trials.py [--rounds N]
+
+Times are those of the processor on a CPU, so that other work on the machine changes them little, and of the clock on a
+GPU; medians over the rounds. Results must agree: the difference in loss that a plain form makes is printed too. The
+attention and norm of a GPU are PyTorch's own there, so those two trials say nothing on one.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train_gpt.py does
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import train_gpt as t  # noqa: E402
+
+
+def fused_attention(q, k, v, band=0):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def gain_on_activations(self, x, gain=1.0):
+    y = F.linear(x, self.weight.to(x.dtype))
+    return y * (gain.flatten().to(y.dtype) if isinstance(gain, torch.Tensor) else gain)
+
+
+def each_matrix_alone(g, steps, *more):
+    return torch.stack([t.newton_schulz(matrix[None], steps, *more)[0] for matrix in g])
+
+
+def loss_with_maximum(self, ids, targets=None, rows=None, window=0, band=0, forward=t.GPT.forward):
+    logits = forward(self, ids, None, rows, window, band)
+    if targets is None:
+        return logits
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none").view(targets.shape)
+
+
+@contextlib.contextmanager
+def memory_given_back():
+    """glibc's own thresholds, under which each large block is mapped anew and zeroed by the kernel."""
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(-3, 128 << 10)
+    mallopt(-1, 128 << 10)
+    yield
+    t.keep_freed_memory()  # the next step pays for the memory that is fetched back, and is not counted
+
+
+def trials(trainer: t.Trainer) -> dict:
+    """For each plain form a context in which it is used."""
+    optimizers = trainer.optimizers
+    plain_adam = torch.optim.AdamW([{**g} for g in optimizers.adam.param_groups], foreach=False)
+    return {
+        "as it is": contextlib.nullcontext(),
+        "PyTorch's fused attention": mock.patch.object(t, "attend", fused_attention),
+        "F.rms_norm": mock.patch.object(t, "norm", lambda x: F.rms_norm(x, (x.size(-1),))),
+        "gains on activations, not in the matrices": mock.patch.object(t.Linear, "forward", gain_on_activations),
+        "cross-entropy with its maximum and log-softmax": mock.patch.object(t.GPT, "forward", loss_with_maximum),
+        "Newton-Schulz a matrix at a time": mock.patch.object(optimizers, "orthogonalise", each_matrix_alone),
+        "AdamW a tensor at a time, not fused": mock.patch.object(optimizers, "adam", plain_adam),
+        "memory given back to the system": memory_given_back(),
+        "": contextlib.nullcontext(),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9, help="times that each step is taken (%(default)s)")
+    options = parser.parse_args()
+    cfg, _ = t.read_launch([])
+    process = t.Process(cfg.compute_dtype)
+    torch.manual_seed(cfg.seed)
+    model = t.GPT(cfg, process.dtype).to(process.device)
+    trainer = t.Trainer(cfg, process, model)
+    clock = time.perf_counter if process.cuda else time.process_time
+    with torch.no_grad():  # nothing is zero, so that every part has something to say
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    shape = trainer.share, cfg.train_seq_len + 1
+    tokens = torch.randint(2, cfg.vocab_size, shape, dtype=torch.int32).to(process.device)
+    forms, seconds, losses = list(trials(trainer)), {}, {}
+    for _ in range(options.rounds + 1):
+        for name in forms:
+            with trials(trainer)[name]:
+                began = clock()
+                trainer.step(tokens, 0, 0.0)
+                trainer.synchronize()
+                seconds.setdefault(name, []).append(clock() - began)
+                losses[name] = float(trainer.flat.loss)
+    base = statistics.median(seconds[forms[0]][1:])
+    print(f"{process.hardware()['name']}, {torch.get_num_threads()} threads, {str(process.dtype)[6:]}, a step of "
+          f"{cfg.train_batch_tokens:,} tokens\n\n| form | ms a step | of the step as it is | loss differs by |\n"
+          "| --- | --- | --- | --- |")
+    for name in filter(None, forms):
+        middle = statistics.median(seconds[name][1:])
+        gap = losses[name] - losses[forms[0]]
+        print(f"| {name} | {1000 * middle:.0f} | {middle / base:.2f} | {gap:+.1e} |")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except t.UserError as problem:
+        sys.stderr.write(f"error: {t.one_line(problem)}\n")
+        sys.exit(2)
