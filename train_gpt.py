@@ -1338,9 +1338,10 @@ def tokens_per_pass(cfg: Config, process: Process, training: bool) -> int:
 
 def compiled(model: GPT, cfg: Config, process: Process):
     """The model's forward pass, compiled without graph breaks where that is wanted."""
+    if not (process.cuda if cfg.use_compile == "auto" else cfg.use_compile == "1"):
+        return model
     torch._dynamo.config.cache_size_limit = 64  # one entry each for training, scoring, and their last batches
-    wanted = process.cuda if cfg.use_compile == "auto" else cfg.use_compile == "1"
-    return torch.compile(model, dynamic=False, fullgraph=True) if wanted else model
+    return torch.compile(model, dynamic=False, fullgraph=True)
 
 
 # ==== Optimizers: one flat vector of weights, Muon for matrices, AdamW for the rest, EMA ==============================
