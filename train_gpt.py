@@ -1371,6 +1371,31 @@ class FlatWeights:
                 part = slice(begin, begin := begin + p.numel())
                 self.weights[part].copy_(p.data.flatten())
                 p.data, p.grad = self.weights[part].view(shape), self.grads[part].view(shape)
+        self._bucket(dict(model.named_parameters()).values())
+
+    def _bucket(self, params):
+        """Cut the buffer into buckets, a quarter of the layers each, in the order in which a backward pass fills them;
+        all but the matrices, and the loss, are the last. A bucket that is full is summed while the pass goes on."""
+        cuts = []  # (quarter from the end of the model, first element, end)
+        for role, shape, begin, n in self.spans:
+            each = -(-n // 4)
+            cuts += [(low // each, begin + low * shape.numel(), begin + min(low + each, n) * shape.numel())
+                     for low in range(0, n, each) if role == "matrix"]
+        cuts = [slice(*cut[1:]) for cut in sorted(cuts, key=lambda cut: -cut[0])]
+        self.buckets, self.process = [*cuts, slice(self.extent("matrix").stop, len(self.buffer))], None
+        self.missing, self.waits, place = [0] * len(self.buckets), [], self.weights.data_ptr()
+        for p in (p for p in params if p.numel()):
+            at = (p.data_ptr() - place) // 4
+            index = next(i for i, bucket in enumerate(self.buckets) if bucket.start <= at < bucket.stop)
+            p.register_post_accumulate_grad_hook(lambda p, index=index: self._arrived(index))
+            self.missing[index] += 1
+
+    def _arrived(self, index: int):
+        """A gradient of this bucket is whole: sum what can be summed, in one order on all ranks."""
+        if self.process:  # in the last pass of a step
+            self.left[index] -= 1
+            while len(self.waits) + 1 < len(self.buckets) and not self.left[len(self.waits)]:
+                self.waits.append(self.process.begin_sum_(self.buffer[self.buckets[len(self.waits)]]))
 
     def extent(self, role: str) -> slice:
         """Where the weights of a role lie."""
@@ -1381,11 +1406,16 @@ class FlatWeights:
         """Gradients and mean loss of a step of `total` sequences, of which this rank has tokens [n, seq_len + 1],
         taken `size` at a time; summed over the ranks."""
         self.buffer.zero_()
-        for part in tokens.split(size) if len(tokens) else ():
+        parts, self.waits, self.left = tokens.split(size) if len(tokens) else (), [], list(self.missing)
+        for part in parts:
+            self.process = process if part is parts[-1] else None
             loss = forward(part[:, :-1], part[:, 1:]).mean() * (len(part) / total)
             loss.backward()
             self.loss.add_(loss.detach())
-        process.sum_(self.buffer)
+        self.process = None
+        self.waits += [process.begin_sum_(self.buffer[bucket]) for bucket in self.buckets[len(self.waits) :]]
+        for wait in self.waits:
+            wait()
 
     def clip_(self, limit: float) -> Tensor:
         """Scale the gradients down to a global norm of `limit`, 0 is off, without waiting for the device. Returns
@@ -1398,17 +1428,17 @@ class FlatWeights:
         return finite
 
 
-POLAR_EXPRESS = (  # https://arxiv.org/abs/2505.16932
-    (8.28721201814563, -23.595886519098837, 17.300387312530933), (4.107059111542203, -2.9478499167379106,
-    0.5448431082926601), (3.9486908534822946, -2.908902115962949, 0.5518191394370137), (3.3184196573706015,
-    -2.488488024314874, 0.51004894012372), (2.300652019954817, -1.6689039845747493, 0.4188073119525673))
+POLAR_EXPRESS = (  # https://arxiv.org/abs/2505.16932, with the safety that bf16 needs
+    (8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714,
+    0.5000178451051316), (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655,
+    -2.3681294933425376, 0.46449024233003106), (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 
 def newton_schulz(g: Tensor, steps: int, polar: bool = False) -> Tensor:
     """Push the singular values of each matrix of g [n, rows, cols] towards 1 by a quintic iteration; they land
     within about 0.7 to 1.2. (Muon, https://kellerjordan.github.io/posts/muon/)"""
     x = g.mT if g.size(-2) > g.size(-1) else g
-    x = x / ((1.02 if polar else 1.0) * torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
     for i in range(steps):
         a, b, c = POLAR_EXPRESS[min(i, 4)] if polar else (3.4445, -4.7750, 2.0315)
         s = x @ x.mT

@@ -394,6 +394,30 @@ def test_muon_step_against_the_formula_and_over_ranks(tiny):
     assert torch.allclose(model.blocks[1].mlp.fc.weight, w * (1 - rate * 0.04) - rate * direction, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [8, 2])
+@pytest.mark.parametrize("variables", [{"NUM_LAYERS": 6}, {"TIE_EMBEDDINGS": 0, "NUM_LAYERS": 1}])
+def test_gradients_are_summed_by_bucket_while_the_backward_pass_goes_on(tiny, size, variables):
+    """Each element once and only when it is whole (a sum that doubles doubles all), the last layers first."""
+    model, seen = model_of(tiny(**variables), noise=0.1), []
+    flat = t.FlatWeights(model, torch.device("cpu"))
+
+    class Doubling(Lone):
+        def begin_sum_(self, tensor):
+            seen.append(float(model.blocks[0].attn.q.weight.grad.abs().sum()))
+            tensor.mul_(2)
+            return lambda: None
+
+    tokens = torch.randint(2, 400, (8, 33), dtype=torch.int32)
+    flat.gather_gradients(model, tokens, 8, 8, Lone())
+    expected = flat.buffer.clone()
+    flat.gather_gradients(model, tokens, size, 8, Doubling())
+    assert torch.allclose(flat.buffer, 2 * expected, rtol=1e-4, atol=1e-6) and expected[-1] > 1
+    assert len(seen) == len(flat.buckets) and (size < 8 or len(model.blocks) == 1 or seen[0] == 0 < seen[-1])
+    seen.clear()
+    flat.gather_gradients(model, tokens[:0], 8, 8, Doubling())  # a rank without sequences takes part in each sum
+    assert len(seen) == len(flat.buckets) and not flat.buffer.any()
+
+
 def test_adam_groups_and_average(tiny):
     cfg = tiny(TIE_EMBEDDINGS=0, EMA_DECAY=0.75)
     model = model_of(cfg)
