@@ -96,17 +96,10 @@ class Config:
     rope_base: float = var(10000.0, ">=1", "RoPE base up to length 1024; grows with longer sequences")
     rope_dims: int = var(16, ">=0", "dimensions of a head that RoPE turns, even; 0 all")
     qk_gain_init: float = var(1.5, ">=0", "initial gain on normalised queries, one a head")
-    attn_gate_dim: int = var(0, "0..16384", "input channels that gate each head's output; 0 off")
     mlp_slope: float = var(0.0, "0..1", "slope below 0 of what the MLP squares; 0: squared ReLU")
-    parallel_start_layer: int = var(-1, "-1..256", "first layer whose MLP reads what its attention reads; -1 none")
-    num_loops: int = var(0, "0..16", "times that layers LOOP_START to LOOP_END are run again; 0 off")
-    loop_start: int = var(3, "0..256", "first of those layers")
-    loop_end: int = var(5, "0..256", "last of those layers")
-    enable_looping_at: float = var(0.35, "0..1", "share of training after which they are")
     skip_gates: bool = var(False, "0|1", "1: U-Net skips are mixed in by learned gates")
-    smear: bool = var(True, "0|1", "1: SmearGate, a learned share of the token before in each input")
     ve_last_n: int = var(0, "0..256", "last layers whose values are given an embedding of the token; 0 off")
-    ve_dim: int = var(96, "1..16384", "width of that embedding")
+    ve_dim: int = var(64, "1..16384", "width of that embedding")
     logit_softcap: float = var(30.0, "0.1..80", "logits are squashed into +-this by tanh")
     ln_scale: bool = var(True, "0|1", "1: the inputs of layer i are divided by sqrt(i+1)")
     xsa_last_n: int = var(0, ">=0", "exclusive self-attention on the last N layers; 0 off")
@@ -125,7 +118,6 @@ class Config:
     micro_batch_seqs: int = var(0, ">=0", "sequences a forward pass of one rank; 0: from the device's memory")
     iterations: int = var(9000, ">=1", "steps at most")
     max_wallclock_seconds: float = var(596.0, ">=0", "training seconds at most; 0 no cap")
-    min_lr: float = var(0.0, "0..1", "share of the rates at which the warmdown ends")
     warmdown_iters: int = var(3000, ">=0", "final steps of linear decay to 0, in their measured time under a cap")
     warmup_steps: int = var(20, ">=0", "steps that prime compilation on random tokens and are undone")
     val_loss_every: int = var(0, ">=0", "steps between validations of the raw weights, off the clock; 0 off")
@@ -142,10 +134,8 @@ class Config:
     muon_momentum_warmup_start: float = var(0.92, "0..<1", "Muon's momentum at step 0")
     muon_momentum_warmup_steps: int = var(1500, ">=0", "steps of that warm-up")
     muon_backend_steps: int = var(5, "1..100", "Newton-Schulz iterations")
-    muon_row_normalize: bool = var(False, "0|1", "1: rows of Muon's input are brought to one length (MuonEq-R)")
-    muon_polar: bool = var(False, "0|1", "1: Polar Express coefficients a Newton-Schulz iteration")
-    muon_beta2: float = var(0.0, "0..<1", "Muon's updates are divided by their rows' running size (NorMuon); 0 off")
-    muon_cautious: bool = var(False, "0|1", "1: weight decay only where it agrees with the update")
+    muon_beta2: float = var(0.0, "0..<1", "memory of the row sizes by which Muon's updates are divided; 0 off")
+    muon_cautious: bool = var(False, "0|1", "1: Muon's weight decay only where the update shrinks a weight too")
     muon_wd: float = var(0.04, ">=0", "Muon's decoupled weight decay")
     adam_wd: float = var(0.04, ">=0", "AdamW's weight decay")
     beta1: float = var(0.9, "0..<1", "Adam's first beta")
@@ -1119,7 +1109,6 @@ class Attention(nn.Module):
         self.proj = Linear(cfg.model_dim, cfg.model_dim)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
-        self.gate = nn.Parameter(torch.zeros(cfg.num_heads, cfg.attn_gate_dim)) if cfg.attn_gate_dim else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gain_in: float, gain_out: Tensor, band: int,
                 extra: Tensor | None = None) -> Tensor:
@@ -1134,9 +1123,6 @@ class Attention(nn.Module):
             own, y = v[:, :, :, None], y.view(b, t, self.kv_heads, -1, self.head_dim)  # [B, T, H_kv, 1, D]
             share = (y * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp(min=1e-24)
             y = torch.addcmul(y, share, own, value=-1)
-        if self.gate is not None:  # a head may say nothing
-            open_ = 2 * torch.sigmoid(F.linear(x[..., : self.gate.size(1)], self.gate.to(x.dtype)))
-            y = y.view(b, t, self.heads, self.head_dim) * open_[..., None]
         return self.proj(y.view(b, t, c), gain_out)
 
 
@@ -1161,14 +1147,12 @@ class Block(nn.Module):
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(cfg.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
         self.input_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
-        self.parallel = 0 <= cfg.parallel_start_layer <= layer
 
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, band: int, extra: Tensor | None) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = torch.addcmul(mix[0] * x, mix[1], x0)
-        read = norm(x)
-        x = x + self.attn(read, cos, sin, self.input_scale, self.attn_scale[:, None], band, extra)
-        return x + self.mlp(read if self.parallel else norm(x), self.input_scale, self.mlp_scale[:, None])
+        x = x + self.attn(norm(x), cos, sin, self.input_scale, self.attn_scale[:, None], band, extra)
+        return x + self.mlp(norm(x), self.input_scale, self.mlp_scale[:, None])
 
 
 def shift(x: Tensor, keep: Tensor) -> Tensor:
@@ -1225,18 +1209,17 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.cfg, self.dtype, self.looping = cfg, dtype, bool(cfg.num_loops)
+        self.cfg, self.dtype, self.skips = cfg, dtype, cfg.num_layers // 2
         self.watch_output = None  # set by `calibrate`, which hooks the other layers
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
         self.bigram = Bigram(cfg) if cfg.bigram_vocab_size else None
-        self.smear = nn.Parameter(torch.zeros(cfg.model_dim)) if cfg.smear else None
+        self.smear = nn.Parameter(torch.zeros(cfg.model_dim))
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
-        skips = len(self.order()) // 2
-        self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model_dim))
-        self.skip_gates = nn.Parameter(torch.zeros(skips, cfg.model_dim)) if cfg.skip_gates else None
-        if cfg.ve_last_n:
-            kv = cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
-            self.value_emb, self.value_proj = nn.Embedding(cfg.vocab_size, cfg.ve_dim), Linear(cfg.ve_dim, kv)
+        self.skip_weights = nn.Parameter(torch.ones(self.skips, cfg.model_dim))
+        self.skip_gates = nn.Parameter(torch.zeros(self.skips, cfg.model_dim)) if cfg.skip_gates else None
+        self.value_emb = nn.Embedding(cfg.vocab_size, cfg.ve_dim) if cfg.ve_last_n else None
+        if cfg.ve_last_n:  # ResFormer's idea (https://arxiv.org/abs/2410.17897), from the token and not from a layer
+            self.value_proj = Linear(cfg.ve_dim, cfg.model_dim // cfg.num_heads * cfg.num_kv_heads)
             self.value_scale = nn.Parameter(torch.full((cfg.ve_last_n,), 0.1))
         if cfg.sparse_sites:
             self.sidecar = Sidecar(cfg)
@@ -1260,12 +1243,6 @@ class GPT(nn.Module):
                     if name.endswith(".proj"):  # muP-style: outputs into the residual stream shrink with depth
                         module.weight.mul_(1 / math.sqrt(2 * self.cfg.num_layers))
 
-    def order(self) -> list[int]:
-        """The layers in the order in which they run."""
-        cfg, layers = self.cfg, list(range(self.cfg.num_layers))
-        again = layers[cfg.loop_start : cfg.loop_end + 1] * (cfg.num_loops if self.looping else 0)
-        return layers[: cfg.loop_end + 1] + again + layers[cfg.loop_end + 1 :]
-
     def role(self, name: str) -> str:
         """How a parameter is trained: matrix (Muon), embed, head or vector (AdamW)."""
         if name in ("tok_emb.weight", "bigram.embed.weight", "value_emb.weight"):
@@ -1273,6 +1250,13 @@ class GPT(nn.Module):
         if name == "lm_head.weight":
             return "head"
         return "matrix" if name.endswith(".weight") or name == "sidecar.site" else "vector"
+
+    def skip(self, x: Tensor, i: int, early: Tensor) -> Tensor:
+        """U-Net skip i: add an early layer's output, or with SKIP_GATES mix it in, channel by channel."""
+        early = self.skip_weights[i].to(x.dtype) * early
+        if self.skip_gates is None:
+            return x + early
+        return 2 * torch.lerp(early, x, torch.sigmoid(self.skip_gates[i].to(x.dtype)))
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, rows: Tensor | None = None,
                 window: int = 0, band: int = 0) -> Tensor:
@@ -1286,30 +1270,21 @@ class GPT(nn.Module):
         x = self.tok_emb(ids).to(self.dtype)
         if self.bigram is not None:
             x = x + self.bigram(ids, starts, self.dtype)
-        x = norm(x)
-        if self.smear is not None:
-            g = torch.sigmoid(self.smear.to(x.dtype))
-            x = (1 - g) * x + g * shift(x, keep)  # SmearGate
-        x0, values = x, self.value_proj(self.value_emb(ids).to(self.dtype)) if cfg.ve_last_n else None
+        x, g = norm(x), torch.sigmoid(self.smear.to(x.dtype))
+        x = x0 = (1 - g) * x + g * shift(x, keep)  # SmearGate
+        values = self.value_proj(self.value_emb(ids).to(x.dtype)) if self.value_emb is not None else None
         cos, sin = rope_tables(ids.size(1), cfg.rope_dims or cfg.model_dim // cfg.num_heads, cfg.rope_base, x,
                                window)
         stack = []  # U-Net: the first half of the layers hands its outputs to the second, last to first
-        order = self.order()
-        for place, i in enumerate(order):
-            if place >= len(order) // 2 and stack:
-                skip = place - len(order) // 2
-                if self.skip_gates is None:
-                    x = x + self.skip_weights[skip].to(x.dtype) * stack.pop()
-                else:
-                    g = torch.sigmoid(self.skip_gates[skip].to(x.dtype))
-                    x = 2 * (g * x + (1 - g) * self.skip_weights[skip].to(x.dtype) * stack.pop())
-            extra = i - (cfg.num_layers - cfg.ve_last_n)
-            extra = values * self.value_scale[extra].to(x.dtype) if values is not None and extra >= 0 else None
-            x = self.blocks[i](x, x0, cos, sin, band, extra)
+        for i, block in enumerate(self.blocks):
+            if i >= self.skips and stack:
+                x = self.skip(x, i - self.skips, stack.pop())
+            late = i - cfg.num_layers + cfg.ve_last_n
+            x = block(x, x0, cos, sin, band, self.value_scale[late].to(x.dtype) * values if late >= 0 else None)
             if i in cfg.sparse_sites:
                 site = cfg.sparse_sites.index(i)
                 x = x + self.sidecar(norm(x), site, keep, self.sidecar_scale[site][:, None])
-            if place < len(order) // 2:
+            if i < self.skips:
                 stack.append(x)
         if rows is not None:
             x = x.gather(1, rows[:, :, None].expand(-1, -1, x.size(-1)))
@@ -1428,22 +1403,25 @@ class FlatWeights:
         return finite
 
 
-POLAR_EXPRESS = (  # https://arxiv.org/abs/2505.16932, with the safety that bf16 needs
-    (8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714,
-    0.5000178451051316), (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655,
-    -2.3681294933425376, 0.46449024233003106), (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
-
-
-def newton_schulz(g: Tensor, steps: int, polar: bool = False) -> Tensor:
+def newton_schulz(g: Tensor, steps: int) -> Tensor:
     """Push the singular values of each matrix of g [n, rows, cols] towards 1 by a quintic iteration; they land
     within about 0.7 to 1.2. (Muon, https://kellerjordan.github.io/posts/muon/)"""
+    a, b, c = 3.4445, -4.7750, 2.0315
     x = g.mT if g.size(-2) > g.size(-1) else g
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
-    for i in range(steps):
-        a, b, c = POLAR_EXPRESS[min(i, 4)] if polar else (3.4445, -4.7750, 2.0315)
+    for _ in range(steps):
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
     return x.mT if g.size(-2) > g.size(-1) else x
+
+
+def even_rows(x: Tensor, sizes: Tensor, weight: Tensor) -> Tensor:
+    """Divide the rows of each matrix of x [n, rows, cols] by the root of their running mean square `sizes` [n, rows, 1],
+    into which this one enters with `weight`; the matrix keeps its norm. (NorMuon, https://arxiv.org/abs/2510.05491)"""
+    sizes.lerp_(x.float().square().mean(-1, keepdim=True), weight)
+    y = x / (sizes.sqrt() + 1e-8).to(x.dtype)
+    length, other = (torch.linalg.vector_norm(z, dim=(-2, -1), keepdim=True) for z in (x, y))
+    return y * (length / (other + 1e-7))
 
 
 class Optimizers:
@@ -1465,16 +1443,17 @@ class Optimizers:
     def reset(self):
         """Fresh state, as before the first step."""
         cfg, flat, (rank, world) = self.cfg, self.flat, (self.process.rank, self.process.world)
-        self.momentum = torch.zeros_like(flat.weights[: len(self.update)])  # 0 in the shares of other ranks
-        self.second = {}
+        matrices, at = [span for span in flat.spans if span[0] == "matrix"], len(self.update)
+        rows = sum(n * shape[0] for _, shape, _, n in matrices)  # of the sizes that MUON_BETA2 remembers, behind it
+        self.momentum = flat.weights.new_zeros(at + rows * bool(cfg.muon_beta2))  # 0 in the shares of other ranks
         self.bad, self.parts, self.buckets = torch.zeros((), dtype=torch.int32, device=self.momentum.device), [], []
-        for role, shape, begin, n in flat.spans:
-            if role != "matrix":
-                continue
+        for _, shape, begin, n in matrices:
             low, high = n * rank // world, n * (rank + 1) // world
             part = slice(begin + low * shape.numel(), begin + high * shape.numel())
-            self.parts.append(part)
+            sizes, at = slice(at + low * shape[0], at + high * shape[0]), at + n * shape[0]
+            self.parts += [part, sizes] if cfg.muon_beta2 else [part]
             share = [t[part].view(-1, *shape) for t in (flat.grads, self.momentum, self.update)] if low < high else []
+            share += [self.momentum[sizes].view(-1, shape[0], 1) if cfg.muon_beta2 else None] * (low < high)
             self.buckets.append((slice(begin, begin + n * shape.numel()), share))  # share: each [n, rows, cols]
         embed_lr, groups = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr, []
         for role, lr, decay in (("embed", embed_lr, cfg.adam_wd), ("head", cfg.head_lr, 0.0),
@@ -1496,20 +1475,14 @@ class Optimizers:
         gathered = []
         for part, share in self.buckets:  # each is gathered while the next is computed
             if share:
-                grad, buffer, update = share
+                grad, buffer, update, sizes = share
                 buffer.mul_(torch.where(finite, momentum, 1.0)).add_(grad)
                 nesterov = grad.add(buffer, alpha=momentum).to(update.dtype)
-                if cfg.muon_row_normalize:
-                    nesterov = nesterov / (torch.linalg.vector_norm(nesterov, dim=-1, keepdim=True) + 1e-7)
                 stretch = max(1.0, grad.size(1) / grad.size(2)) ** 0.5
-                o = self.orthogonalise(nesterov, cfg.muon_backend_steps, cfg.muon_polar)
-                if cfg.muon_beta2:
-                    size = torch.linalg.vector_norm(o, dim=(-2, -1), keepdim=True)
-                    second = self.second.setdefault(part.start, o.new_zeros(o.shape[:2], dtype=torch.float32))
-                    second.lerp_(o.float().square().mean(-1), 1 - cfg.muon_beta2)
-                    o = o / (second.sqrt()[..., None].to(o.dtype) + 1e-8)
-                    o = o * (size / (torch.linalg.vector_norm(o, dim=(-2, -1), keepdim=True) + 1e-7))
-                update.copy_(o * stretch)
+                turned = self.orthogonalise(nesterov, cfg.muon_backend_steps)
+                if sizes is not None:
+                    turned = even_rows(turned, sizes, torch.where(finite, 1 - cfg.muon_beta2, 0.0))
+                update.copy_(turned * stretch)
             gathered.append(self.process.begin_sum_(self.update[part]))
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -1519,11 +1492,8 @@ class Optimizers:
             wait()
         rate = torch.where(finite, cfg.matrix_lr * factor, 0.0)
         matrices = self.flat.weights[: len(self.update)]
-        if cfg.muon_cautious:
-            matrices.mul_(1 - rate * cfg.muon_wd * (self.update * matrices > 0))
-        else:
-            matrices.mul_(1 - rate * cfg.muon_wd)
-        matrices.addcmul_(self.update, rate, value=-1)
+        decay = rate * cfg.muon_wd * ((self.update * matrices > 0) if cfg.muon_cautious else 1.0)
+        matrices.mul_(1 - decay).addcmul_(self.update, rate, value=-1)
 
     @torch.no_grad()
     def track_average(self):
@@ -2830,10 +2800,10 @@ def rate_factor(cfg: Config, step: int, seconds: float) -> float:
     if cfg.warmdown_iters == 0:
         return 1.0
     if cfg.max_wallclock_seconds == 0:
-        return max(min((cfg.iterations - step) / cfg.warmdown_iters, 1.0), cfg.min_lr)
+        return min((cfg.iterations - step) / cfg.warmdown_iters, 1.0)
     warmdown = cfg.warmdown_iters * seconds / max(step, 1)
     left = max(cfg.max_wallclock_seconds - seconds, 0.0)
-    return max(left / max(warmdown, 1e-9), cfg.min_lr) if left <= warmdown else 1.0
+    return left / max(warmdown, 1e-9) if left <= warmdown else 1.0
 
 
 class Trainer:
@@ -2951,7 +2921,6 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
         first, seconds, trainer.dropped = (saved[0][name] for name in ("step", "seconds", "dropped"))
         trainer.restore(saved[1], seconds)
     loader, step, kept, caught, dropped = Loader(cfg, tokens, process, first), first, seconds, 0, trainer.dropped
-    done = first / cfg.iterations
     with process.signals.hold():
         while True:
             capped = 0 < cfg.max_wallclock_seconds <= seconds
@@ -2987,7 +2956,6 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
             if stop:
                 break
             factor = rate_factor(cfg, step, seconds)
-            model.looping = bool(cfg.num_loops) and done >= cfg.enable_looping_at
             trainer.step(loader.next(), step, factor)
             step, (seconds, caught) = step + 1, trainer.heard()
             speed, done = step * cfg.train_batch_tokens / seconds, step / cfg.iterations
@@ -3004,7 +2972,6 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
         log(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{cfg.iterations}")
     log(f"peak memory allocated: {process.memory()[1] // 2**20} MiB")
     trainer.optimizers.apply_average()
-    model.looping = bool(cfg.num_loops)
     if not bool(torch.isfinite(trainer.flat.weights).all()):
         raise UserError("training ended with weights that are not finite; lower the learning rates", shared=True)
     return {"steps": step, "tokens": step * cfg.train_batch_tokens, "seconds": seconds, "dropped_steps": dropped,

@@ -255,7 +255,11 @@ def test_initialisation(tiny):
     assert model.sidecar_scale.abs().max() == 0 and model.sidecar.site.abs().max() == 0
 
 
-@pytest.mark.parametrize("variables", [{}, {"XSA_LAST_N": 2, "TIE_EMBEDDINGS": 0}, {"NUM_LAYERS": 1, "BIGRAM_DIM": 32}])
+FRONTIER = {"MLP_SLOPE": 0.5, "VE_LAST_N": 2, "VE_DIM": 8, "SKIP_GATES": 1, "MUON_BETA2": 0.9, "MUON_CAUTIOUS": 1}
+
+
+@pytest.mark.parametrize("variables", [{}, {"XSA_LAST_N": 2, "TIE_EMBEDDINGS": 0}, {"NUM_LAYERS": 1, "BIGRAM_DIM": 32},
+                                       FRONTIER])
 def test_compiles_without_graph_breaks(tiny, variables):
     torch._dynamo.reset()
     model, ids = model_of(tiny(**variables)), torch.randint(2, 400, (2, 33), dtype=torch.int32)
@@ -367,9 +371,10 @@ def test_flat_weights_are_the_models(tiny):
     assert torch.linalg.vector_norm(flat.grads).item() == pytest.approx(float(norm) / 2, rel=1e-4)
 
 
-def test_muon_step_against_the_formula_and_over_ranks(tiny):
-    """One rank's update is the published formula; the shares of three ranks add up to it."""
-    cfg = tiny(GRAD_CLIP_NORM=0)
+@pytest.mark.parametrize("variables", [{}, FRONTIER])
+def test_muon_step_over_ranks(tiny, variables):
+    """The shares of three ranks add up to one rank's update, twice in a row."""
+    cfg = tiny(GRAD_CLIP_NORM=0, **variables)
     updates = []
     for world in (1, 3):
         total = 0
@@ -377,12 +382,17 @@ def test_muon_step_against_the_formula_and_over_ranks(tiny):
             model = model_of(cfg)
             flat = t.FlatWeights(model, torch.device("cpu"))
             torch.manual_seed(5)
-            flat.grads.normal_()
             optimizers = t.Optimizers(cfg, flat, Lone(rank, world))
-            optimizers.step(0, 0.5)
+            for step in range(2):
+                flat.grads.normal_()
+                optimizers.step(step, 0.0)
             total = total + optimizers.update.clone()
         updates.append(total)
     assert torch.allclose(updates[0], updates[1], atol=1e-5)
+
+
+def test_muon_step_against_the_formula(tiny):
+    cfg = tiny(GRAD_CLIP_NORM=0)
     model = model_of(cfg)
     flat = t.FlatWeights(model, torch.device("cpu"))
     torch.manual_seed(5)
@@ -392,6 +402,65 @@ def test_muon_step_against_the_formula_and_over_ranks(tiny):
     rate = 0.025 * 0.5
     direction = t.newton_schulz((g + 0.92 * g)[None], 5)[0] * math.sqrt(64 / 32)  # Nesterov from an empty buffer
     assert torch.allclose(model.blocks[1].mlp.fc.weight, w * (1 - rate * 0.04) - rate * direction, atol=1e-5)
+
+
+def test_rows_are_divided_by_their_running_size():
+    """Steady rows of any size come out even, each matrix with the norm it had; a weight of 0 remembers nothing."""
+    torch.manual_seed(0)
+    x, sizes = torch.randn(2, 8, 64) * torch.linspace(0.5, 2, 8)[:, None], torch.zeros(2, 8, 1)
+    for _ in range(200):
+        y = t.even_rows(x, sizes, torch.tensor(0.1))
+    assert torch.allclose(sizes, x.square().mean(-1, keepdim=True))
+    assert torch.allclose(y.norm(dim=(1, 2)), x.norm(dim=(1, 2))) and y.norm(dim=2).std(1).max() < 1e-4
+    before = sizes.clone()
+    t.even_rows(torch.full_like(x, 7), sizes, torch.tensor(0.0))
+    assert torch.equal(sizes, before)
+
+
+def test_cautious_decay_shrinks_only_what_the_update_shrinks(tiny):
+    ends = []
+    for decay, cautious in ((0, 0), (0.5, 1), (0.5, 0)):
+        cfg = tiny(MUON_CAUTIOUS=cautious, MUON_WD=decay)
+        model = model_of(cfg, noise=0.1)
+        flat = t.FlatWeights(model, torch.device("cpu"))
+        start = flat.weights.clone()
+        flat.grads.copy_(torch.randn(len(start), generator=torch.Generator().manual_seed(1)))
+        optimizers = t.Optimizers(cfg, flat, Lone())
+        optimizers.step(0, 1.0)
+        ends.append(flat.weights[: len(optimizers.update)].clone())
+    agrees = optimizers.update * start[: len(optimizers.update)] > 0
+    assert 0.3 < agrees.float().mean() < 0.7
+    assert torch.equal(ends[1], torch.where(agrees, ends[2], ends[0])) and not torch.equal(ends[1], ends[2])
+
+
+def test_optimizer_state_goes_on_where_it_was(tiny):
+    """Also what MUON_BETA2 remembers: two steps and two more are four."""
+    cfg, tokens = tiny(**FRONTIER), torch.randint(2, 400, (8, 33), dtype=torch.int32)
+    whole, first, second = (t.Trainer(cfg, Lone(), model_of(cfg)) for _ in range(3))
+    for step in range(4):
+        whole.step(tokens, step, 1.0)
+    for step in range(2):
+        first.step(tokens, step, 1.0)
+    second.restore({name: x.clone() for name, x in first.state().items()}, 0.0)
+    for step in range(2, 4):
+        second.step(tokens, step, 1.0)
+    assert torch.equal(whole.flat.weights, second.flat.weights)
+
+
+def test_switches_of_the_frontier_start_as_the_published_model(tiny):
+    """Skip gates and value embeddings of scale 0 change nothing; the slope does, and values reach the last layers."""
+    ids, plain = torch.randint(2, 400, (2, 33)), model_of(tiny(), noise=0.1)
+    gated = t.GPT(tiny(SKIP_GATES=1, VE_LAST_N=2, VE_DIM=8))
+    gated.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        gated.value_scale.zero_()
+    assert torch.allclose(gated(ids), plain(ids), atol=1e-5)
+    with torch.no_grad():
+        gated.value_scale.fill_(1.0)
+    assert not torch.allclose(gated(ids), plain(ids), atol=1e-3)
+    sloped = t.GPT(tiny(MLP_SLOPE=0.5))
+    sloped.load_state_dict(plain.state_dict())
+    assert not torch.allclose(sloped(ids), plain(ids), atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [8, 2])
@@ -441,7 +510,7 @@ def test_warm_up_leaves_the_weights(tiny):
     before = trainer.flat.weights.clone()
     trainer.warm_up()
     assert torch.equal(before, trainer.flat.weights)
-    assert all(not momentum.any() for _, (_, momentum, _) in trainer.optimizers.buckets)
+    assert all(not momentum.any() for _, (_, momentum, *_) in trainer.optimizers.buckets)
     assert trainer.optimizers.adam.state_dict()["state"] == {}
 
 
