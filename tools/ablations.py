@@ -2,20 +2,22 @@
 """What each idea is worth at equal training time and equal bytes: the runs to make, and the table of what they gave.
 
     python tools/ablations.py plan CANDIDATES > runs.txt       measure what a step of each costs, print the runs
-    ./run.sh sweep --list runs.txt SEED=13,1337 --name NAME    make them (its base is the environment, as for `plan`)
-    python tools/ablations.py table CANDIDATES LOG_DIR/NAME... write CANDIDATES' folder's README.md
+    ./run.sh sweep --list runs.txt SEED=13,1337 --name NAME    make them (the base is the environment, as for `plan`)
+    python tools/ablations.py table CANDIDATES...              write their folder's README.md, from LOG_DIR/<stem>
 
-CANDIDATES has an idea a line, `name | VAR=value VAR=value | verdict`; # opens a comment. The first is the base, which the
-others are compared with. Equal time: a machine that does other work too cannot give two runs the same seconds, so `plan`
-times a step of each idea and one of the base in turn, many times, and gives the idea the ITERATIONS (and the same share
-of WARMDOWN_ITERS) that fit into the base's time by the ratio of their medians; it keeps them in costs.json beside
-CANDIDATES. Equal bytes: with EXPORT_FILL=1 the export fills ARTIFACT_LIMIT_BYTES, the same for all.
+CANDIDATES has an idea a line, `name | VAR=value VAR=value | verdict`; # opens a comment. The first is the base, which
+the others are compared with. Equal time: a machine that does other work too cannot give two runs the same seconds, so
+`plan` times a step of each idea and one of the base in turn, many times, and gives the idea the ITERATIONS (and the
+same share of WARMDOWN_ITERS) that fit into the base's time by the ratio of their medians; it keeps them in costs.json
+beside CANDIDATES. Equal bytes: with EXPORT_FILL=1 the export fills ARTIFACT_LIMIT_BYTES, the same for all. NAME is the
+file's name without its ending.
 """
 
 import argparse
 import dataclasses
 import json
 import os
+import re
 import shlex
 import statistics
 import sys
@@ -29,7 +31,9 @@ import torch  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
-SCORES = ("ttt", "sliding", "int6", "float")  # the last of these that a run has is what it is compared by
+SCORES = ("ttt", "sliding", "int6", "float")  # the first of these that a run has is what it is compared by
+SCORE_NAMES = {"ttt": "test-time training", "sliding": "sliding windows", "int6": "the artifact read back",
+               "float": "float weights"}
 
 
 @dataclasses.dataclass
@@ -79,22 +83,17 @@ class Timed:
         self.clock = time.perf_counter if process.cuda else time.process_time  # other work takes none of the latter
         torch.manual_seed(cfg.seed)
         self.model = t.GPT(cfg, process.dtype).to(process.device)
-        self.trainer, self.weights = t.Trainer(cfg, process, self.model), sum(p.numel() for p in self.model.parameters())
+        self.trainer = t.Trainer(cfg, process, self.model)
+        self.weights = sum(p.numel() for p in self.model.parameters())
         shape = self.trainer.share, cfg.train_seq_len + 1
         self.tokens = torch.randint(2, cfg.vocab_size, shape, dtype=torch.int32).to(process.device)
 
     def seconds(self) -> float:
-        """Mean seconds of a step over the run: with looped layers, before and after they are looped."""
-        looped = self.cfg.enable_looping_at if self.cfg.num_loops else 1.0
-        total = 0.0
-        for looping, share in ((False, looped), (True, 1 - looped)):
-            if share:
-                self.model.looping = looping and bool(self.cfg.num_loops)
-                began = self.clock()
-                self.trainer.step(self.tokens, 0, 0.0)
-                self.trainer.synchronize()
-                total += share * (self.clock() - began) / (1 if self.process.cuda else torch.get_num_threads())
-        return total
+        """Seconds of a step."""
+        began = self.clock()
+        self.trainer.step(self.tokens, 0, 0.0)
+        self.trainer.synchronize()
+        return (self.clock() - began) / (1 if self.process.cuda else torch.get_num_threads())
 
 
 def configuration(given: dict[str, str]) -> t.Config:
@@ -105,23 +104,33 @@ def configuration(given: dict[str, str]) -> t.Config:
 
 
 def plan(ideas: list[Idea], path: Path, rounds: int):
-    """Time each idea against the base, write costs.json, print the runs."""
+    """Time each idea against the base, keep what it costs, print the runs."""
     base = Timed(configuration(ideas[0].given), t.Process(os.environ.get("COMPUTE_DTYPE", "auto")))
-    costs_path = path.parent / "costs.json"
-    costs = json.loads(costs_path.read_text()) if costs_path.exists() else {}
+    costs = {}
     for idea in ideas:
         other = Timed(configuration(idea.given), base.process)
         pairs = [(other.seconds(), base.seconds()) for _ in range(rounds + 2)][2:]
         ratio = statistics.median(a for a, _ in pairs) / statistics.median(b for _, b in pairs)
         ratio = 1.0 if idea is ideas[0] else ratio
-        steps = max(round(base.cfg.iterations * min(1.0, other.cfg.iterations / base.cfg.iterations) / ratio), 1)
-        costs[idea.settings] = {"ratio": ratio, "step_ms": 1000 * statistics.median(a for a, _ in pairs),
-                                "steps": steps, "parameters": other.weights}
+        steps = max(round(base.cfg.iterations / ratio), 1)
         warmdown = round(other.cfg.warmdown_iters * steps / base.cfg.iterations)
+        costs[idea.settings] = {"ratio": ratio, "step_ms": 1000 * statistics.median(a for a, _ in pairs),
+                                "steps": steps, "warmdown": warmdown, "parameters": other.weights}
         given = idea.given | {"ITERATIONS": str(steps), "WARMDOWN_ITERS": str(warmdown)}
         print(" ".join(f"{name}={shlex.quote(value)}" for name, value in given.items()), f"# {idea.name}", flush=True)
         sys.stderr.write(f"{idea.name}: {ratio:.3f} of the base's step, {steps} steps\n")
-    costs_path.write_text(json.dumps(costs, indent=1) + "\n")
+    write_costs(path, costs)
+
+
+def costs_of(path: Path) -> dict:
+    """What `plan` measured: {stem of CANDIDATES: {settings: cost}}."""
+    costs = path.parent / "costs.json"
+    return json.loads(costs.read_text()) if costs.exists() else {}
+
+
+def write_costs(path: Path, costs: dict):
+    text = json.dumps(costs_of(path) | {path.stem: costs}, indent=1)
+    (path.parent / "costs.json").write_text(text + "\n")
 
 
 # ---- table -----------------------------------------------------------------------------------------------------------
@@ -131,10 +140,15 @@ def plain(value) -> str:
     return str(int(value)) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def matches(idea: Idea, summary: dict, varied: set[str]) -> bool:
-    """Whether a run is of this idea: what it sets of the variables that any idea sets is what the idea gives."""
-    wanted = configuration(idea.given).settings()
-    return all(plain(summary["config"].get(n.lower())) == plain(wanted[n.lower()]) for n in varied)
+def matches(idea: Idea, summary: dict, varied: set[str], cost: dict) -> bool:
+    """Whether a run is of this idea: it sets of the variables that any idea sets what the idea gives, for its steps."""
+    set_ = {name: plain(value) for name, value in summary["overrides"].items() if name in varied}
+    set_ |= {"PRESET": summary["preset"]} if "PRESET" in varied else {}
+    given = {name: plain(float(value)) if re.fullmatch(r"[\d.e-]+", value) else value for name, value in
+             idea.given.items() if name in varied}
+    set_ = {name: plain(float(value)) if re.fullmatch(r"[\d.e-]+", value) else value for name, value in set_.items()}
+    wanted = cost["steps"], cost["warmdown"]
+    return set_ == given and wanted == (summary["config"]["iterations"], summary["config"]["warmdown_iters"])
 
 
 def score_of(summary: dict) -> tuple[str, float]:
@@ -142,23 +156,23 @@ def score_of(summary: dict) -> tuple[str, float]:
     return key, summary["eval"][key]["val_bpb"]
 
 
-def rows_of(ideas: list[Idea], folder: Path) -> list[dict]:
-    """For each idea that has runs in the folder what the table says of it."""
+def rows_of(ideas: list[Idea], folder: Path, costs: dict) -> list[dict]:
+    """For each idea that has runs in the folder what the table says of it; the base first."""
     summaries = [json.loads(path.read_text()) for path in sorted(folder.glob("*/summary.json"))]
-    if not summaries:
-        fail(f"{folder}: no finished run in it")
     varied = {name for idea in ideas for name in idea.given} - {"ITERATIONS", "WARMDOWN_ITERS"}
     rows, base = [], {}
     for idea in ideas:
-        mine = {s["seed"]: s for s in summaries if matches(idea, s, varied)}
-        base = base or mine
-        if not mine:
-            continue
-        scores = {seed: score_of(s)[1] for seed, s in mine.items()}
-        gains = [scores[seed] - score_of(base[seed])[1] for seed in scores if seed in base]
-        some = next(iter(mine.values()))
-        rows.append({"idea": idea, "score": score_of(some)[0], "bpb": scores, "gains": gains,
-                     "steps": some["train"]["steps"], "bytes": max(s["artifact"]["bytes_model"] for s in mine.values())})
+        cost = costs.get(idea.settings)
+        mine = {s["seed"]: s for s in summaries if cost and matches(idea, s, varied, cost)}
+        if idea is ideas[0]:
+            base = mine
+        if mine:
+            scores = {seed: score_of(s)[1] for seed, s in mine.items()}
+            rows.append({"idea": idea, "cost": cost, "score": score_of(mine[min(mine)])[0], "bpb": scores,
+                         "gains": [scores[seed] - score_of(base[seed])[1] for seed in scores if seed in base],
+                         "bytes": max(s["artifact"]["bytes_model"] for s in mine.values())})
+    if not base:
+        fail(f"{folder}: no finished run of the base in it")
     return rows
 
 
@@ -167,39 +181,39 @@ def spread(values: list[float], sign: str = "") -> str:
     return f"{statistics.mean(values):{sign}.4f}{deviation}" if values else "-"
 
 
-def table(ideas: list[Idea], path: Path, folders: list[Path]):
-    """README.md beside CANDIDATES: its `about.md`, then a table for each folder of runs."""
-    about, costs = path.parent / "about.md", json.loads((path.parent / "costs.json").read_text())
+def table(paths: list[Path]):
+    """README.md beside the files of candidates: its `about.md`, then a table for each of them."""
+    about = paths[0].parent / "about.md"
     lines = [about.read_text().rstrip() if about.exists() else "# Ablations"]
-    for folder in folders:
-        rows = rows_of(ideas, folder)
-        seeds = sorted({seed for row in rows for seed in row["bpb"]})
-        lines += ["", f"## {folder.name}", "", f"Seeds {', '.join(map(str, seeds))}; BPB of {rows[0]['score']}; difference "
-                  "to the base on the same seed, mean ± sample standard deviation.", "",
-                  "| idea | settings | ms a step, of the base's | steps | parameters | model bytes | BPB | difference | "
-                  "verdict |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-        first, *rest = rows
+    for path in paths:
+        ideas = read_ideas(path)
+        folder = Path(os.environ.get("LOG_DIR", "logs"), path.stem)
+        first, *rest = rows_of(ideas, folder, costs_of(path).get(path.stem, {}))
+        seeds = ", ".join(map(str, sorted(first["bpb"])))
+        lines += ["", f"## {path.stem}", "", f"`{path.name}`, seed {seeds}, BPB of {SCORE_NAMES[first['score']]}; "
+                  "difference to the base on the same seed, mean ± sample standard deviation.", "",
+                  "| idea | settings | step, of the base's | steps | parameters | model bytes | BPB | difference | "
+                  "verdict |", "| --- " * 9 + "|"]
         for row in [first, *sorted(rest, key=lambda row: statistics.mean(row["gains"] or [0.0]))]:
-            idea, cost = row["idea"], costs.get(row["idea"].settings, {})
-            lines.append("| " + " | ".join((
-                idea.name, f"`{idea.settings}`" if idea.given else "", f"{cost.get('ratio', float('nan')):.2f}",
-                f"{row['steps']:,}", f"{cost.get('parameters', 0):,}", f"{row['bytes']:,}",
-                spread(list(row["bpb"].values())), "" if row is first else spread(row["gains"], "+"), idea.verdict)) + " |")
-    (path.parent / "README.md").write_text("\n".join(lines) + "\n")
+            idea, cost = row["idea"], row["cost"]
+            cells = (idea.name, f"`{idea.settings}`" if idea.given else "", f"{cost['ratio']:.2f}",
+                     f"{cost['steps']:,}", f"{cost['parameters']:,}", f"{row['bytes']:,}",
+                     spread(list(row["bpb"].values())),
+                     "" if row is first else spread(row["gains"], "+"), idea.verdict)
+            lines.append(f"| {' | '.join(cells)} |")
+    (paths[0].parent / "README.md").write_text("\n".join(lines) + "\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=("plan", "table"))
-    parser.add_argument("candidates", type=Path)
-    parser.add_argument("folders", type=Path, nargs="*")
+    parser.add_argument("candidates", type=Path, nargs="+")
     parser.add_argument("--rounds", type=int, default=9, help="timed pairs of steps (%(default)s)")
     options = parser.parse_args()
-    ideas = read_ideas(options.candidates)
     if options.job == "plan":
-        plan(ideas, options.candidates, options.rounds)
+        plan(read_ideas(options.candidates[0]), options.candidates[0], options.rounds)
     else:
-        table(ideas, options.candidates, options.folders)
+        table(options.candidates)
 
 
 if __name__ == "__main__":
