@@ -6,6 +6,7 @@
 #   ./run.sh bench [...]   the speed of each part here, or against another script; arguments go to tools/bench.py
 #   ./run.sh sweep [...]   many runs and their table and plot: TTT_LR=1e-4,3e-4 SEED=13,1337; see tools/sweep.py
 #   ./run.sh show [...]    table and plots of runs and of published logs; see tools/show.py
+#   ./run.sh measure [...] everything that a new machine, a GPU above all, can tell; see tools/measure.sh
 #   ./run.sh record [...]  a folder that is ready to submit, of runs that differ in the seed; see tools/record.py
 # Variables of train_gpt.py pass through: SEED=7 ITERATIONS=500 ./run.sh
 set -euo pipefail
@@ -60,9 +61,9 @@ need() {
 job=${1:-train}
 [ $# -gt 0 ] && shift
 case $job in
-  -h | --help | help) sed -n '2,10s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
-  train | test | data | bench | sweep | show | record) ;;
-  *) fail "no job named $job; the jobs are: (none), test, data, bench, sweep, show, record; variables of train_gpt.py: python train_gpt.py --help" ;;
+  -h | --help | help) sed -n '2,11s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
+  train | test | data | bench | measure | sweep | show | record) ;;
+  *) fail "no job named $job; the jobs are: (none), test, data, bench, measure, sweep, show, record; variables of train_gpt.py: python train_gpt.py --help" ;;
 esac
 need "$here/requirements.txt" torch numpy sentencepiece zstandard
 
@@ -88,6 +89,9 @@ case $job in
   bench)
     choose
     exec "$py" "$here/tools/bench.py" "$@" ;;
+  measure)
+    choose
+    exec "$here/tools/measure.sh" "$py" "$@" ;;
   sweep | show | record)
     (need "$here/tools/requirements.txt" matplotlib) || echo "warning: no matplotlib, so no plot; the tables come" >&2
     [ ! -x "$here/.venv/bin/python" ] || py=$here/.venv/bin/python  # where that had to make one
