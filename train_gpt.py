@@ -236,7 +236,7 @@ class Config:
 PRESETS = {
     "seed": {"export_fill": False},  # the defaults above are the published ones, but for QUANT, which is better
     "frontier": {  # what won against it at CPU size, see records/ablations; nothing of it was measured at full size
-        "mlp_slope": 0.5, "logit_softcap": 15.0, "ve_last_n": 2, "skip_gates": True, "sparse_hidden_dim": 0,
+        "mlp_slope": 0.5, "logit_softcap": 15.0, "ve_last_n": 4, "skip_gates": True, "sparse_hidden_dim": 0,
         "muon_beta2": 0.95, "muon_cautious": True, "warmdown_iters": 4500,
     },
     "demo": {  # a few minutes on two CPU cores, on the embedded corpus
