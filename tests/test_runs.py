@@ -300,7 +300,7 @@ def readme_commands() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     lines = [line.split("  #")[0].strip() for b in blocks for line in b.replace("\\\n", " ").splitlines()]
     skip = ("./run.sh data", "./run.sh test", "git ", "cd ", "#", "pip ", "nproc_per_node=8", "--against", "13,1111",
-            "record seeds")
+            "record seeds", "run.sh measure")
     return [line for line in lines if line and not any(s in line for s in skip)]
 
 
