@@ -1,6 +1,7 @@
 """Records and shows: figures from the logs, refusals, a folder that works, plots, old logs and the index."""
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -318,6 +319,7 @@ def test_an_edited_summary_is_found(swept, call, tmp_path, place, value, figure)
     (r"^Serialized model int6\+zstd: \d+", "Serialized model int6+zstd: 5", "the size is"),
     (r"^note: partial split", "note: whole split", "the caveats"),
     (r"^note: partial split: its first 1001", "note: partial split: its first 9999", "what was scored is"),
+    (r"^(sliding window +)\d", r"\g<1>1", "val_loss of sliding is 1."),
     (r"^Code size: .*\n", "", "the log has no line 'Code size' beside the other sizes"),
     (r"^Serialized model int6.*\n", "", "the log has no line 'Serialized model int6' beside"),
     (r"^config .*\n", "", "train.log has no line 'config'"),
@@ -473,6 +475,7 @@ def test_show_beside_published_logs(swept, call, tmp_path, monkeypatch):
 def test_a_published_log_of_another_form_or_edited(call, tmp_path, monkeypatch):
     """Neither is it called unfinished, nor is its contradiction shown as a score."""
     monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(figures, "pictures", lambda *_: [])
     (tmp_path / "other.log").write_text(published().partition("DIAGNOSTIC")[0].partition("ttt:start")[0])
     code, out, err = call(show, "other.log")
     assert code == 0 and "form not known, read as far as possible: step 5900 of 9000" in out and "unfinished" not in out
@@ -494,12 +497,14 @@ def test_single_and_last_points_are_drawn_and_a_run_keeps_its_looks(swept, tmp_p
     plt.close(figure)
 
 
-def test_a_terminal_of_ascii(swept, tmp_path):
+def test_a_terminal_of_ascii(swept, monkeypatch):
     """Without matplotlib the curves come in signs that it knows."""
-    code = "import sys; sys.modules['matplotlib'] = None; import show; sys.exit(show.main(sys.argv[1:]))"
-    env = clean_environment() | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT / "tools")}
-    done = subprocess.run([sys.executable, "-c", code, swept[0]], env=env, cwd=tmp_path, text=True, capture_output=True)
-    assert done.returncode == 0 and "no plots" in done.stdout and re.search(r"5\.\d+ [_.,~+*#-]{3,} ", done.stdout)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert show.main([swept[0]]) == 0
+    show.tell("1 ± 2")
+    said = sys.stdout.buffer.getvalue().decode("ascii")
+    assert "no plots" in said and re.search(r"5\.\d+ [_.,~+*#-]{3,} ", said) and said.endswith("1 ? 2\n")
 
 
 def test_a_published_log_cut_in_a_line(call, tmp_path):

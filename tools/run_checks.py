@@ -92,6 +92,9 @@ def check_scores(run: Run):
         for figure, rough, exact in (("val_loss", score.rough[0], score.val_loss), ("val_bpb", score.rough[1],
                                                                                    score.val_bpb)):
             agree(run, f"{figure} of {key}", rough, exact, 0.00005001, "its line", "its exact line")
+        for figure, value, exact in zip(("val_loss", "val_bpb", "targets"), run.rows.get(key, ()),
+                                        (*score.rough, run.targets), strict=False):
+            agree(run, f"{figure} of {key}", value, exact, 0.00000001, "its table", "its line")
         if run.bytes and math.isfinite(score.val_loss):
             bpb = score.val_loss * run.targets / math.log(2) / run.bytes
             agree(run, f"val_bpb of {key}", score.val_bpb, bpb, 3e-8, "its line", "what val_loss comes to in bits by "

@@ -87,6 +87,7 @@ class Run:
     chunks: list[Chunk] = field(default_factory=list)
     epochs: int = 0  # of test-time training over the whole split before it was scored, as the seed did
     own: dict[str, Score] = field(default_factory=dict)  # by SCORES
+    rows: dict[str, tuple] = field(default_factory=dict)  # the same in the table at its end: loss, BPB, targets
     code_bytes: int | None = None
     model_bytes: int | None = None
     total_bytes: int | None = None
@@ -255,6 +256,7 @@ FORMS = {
     "dropped": r".*; the step is dropped, \d+ in a row",
     "script": r"script train_gpt\.py bytes:(\d+) sha256:([0-9a-f]{64})",
     "trained": r"trained: ([\d,]+) steps, [\d,]+ tokens, ([\d.]+) ms a step",
+    "row": rf"(float, averaged|int6, read back|sliding window|test-time training) +{N} +{N} +([\d,]+) +[\d.]+",
     "seconds": r"seconds: (\w+ [\d.]+(?:, \w+ [\d.]+)*)",
     "valid": r"valid: (?:(yes)|NO, (.*))",
     "note": r"note: (.*)",
@@ -298,6 +300,9 @@ def add_line(run: Run, kind: str, m: re.Match):
             score.stride = int(g[3]) if g[3] else None
     elif kind in ("code", "model", "total"):
         setattr(run, f"{kind}_bytes", int(g[0]))
+    elif kind == "row":
+        key = dict(zip(("float", "int6", "sliding", "test"), SCORES, strict=True))[re.split("[, -]", g[0])[0]]
+        run.rows[key] = float(g[1]), float(g[2]), int(g[3].replace(",", ""))
     elif kind == "stop":
         run.stop = int(g[1]), int(g[0]) / 1000
     elif kind == "audit":
