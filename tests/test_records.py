@@ -235,8 +235,8 @@ def test_a_record_where_nothing_speaks_against_it(swept, call, tmp_path):
       (r"^(Total submission size int6\+zstd: )\d+", rf"\g<1>{16_000_000 + t.SCRIPT.stat().st_size}")],
      [("artifact.bytes_model", 16_000_000), ("artifact.bytes_total", 16_000_000 + t.SCRIPT.stat().st_size)],
      "bytes, over 750,000"),
-    ([(r"^(seconds: .*search )[\d.]+", r"\g<1>700.0")], [("seconds.search", 700.0)], "seed 1111: training took 700."),
-    ([(r"^(seconds: read )[\d.]+", r"\g<1>700.0")], [("seconds.read", 700.0)], "seed 1111: evaluation took 700."),
+    ([(r"^(seconds: .*search )[\d.]+", r"\g<1>700.0")], [("seconds.search", 700.0)], "seed 1111: training took 70"),
+    ([(r"^(seconds: read )[\d.]+", r"\g<1>700.0")], [("seconds.read", 700.0)], "seed 1111: evaluation took 70"),
     ([(r"^valid: yes", "valid: yes\nnote: resumed 1 times")], [("caveats", ["resumed 1 times"])],
      "seed 1111: resumed 1 times"),
     ([(r"^valid: yes", "valid: NO, int6: a target was scored twice")],
@@ -607,5 +607,12 @@ def test_the_same_data_by_another_path_is_the_same(tmp_path, monkeypatch):
     assert record_checks.differences(runs) == []
 
 
-def test_what_a_sweep_printed_is_no_run(swept, monkeypatch):
-    assert [run.name for run in reader.read_all([swept[0], str(Path(swept[0])) + ".out"])] == [Path(swept[0]).name]
+def test_what_a_sweep_printed_stands_for_its_run(swept):
+    for words in ([swept[0], str(Path(swept[0])) + ".out"], [str(Path(swept[0])) + ".out"]):
+        assert [run.name for run in reader.read_all(words)] == [Path(swept[0]).name]
+
+
+def test_a_limit_that_may_have_cut_the_split_is_a_reason():
+    for limit, cut in ((5, True), (6, False), (0, False)):
+        reasons = record_checks.problems(made_up(config={"val_token_limit": limit}, targets=5))
+        assert any(reason.startswith(f"VAL_TOKEN_LIMIT={limit}, and as many") for reason in reasons) == cut

@@ -110,14 +110,19 @@ def read_any(path: Path) -> Run:
     return run
 
 
-def is_output(path: Path) -> bool:
-    """Whether this is what a run of a sweep printed, beside its folder: NAME/1_* names both."""
-    return path.suffix == ".out" and path.is_file() and (path.parent / path.stem / "train.log").exists()
+def of_output(word: str) -> str:
+    """The run's folder, where a word is what a run of a sweep printed, which lies beside it: NAME/1_* names both."""
+    path = Path(word)
+    folder = path.parent / path.stem
+    printed = path.suffix == ".out" and path.is_file() and (folder / "train.log").exists()
+    return str(folder) if printed else word
 
 
 def read_all(words: list[str]) -> list[Run]:
     """The runs that arguments name."""
-    words = [word for word in words if not is_output(Path(word))]
+    named = {Path(word).resolve() for word in words}
+    folders = [(word, of_output(word)) for word in words]
+    words = [folder for word, folder in folders if word == folder or Path(folder).resolve() not in named]
     paths = [path.resolve() for word in words for path in find(word)]
     if twice := [path for path in paths if paths.count(path) > 1]:
         raise t.UserError(f"{twice[0]}: given twice; give each run once")

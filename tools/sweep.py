@@ -622,8 +622,11 @@ def launched(argv: list[str]) -> int:
     sweep.say(f"{len(runs)} runs in {folder}: {trained} from the start, {exported - trained} from their float weights, "
               f"{len(runs) - exported} from their artifacts; {len(slots)} at a time, {slots[0].share} each")
     if number := sweep.go():
-        results.write_tables(folder, runs, description["base"], command, list(FIELDS))
-        sweep.say(f"what is finished is in {folder}/results.csv and results.md")
+        try:
+            results.write_tables(folder, runs, description["base"], command, list(FIELDS))
+            sweep.say(f"what is finished is in {folder}/results.csv and results.md")
+        except t.UserError as problem:  # how to go on counts more
+            sweep.say(f"warning: {t.one_line(problem)}")
         sys.stderr.write(f"interrupted by {signal.Signals(number).name}; under the same variables this goes on: "
                          f"{command}\n")
         return 128 + number
