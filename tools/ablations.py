@@ -5,11 +5,11 @@
     ./run.sh sweep --list runs.txt SEED=13,1337 --name NAME    make them (its base is the environment, as for `plan`)
     python tools/ablations.py table CANDIDATES LOG_DIR/NAME... write CANDIDATES' folder's README.md
 
-CANDIDATES has an idea a line, `name | VAR=value VAR=value | verdict`; # opens a comment. The first is the base, which the
-others are compared with. Equal time: a machine that does other work too cannot give two runs the same seconds, so `plan`
-times a step of each idea and one of the base in turn, many times, and gives the idea the ITERATIONS (and the same share
-of WARMDOWN_ITERS) that fit into the base's time by the ratio of their medians; it keeps them in costs.json beside
-CANDIDATES. Equal bytes: with EXPORT_FILL=1 the export fills ARTIFACT_LIMIT_BYTES, the same for all.
+CANDIDATES has an idea a line, `name | VAR=value VAR=value | verdict`; # opens a comment. The first is the base, which
+the others are compared with. Equal time: a machine that does other work too cannot give two runs the same seconds, so
+`plan` times a step of each idea and one of the base in turn, many times, and gives the idea the ITERATIONS (and the
+same share of WARMDOWN_ITERS) that fit into the base's time by the ratio of their medians; it keeps them in costs.json
+beside CANDIDATES. Equal bytes: with EXPORT_FILL=1 the export fills ARTIFACT_LIMIT_BYTES, the same for all.
 """
 
 import argparse
@@ -79,7 +79,8 @@ class Timed:
         self.clock = time.perf_counter if process.cuda else time.process_time  # other work takes none of the latter
         torch.manual_seed(cfg.seed)
         self.model = t.GPT(cfg, process.dtype).to(process.device)
-        self.trainer, self.weights = t.Trainer(cfg, process, self.model), sum(p.numel() for p in self.model.parameters())
+        self.trainer = t.Trainer(cfg, process, self.model)
+        self.weights = sum(p.numel() for p in self.model.parameters())
         shape = self.trainer.share, cfg.train_seq_len + 1
         self.tokens = torch.randint(2, cfg.vocab_size, shape, dtype=torch.int32).to(process.device)
 
@@ -158,7 +159,8 @@ def rows_of(ideas: list[Idea], folder: Path) -> list[dict]:
         gains = [scores[seed] - score_of(base[seed])[1] for seed in scores if seed in base]
         some = next(iter(mine.values()))
         rows.append({"idea": idea, "score": score_of(some)[0], "bpb": scores, "gains": gains,
-                     "steps": some["train"]["steps"], "bytes": max(s["artifact"]["bytes_model"] for s in mine.values())})
+                     "steps": some["train"]["steps"],
+                     "bytes": max(s["artifact"]["bytes_model"] for s in mine.values())})
     return rows
 
 
@@ -174,17 +176,18 @@ def table(ideas: list[Idea], path: Path, folders: list[Path]):
     for folder in folders:
         rows = rows_of(ideas, folder)
         seeds = sorted({seed for row in rows for seed in row["bpb"]})
-        lines += ["", f"## {folder.name}", "", f"Seeds {', '.join(map(str, seeds))}; BPB of {rows[0]['score']}; difference "
-                  "to the base on the same seed, mean ± sample standard deviation.", "",
-                  "| idea | settings | ms a step, of the base's | steps | parameters | model bytes | BPB | difference | "
-                  "verdict |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+        lines += ["", f"## {folder.name}", "", f"Seeds {', '.join(map(str, seeds))}; BPB of {rows[0]['score']}; "
+                  "difference to the base on the same seed, mean ± sample standard deviation.", "",
+                  "| idea | settings | ms a step, of the base's | steps | parameters | model bytes | BPB | difference "
+                  "| verdict |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
         first, *rest = rows
         for row in [first, *sorted(rest, key=lambda row: statistics.mean(row["gains"] or [0.0]))]:
             idea, cost = row["idea"], costs.get(row["idea"].settings, {})
             lines.append("| " + " | ".join((
                 idea.name, f"`{idea.settings}`" if idea.given else "", f"{cost.get('ratio', float('nan')):.2f}",
                 f"{row['steps']:,}", f"{cost.get('parameters', 0):,}", f"{row['bytes']:,}",
-                spread(list(row["bpb"].values())), "" if row is first else spread(row["gains"], "+"), idea.verdict)) + " |")
+                spread(list(row["bpb"].values())), "" if row is first else spread(row["gains"], "+"),
+                idea.verdict)) + " |")
     (path.parent / "README.md").write_text("\n".join(lines) + "\n")
 
 
