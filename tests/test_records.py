@@ -1,6 +1,7 @@
 """Records and shows: figures from the logs, refusals, a folder that works, plots, old logs and the index."""
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -16,9 +17,11 @@ from conftest import ROOT, TINY, clean_environment
 sys.path.insert(0, str(ROOT / "tools"))
 import figures  # noqa: E402
 import record  # noqa: E402
+import record_checks  # noqa: E402
 import record_text  # noqa: E402
 import runs as reader  # noqa: E402
 import show  # noqa: E402
+from run_log import Point, Run  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
@@ -89,19 +92,35 @@ def forged(path, to, log=(), summary=()):
 
 
 H100 = "NVIDIA H100 80GB HBM3"
-CLEAN = {"log": [(r"^note: .*\n", ""), (r"^(hardware .*'name': )'[^']*'", rf"\1'{H100}'"),
-                 (r"^(hardware .*'world_size': )1\b", r"\g<1>8")],
-         "summary": [("caveats", []), ("hardware.name", H100), ("hardware.world_size", 8)]}
+
+
+def moved(path: str) -> dict:
+    """Changes that say that the data was at `path`."""
+    return {"log": [(r'^(config .*"data_path": )"[^"]*"', rf'\1"{path}"'),
+                    (r'^(preset:.*"DATA_PATH": )"[^"]*"', rf'\1"{path}"'),
+                    (r"^(train_loader:dataset:)[^:]+(?= train_shards)", rf"\g<1>{Path(path).name}")],
+            "summary": [("config.data_path", path), ("overrides.DATA_PATH", path)]}
+
+
+def in_all(*changes: dict) -> dict:
+    return {kind: [change for c in changes for change in c[kind]] for kind in ("log", "summary")}
+
+
+CLEAN = in_all(moved("/data/fineweb10B_sp1024"), {
+    "log": [(r"^note: .*\n", ""), (r"^(hardware .*'name': )'[^']*'", rf"\1'{H100}'"),
+            (r"^(hardware .*'world_size': )1\b", r"\g<1>8"), (r"^world_size:1\b", "world_size:8"),
+            (r'^(config .*"val_token_limit": )1001', r"\g<1>0"), (r'^(preset:.*), "VAL_TOKEN_LIMIT": 1001', r"\1")],
+    "summary": [("caveats", []), ("hardware.name", H100), ("hardware.world_size", 8), ("config.val_token_limit", 0),
+                ("overrides.VAL_TOKEN_LIMIT", None)]})
+SAME_RATE = {"log": [(r'^(config .*"ttt_lr": )0.003', r"\g<1>0.001"), (r'^(preset:.*"TTT_LR": )0.003', r"\g<1>0.001")],
+             "summary": [("config.ttt_lr", 0.001), ("overrides.TTT_LR", 0.001)]}
+NONE = {"log": [], "summary": []}
 
 
 def clean(swept, folder, **more) -> list[str]:
     """Both seeds as if they had run where a record is run; the second one with `more` changes."""
-    made = []
-    same_rate = {"log": [(r'^(config .*"ttt_lr": )0.003', r"\g<1>0.001")], "summary": [("config.ttt_lr", 0.001)]}
-    for i, (path, rate) in enumerate(((swept[0], {}), (swept[2], same_rate))):
-        changes = {kind: CLEAN[kind] + rate.get(kind, []) + more.get(kind, []) * i for kind in ("log", "summary")}
-        made.append(forged(path, folder / f"clean{i}", **changes))
-    return made
+    return [forged(swept[0], folder / "clean0", **CLEAN),
+            forged(swept[2], folder / "clean1", **in_all(CLEAN, SAME_RATE, NONE | more))]
 
 
 # ---- records ----
@@ -186,18 +205,21 @@ def test_student(gains, margin, value, p):
 
 def test_a_record_where_nothing_speaks_against_it(swept, call, tmp_path):
     """Its logs are also rid of paths that no setting names, and of ones with spaces."""
-    places = [(r'^(config .*"data_path": )"[^"]*"', r'\1"/a place/my data"'),
-              (r"^train_loader:", "warning: checkpoint /mnt/disk-1/x/step_8.npz, of /a place/my data/y\ntrain_loader:")]
-    runs = clean(swept, tmp_path, log=places, summary=[("config.data_path", "/a place/my data")])
-    assert call(record, *runs, "--name", "other", "--author", "x")[2].startswith(
-        "error: not a record: the runs differ in DATA_PATH")
-    runs = [forged(runs[0], tmp_path / "same", log=places[:1], summary=[("config.data_path", "/a place/my data")]),
-            runs[1]]
+    place = moved("/a place/fineweb10B data")
+    line = (r"^train_loader:", "warning: checkpoint /mnt/disk-1/x/step_8.npz, of /a place/fineweb10B data/y\n"
+            "train_loader:")
+    runs = clean(swept, tmp_path, log=[*place["log"], line], summary=place["summary"])
+    refused_all = call(record, *runs, "--name", "other", "--author", "x")[2]
+    assert refused_all.startswith("error: not a record: the runs differ in DATA_PATH")
+    runs = [forged(runs[0], tmp_path / "same", **place), runs[1]]
     code, out, err = call(record, *runs, "--name", "Clean", "--author", "someone")
     assert code == 0, err
     (folder,) = (tmp_path / "records" / "track_10min_16mb").glob("*_Clean")
-    assert "checkpoint step_8.npz, of my data/y\n" in (folder / "train_seed1111.log").read_text()
-    assert "Not a record" not in (folder / "README.md").read_text() and "no check speaks against it" in out
+    assert "checkpoint step_8.npz, of fineweb10B data/y\n" in (folder / "train_seed1111.log").read_text()
+    readme = (folder / "README.md").read_text()
+    assert "Not a record" not in readme and "no check speaks against it" in out
+    assert "Caution: 2 seeds; a record is usually shown with 3" in readme.split("## ")[0]
+    assert "parameters" not in readme.split("## ")[0], "which only an artifact tells beside the log, and there is none"
     assert json.loads((folder / "submission.json").read_text())["seed_results"]["13"]["hardware"] == f"8 x {H100}"
     assert (tmp_path / "records" / "README.md").read_text().splitlines()[-1].endswith("| yes |")
 
@@ -213,8 +235,8 @@ def test_a_record_where_nothing_speaks_against_it(swept, call, tmp_path):
       (r"^(Total submission size int6\+zstd: )\d+", rf"\g<1>{16_000_000 + t.SCRIPT.stat().st_size}")],
      [("artifact.bytes_model", 16_000_000), ("artifact.bytes_total", 16_000_000 + t.SCRIPT.stat().st_size)],
      "bytes, over 750,000"),
-    ([(r"^(seconds: .*search )[\d.]+", r"\g<1>700.0")], [("seconds.search", 700.0)], "seed 1111: training took 700."),
-    ([(r"^(seconds: read )[\d.]+", r"\g<1>700.0")], [("seconds.read", 700.0)], "seed 1111: evaluation took 700."),
+    ([(r"^(seconds: .*search )[\d.]+", r"\g<1>700.0")], [("seconds.search", 700.0)], "seed 1111: training took 70"),
+    ([(r"^(seconds: read )[\d.]+", r"\g<1>700.0")], [("seconds.read", 700.0)], "seed 1111: evaluation took 70"),
     ([(r"^valid: yes", "valid: yes\nnote: resumed 1 times")], [("caveats", ["resumed 1 times"])],
      "seed 1111: resumed 1 times"),
     ([(r"^valid: yes", "valid: NO, int6: a target was scored twice")],
@@ -248,7 +270,8 @@ def test_nothing_half_written_stays(swept, call, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("a/b", "--name 'a/b': must be the name of a folder, without slashes"), ("..", "--name '..'"), ("", "--name ''")])
+    ("a/b", "--name 'a/b': give letters, digits and . _ - only"), ("..", "--name '..'"), ("", "--name ''"),
+    ("a b", "--name 'a b'"), ("$(x)", "--name '$(x)'"), ("-n", "--name"), ("é", "--name 'é'")])
 def test_a_name_is_a_folder(swept, call, name, words):
     refused(call(record, swept[0], "--name", name, "--author", "x"), words)
 
@@ -295,10 +318,70 @@ def test_an_edited_summary_is_found(swept, call, tmp_path, place, value, figure)
     (r"^step:8/12 train_loss.*\n", "", "lines of train_loss"),
     (r"^Serialized model int6\+zstd: \d+", "Serialized model int6+zstd: 5", "the size is"),
     (r"^note: partial split", "note: whole split", "the caveats"),
+    (r"^note: partial split: its first 1001", "note: partial split: its first 9999", "what was scored is"),
+    (r"^(sliding window +)\d", r"\g<1>1", "val_loss of sliding is 1."),
+    (r"^Code size: .*\n", "", "the log has no line 'Code size' beside the other sizes"),
+    (r"^Serialized model int6.*\n", "", "the log has no line 'Serialized model int6' beside"),
+    (r"^config .*\n", "", "train.log has no line 'config'"),
+    (r"^(?:config|preset).*\n", "", "train.log has no line of config"),
+    (r"^hardware .*\n", "", "train.log has no line 'hardware'"),
+    (r"^hardware .*", "hardware {'device'}", "cut or edited, \"hardware {'device'}\""),
+    (r"^python .*\n", "", "train.log has no line 'python'"),
+    (r"^(config .*\"matrix_lr\": )[\d.]+", r"\1[]", "cut or edited, 'config"),
+    (r"^config .*", "config " + '{"a":' * 9999 + "}" * 9999, "cut or edited, 'config"),
+    (r"^preset:demo", "preset:seed", "the preset is seed in its own line"),
+    (r'^(preset:.*"MODEL_DIM": )32', r"\g<1>33", "MODEL_DIM is 33 in the preset line"),
+    (r"^train_loader:dataset:tiny", "train_loader:dataset:fineweb10B_sp1024", "the data is fineweb10B_sp1024"),
+    (r"^world_size:1 ", "world_size:8 ", "world_size is 8"),
+    (r"^( *ttt_chunk \[)1/4\]", r"\g<1>1/0]", "cut or edited, '"),
+    (r"^step:2/12 ", "step:30/0 ", "cut or edited, 'step:30/0"),
+    (r"^(step:2/12 .*train_time:)\d+", r"\g<1>" + "9" * 400, "cut or edited, 'step:2/12"),
 ])
 def test_an_edited_log_is_found(swept, call, tmp_path, pattern, replacement, figure):
     path = forged(swept[0], tmp_path / "edited", log=[(pattern, replacement)])
-    refused(call(show, path), figure, "edited")
+    refused(call(show, path), figure, "give ")
+
+
+@pytest.mark.parametrize("log, summary, words", [
+    ([(r"^note: not 8.*\n", "")], [("caveats", slice(0, 2))], "its lines show 'not 8 x H100: 1 x "),
+    ([(r"^note: not the challenge.*\n", "")], [("caveats", slice(0, None, 2))],
+     "its lines show \"not the challenge's data: tiny\""),
+    ([(r"^train_loader:", "resumed from its artifact, scored so far: int6\ntrain_loader:")], [],
+     "its lines show 'resumed'"),
+    ([(r"^train_loader:", "a loss is not finite; the step is dropped, 1 in a row\ntrain_loader:")], [],
+     "its lines show 'steps that were not finite were dropped'"),
+    ([(r'^(preset:.*"EMA_DECAY": )0.5', r"\g<1>0.9"), (r'^(config .*"ema_decay": )0.5', r"\g<1>0.9")],
+     [("config.ema_decay", 0.9)], "EMA_DECAY is 0.9 in train.log and 0.5 in summary.json"),
+    ([(r"^preset:demo", "preset:seed"), (r'^(config .*"preset": )"demo"', r'\1"seed"')], [("config.preset", "seed")],
+     "the preset is seed in train.log and demo in summary.json"),
+])
+def test_what_was_edited_in_two_places_is_found_in_a_third(swept, call, tmp_path, log, summary, words):
+    caveats = json.loads(Path(swept[0], "summary.json").read_text())["caveats"]
+    summary = [(place, caveats[value] if isinstance(value, slice) else value) for place, value in summary]
+    refused(call(show, forged(swept[0], tmp_path / "edited", log=log, summary=summary)), words)
+
+
+def test_the_artifact_and_the_sweep_tell_more(swept, call, tmp_path):
+    """The artifact has the parameters, and sweep.json the script's sha256; else that must at least compile."""
+    name = ("--name", "x", "--author", "x", "--non-record")
+    path = forged(swept[0], tmp_path / "edited", log=[(r"^model_params:", "model_params:9")])
+    shutil.copy(Path(swept[0], t.ARTIFACT_NAME), path)
+    refused(call(show, path), "model_params is 9")
+    path = forged(swept[0], tmp_path / Path(swept[0]).name)
+    log = Path(path, "train.log")
+    whole = log.read_text()
+    log.write_text(whole.replace("import math", "import =ath", 1))
+    refused(call(record, path, *name), "does not compile")
+    log.write_text(whole.replace(" the ", " teh ", 1))  # of its docstring
+    shutil.copy(Path(swept[0]).with_name("sweep.json"), tmp_path)
+    refused(call(record, path, *name), "is not that of its sweep.json")
+    log.write_text(whole)
+    Path(path, "metrics.jsonl").unlink()
+    refused(call(record, path, *name), "has no metrics.jsonl")
+    Path(path, "summary.json").unlink()
+    refused(call(record, path, *name), "has not finished; the same sweep again goes on with it")
+    (tmp_path / "sweep.json").unlink()
+    refused(call(record, path, *name), f"has not finished; LOG_DIR={tmp_path} RUN_ID={Path(path).name} RESUME=1")
 
 
 def test_cut_and_broken_files(swept, call, tmp_path):
@@ -309,6 +392,11 @@ def test_cut_and_broken_files(swept, call, tmp_path):
                                  "cut or edited, 'step:2/12 train_lo'"),
                                 (metrics, metrics.read_text()[:-9], "metrics.jsonl is cut in its last line"),
                                 (metrics, "{}\n" + metrics.read_text(), "metrics.jsonl:1: not a line of a run"),
+                                *((metrics, re.sub(r'"rate_factor": [\d.]+', f'"rate_factor": {odd}',
+                                                   metrics.read_text()), "not a line of a run") for odd in
+                                  ('"x"', "1.5", "-1", "NaN", "[]")),
+                                (metrics, metrics.read_text().replace('"chunks": 4', '"chunks": 0'),
+                                 "not a line of a run"),
                                 (summary, summary.read_text()[:-9], "summary.json is broken"),
                                 (summary, "{}", "summary.json is not that of a run"),
                                 (summary, "[]", "summary.json is not that of a run")):
@@ -384,6 +472,41 @@ def test_show_beside_published_logs(swept, call, tmp_path, monkeypatch):
     assert f"{summary['val_bpb']:.4f} BPB, {summary['artifact']['bytes_total']:,} bytes, 12 steps" in svg
 
 
+def test_a_published_log_of_another_form_or_edited(call, tmp_path, monkeypatch):
+    """Neither is it called unfinished, nor is its contradiction shown as a score."""
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(figures, "pictures", lambda *_: [])
+    (tmp_path / "other.log").write_text(published().partition("DIAGNOSTIC")[0].partition("ttt:start")[0])
+    code, out, err = call(show, "other.log")
+    assert code == 0 and "form not known, read as far as possible: step 5900 of 9000" in out and "unfinished" not in out
+    (tmp_path / "edited.log").write_text(published(7, PR549.replace("legal_ttt val_loss:1.8760 val_bpb:1.1110",
+                                                                    "legal_ttt val_loss:1.8760 val_bpb:1.0110")))
+    refused(call(show, "edited.log"), "val_bpb of ttt is 1.011 in its line and 1.111 in its exact line")
+    (tmp_path / "size.log").write_text(published().replace("Code size: 80000 bytes\n", ""))
+    assert call(show, "size.log")[0] == 0, "a published log need not say all"
+
+
+def test_single_and_last_points_are_drawn_and_a_run_keeps_its_looks(swept, tmp_path):
+    plt = figures.pyplot("x")
+    figure, axis = plt.subplots()
+    figures.draw(axis, [([], []), ([5], [1.0]), (list(range(50)), [1.0] * 50)], ["a", "b", "c"], "t", "u", "step")
+    lone, _, _, last = axis.lines
+    assert lone.get_marker() == figures.look(1)["marker"] and lone.get_markevery() == 1
+    assert last.get_marker() == figures.look(2)["marker"] and list(last.get_xdata()) == [49]
+    assert len(axis.get_legend_handles_labels()[1]) == 2
+    plt.close(figure)
+
+
+def test_a_terminal_of_ascii(swept, monkeypatch):
+    """Without matplotlib the curves come in signs that it knows."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert show.main([swept[0]]) == 0
+    show.tell("1 ± 2")
+    said = sys.stdout.buffer.getvalue().decode("ascii")
+    assert "no plots" in said and re.search(r"5\.\d+ [_.,~+*#-]{3,} ", said) and said.endswith("1 ? 2\n")
+
+
 def test_a_published_log_cut_in_a_line(call, tmp_path):
     for cut in ("val_bpb:1.1", "_time:84", "train_lo"):
         text = published()
@@ -421,9 +544,75 @@ def test_the_index_is_not_stale():
         "./run.sh record --index")
 
 
-def test_the_index_finds_an_edited_submission(swept, call, tmp_path):
+def test_the_index_is_made_of_the_logs(swept, call, tmp_path, monkeypatch):
+    """Neither submission.json nor the README's words are taken on trust, and what is broken is said in its row."""
+    monkeypatch.setattr(figures, "pictures", lambda *_: [])
     assert call(record, swept[0], "--name", "a", "--author", "x", "--non-record")[0] == 0
+    index = tmp_path / "records" / "README.md"
     (path,) = (tmp_path / "records").glob("*/*/submission.json")
-    facts = json.loads(path.read_text())
-    path.write_text(json.dumps(facts | {"val_bpb": facts["val_bpb"] - 0.1}))
-    refused(call(record, "--index"), "submission.json says", "one of them was edited")
+    readme, log, whole = path.with_name("README.md"), path.with_name("train_seed13.log"), path.read_text()
+    facts = json.loads(whole)
+    readme.write_text(readme.read_text().replace("Not a record", "A record"))
+    assert call(record, "--index")[0] == 0 and "| not a record: partial split" in index.read_text()
+    readme.unlink()
+    assert call(record, "--index")[0] == 0 and "| not a record: partial split" in index.read_text()
+    for broken, words in ((facts | {"val_bpb": facts["val_bpb"] - 0.1}, "submission.json says"),
+                          (facts | {"bytes_total": 5}, "bytes_total is"), ([], "has not the keys"),
+                          ({"val_bpb": "x"}, "has not the keys"), (facts | {"val_bpb": "x"}, "is not of its kind"),
+                          (facts | {"seed_results": {"7": {}}}, "is of the seeds 7, its logs of 13")):
+        path.write_text(json.dumps(broken))
+        refused(call(record, "--index"), words)
+        assert words in index.read_text()
+    path.write_text(whole)
+    edited = log.read_text().replace("legal_ttt_exact val_loss:", "legal_ttt_exact val_loss:9")
+    log.write_text(edited)
+    refused(call(record, "--index"), "train_seed13.log cannot be read: val_loss of ttt is")
+    assert "train_seed13.log cannot be read" in index.read_text()
+    (tmp_path / "records" / "track_non_record_16mb" / "empty").mkdir()
+    code, out, err = call(record, swept[0], "--name", "b", "--author", "x", "--non-record")
+    assert code == 0 and err.startswith("warning: ") and "train_seed13.log cannot be read" in err
+    assert "| no README.md; not a record: no submission.json |" in index.read_text()
+
+
+# ---- of parts, by runs that are made up ----
+
+
+def made_up(seed=13, **more) -> Run:
+    """A finished run as far as the functions that judge it look."""
+    run = Run(Path("x"), "x", ours=True, seed=seed, preset="demo", hardware={"world_size": 8, "name": H100})
+    for name, value in more.items():
+        setattr(run, name, value)
+    return run
+
+
+def test_a_command_for_each_setting():
+    runs = [made_up(seed, config={"matrix_lr": rate}, overrides={"MATRIX_LR": rate}) for seed, rate in
+            ((1, 0.1), (2, 0.2), (3, 0.1))]
+    said = record_text.command(runs, "a/b")
+    assert "for seed in 1 3; do\n  SEED=$seed RUN_ID=seed$seed \\\n  PRESET=demo MATRIX_LR=0.1 " in said
+    assert "for seed in 2; do\n  SEED=$seed RUN_ID=seed$seed \\\n  PRESET=demo MATRIX_LR=0.2 " in said
+
+
+@pytest.mark.parametrize("seconds, stop, over", [(600.0, None, False), (600.2, None, True), (600.2, True, False),
+                                                 (601.2, True, True)])
+def test_training_may_end_the_step_in_progress(seconds, stop, over):
+    run = made_up(train=[Point(600, seconds, 1.0)], stop=stop and (600, seconds))
+    assert any("training took" in reason for reason in record_checks.problems(run)) == over
+
+
+def test_the_same_data_by_another_path_is_the_same(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    runs = [made_up(i, config={"data_path": path}) for i, path in enumerate(("data", str(tmp_path / "data")))]
+    assert record_checks.differences(runs) == []
+
+
+def test_what_a_sweep_printed_stands_for_its_run(swept):
+    for words in ([swept[0], str(Path(swept[0])) + ".out"], [str(Path(swept[0])) + ".out"]):
+        assert [run.name for run in reader.read_all(words)] == [Path(swept[0]).name]
+
+
+def test_a_limit_that_may_have_cut_the_split_is_a_reason():
+    for limit, cut in ((5, True), (6, False), (0, False)):
+        reasons = record_checks.problems(made_up(config={"val_token_limit": limit}, targets=5))
+        assert any(reason.startswith(f"VAL_TOKEN_LIMIT={limit}, and as many") for reason in reasons) == cut

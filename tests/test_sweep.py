@@ -16,6 +16,7 @@ from conftest import ROOT, SCRIPT, TINY, clean_environment
 
 sys.path.insert(0, str(ROOT / "tools"))
 import sweep  # noqa: E402
+import sweep_results as results  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
@@ -131,7 +132,7 @@ def test_a_failed_run_a_signal_and_going_on(corpus, tmp_path, monkeypatch, capsy
                                stderr=subprocess.PIPE)
     began = time.monotonic()
     while not any('"step": 10,' in path.read_text() for path in folder.glob("3_*/metrics.jsonl")):
-        assert process.poll() is None and time.monotonic() - began < 100
+        assert process.poll() is None and time.monotonic() - began < 180
         time.sleep(0.02)
     refused(monkeypatch, capsys, env, arguments, "still going")  # one sweep at a time
     process.send_signal(signal.SIGTERM)
@@ -141,6 +142,8 @@ def test_a_failed_run_a_signal_and_going_on(corpus, tmp_path, monkeypatch, capsy
     (cut,) = folder.glob("3_*/checkpoints/*.npz")
     states = [s["state"] for s in json.loads((folder / "sweep.json").read_text())["states"].values()]
     assert states == ["failed", "failed", "cut"]
+    assert [row["valid"] for row in table(folder)] == ["no"] * 3 and "results.csv and results.md" in said
+    assert "| 0 of 1 | - |" in (folder / "results.md").read_text(), "what is there is written after a signal too"
     code, screen = on_a_terminal(command, env, tmp_path)
     assert code == 1, screen
     rows = table(folder)
@@ -195,6 +198,78 @@ def test_float_weights_are_kept_where_others_start_from_them(monkeypatch, tmp_pa
         runs = planned(monkeypatch, tmp_path, grid, EXPORT_ENABLED=switch)
         job = sweep.Sweep(tmp_path, runs, sweep.slots_of(1, [], 2), None)
         assert job.environment(runs[0], job.slots[0]).get("SAVE_FLOAT") == kept
+
+
+def scored(run, bpb: float | None, valid=True):
+    """Let a planned run be finished, with a score and what else the tables read; failed, without."""
+    run.state = "failed" if bpb is None else "finished"
+    if bpb is not None:
+        score = {"val_bpb": bpb, "val_loss": 2 * bpb, "seconds": 7.0}
+        run.folder.mkdir(parents=True)
+        (run.folder / "summary.json").write_text(json.dumps({
+            "eval": {"float": None, "int6": score, "sliding": None, "ttt": None},
+            "seconds": {"read": 90.0, "total": 99.0},
+            "reasons": [] if valid else ["a reason"], "val_bpb": bpb, "artifact": None, "valid": valid, "caveats": [],
+            "train": {"seconds": 5.0}}))
+
+
+def groups_of(monkeypatch, tmp_path, given: list[dict], scores, **variables) -> list:
+    """The groups that a sweep of these runs with these scores ends in."""
+    monkeypatch.setattr(sweep, "read_grid", lambda runs: list(runs))
+    runs = planned(monkeypatch, tmp_path, *given, **variables)
+    for run, bpb in zip(runs, scores, strict=True):
+        scored(run, bpb)
+    names = list(sweep.FIELDS)
+    return results.grouped(results.collect(runs, results.columns(runs, names)), names)
+
+
+def test_only_seeds_of_the_same_configuration_are_averaged(monkeypatch, tmp_path):
+    """TTT_LR chooses TTT_MODE, so these two differ although each gives the other's default; and a seed counts once."""
+    default = {f.name: f.default for f in t.VARIABLES}
+    given = [{"QUANT_BITS_MLP": str(default["quant_bits_mlp"])}, {"TTT_LR": str(default["ttt_lr"])}]
+    groups = groups_of(monkeypatch, tmp_path, given, [2.0, 1.0], TTT_ENABLED="1")
+    assert [g.title for g in groups] == ["TTT_MODE=lora", "TTT_MODE=full"] and [g.mean for g in groups] == [2.0, 1.0]
+    given = [{"SEED": seed, "NLL_DUMP": str(tmp_path / f"{i}.npy")} for i, seed in enumerate("112")]
+    groups = groups_of(monkeypatch, tmp_path / "dumps", given, [1.0, 2.0, 4.0])
+    assert [g.bpb() for g in groups] == [[1.0, 4.0], [2.0]]
+    given = [{"PRESET": "seed"}, {"PRESET": "demo"}]
+    (group, _) = groups_of(monkeypatch, tmp_path / "presets", given, [1.0, 2.0])
+    assert list(group.settings) == ["PRESET"], "what a preset decides needs no columns"
+
+
+def test_a_setting_that_lacks_a_seed_is_marked_and_ranks_after_the_others(monkeypatch, tmp_path):
+    given = [{"MATRIX_LR": rate, "EMA_DECAY": "0.5", "SEED": seed} for rate in ("0.01", "0.02") for seed in "12"]
+    groups = groups_of(monkeypatch, tmp_path, given, [1.0, None, 2.0, 4.0])
+    assert results.headline(groups) == "best 3.0000 ± 1.4142 BPB (2 seeds) at MATRIX_LR=0.02", "EMA_DECAY has one value"
+    rows = [line for line in results.markdown("x", groups, {}, "").splitlines() if line.startswith("| 0")]
+    assert rows[0].startswith("| 0.02 | 0.5 | 2 | **3.0000") and rows[1].startswith("| 0.01 | 0.5 | 1 of 2 | **1.0000")
+    assert rows[0].endswith("| 5.0 ± 0.0 | 7.0 ± 0.0 | yes |"), "evaluation without reading, which takes 90 s here"
+    assert results.headline(groups[:1]) == ("lowest, of a setting that lacks a seed, 1.0000 BPB (1 of 2 seeds) at "
+                                            "MATRIX_LR=0.01")
+    assert results.choose_axis(groups) == "MATRIX_LR" and results.choose_axis([groups[0]]) is None
+
+
+def test_a_legend_is_not_cut_off(monkeypatch, tmp_path):
+    names = ("MATRIX_LR", "SCALAR_LR", "EMBED_LR", "TIED_EMBED_LR", "MUON_MOMENTUM", "MUON_WD", "ADAM_WD")
+    given = [{name: f"0.0{i}5{'0' if name == 'MATRIX_LR' else ''}1" for name in names} for i in range(1, 5)]
+    groups = groups_of(monkeypatch, tmp_path, given, [1.0, 2.0, 3.0, 4.0])
+    kept, plt = [], results.pyplot("x")
+    monkeypatch.setattr(results, "save", lambda plt, figure, path: kept.append(figure))
+    assert results.plot(groups, "x", tmp_path / "x") == ""
+    (figure,) = kept
+    figure.canvas.draw()
+    for legend in figure.legends:
+        box = legend.get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1, "within the picture"
+    assert figure.legends
+    plt.close(figure)
+
+
+def test_what_to_remove_where_shared_weights_are_gone(monkeypatch, tmp_path):
+    first, second = planned(monkeypatch, tmp_path, "TTT_LR=1,2", TTT_ENABLED="1")
+    scored(first, 1.0)
+    with pytest.raises(FileNotFoundError, match=f"put it back, or remove {re.escape(str(first.folder))} to run"):
+        second.source()
 
 
 def test_each_job_has_its_own_gpus_or_threads(monkeypatch):
@@ -266,7 +341,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, variables, words, c
     logs = tmp_path / "logs"
     (logs / "taken").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "good").write_text("SEED=3\n")
+    (tmp_path / "good").write_text("\ufeffSEED=3\n")  # as some editors begin a file
     (tmp_path / "bad").write_text("SEED=3\nSEED='4\n")
     (tmp_path / "empty").write_text("# nothing\n")
     refused(monkeypatch, capsys, environment(corpus, logs, **variables), arguments, words)

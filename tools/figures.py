@@ -3,17 +3,19 @@ is missing, lines of text."""
 
 import math
 import statistics
+import sys
 from pathlib import Path
 
 from run_log import Run
 from runs import byte_parts
-from sweep_results import LINES, MARKERS, bare, pyplot, save, spread
+from sweep_results import LINES, MARKERS, bare, legend_below, pyplot, save, spread
 
 # How the parts of an artifact are drawn; of two that lie beside each other none looks like the other.
 PARTS = {"code": ("0.35", ""), "model": ("0.85", ""), "embed": ("0.95", "///"), "bigram": ("0.6", "..."),
          "attn": ("0.85", "\\\\\\"), "mlp": ("1.0", "xx"), "sidecar": ("0.7", "---"), "fp16": ("0.5", "+++"),
          "frame": ("0.2", "")}
-BLOCKS = "▁▂▃▄▅▆▇█"
+BLOCKS, PLAIN_BLOCKS = "▁▂▃▄▅▆▇█", "_.,-~+*#"  # the second where a terminal does not know the first
+FEW = 9  # a curve of fewer points has a marker at each
 SETTLED = 0.05  # the share of a curve that may leave the picture: its first points are far from the rest
 
 
@@ -91,10 +93,17 @@ def zoom(axis, curves: list[tuple[list, list]]):
 
 
 def draw(axis, curves: list[tuple[list, list]], labels: list[str], title: str, unit: str, across: str):
-    """A panel: a line for each curve that has points."""
+    """A panel: a line for each curve that has points, in the looks of its place among all. matplotlib's evenly spaced
+    markers miss a single point and the last one, which counts most."""
     for i, ((xs, ys), label) in enumerate(zip(curves, labels, strict=True)):
-        if xs:
-            axis.plot(xs, ys, label=label, **look(i))
+        if not xs:
+            continue
+        style = look(i) | ({"markevery": 1} if len(xs) < FEW else {})
+        axis.plot(xs, ys, label=label, **style)
+        last = max((k for k, y in enumerate(ys) if math.isfinite(y)), default=None)
+        if last is not None:
+            point = style | {"linestyle": "", "markevery": 1, "label": "_last"}
+            axis.plot(xs[last : last + 1], ys[last : last + 1], **point)
     zoom(axis, [curve for curve in curves if curve[0]])
     axis.set(xlabel=across, ylabel=unit)
     axis.set_title(title, fontsize="medium")
@@ -106,9 +115,7 @@ def legend(figure, axes):
     """One legend below for all panels, where there is more than one line."""
     found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if len(found) > 1:
-        columns = max(1, min(4, int(15 * figure.get_figwidth()) // (max(map(len, found)) + 10)))
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False,
-                      fontsize="small", handlelength=4)
+        legend_below(figure, found, handlelength=4)
 
 
 def legends(runs: list[Run], names: list[str]) -> list[str]:
@@ -140,19 +147,19 @@ def training(plt, runs: list[Run], names: list[str], name: str, path: Path) -> b
 
 def chunks(plt, runs: list[Run], names: list[str], name: str, path: Path) -> bool:
     """Running BPB by chunk, and where runs have the same chunks how far each is from the first."""
-    found = [(run, own) for run, own in zip(runs, names, strict=True) if run.chunks]
+    curves, labels = [running_bpb(run) for run in runs], legends(runs, names)
+    found = [(run, own, curve) for run, own, curve in zip(runs, names, curves, strict=True) if run.chunks]
     if not found:
         return False
-    runs, names = (list(x) for x in zip(*found, strict=True))
-    curves, labels = [running_bpb(run) for run in runs], legends(runs, names)
-    alike = len(runs) > 1 and all(xs == curves[0][0] for xs, _ in curves)
+    runs, names, drawn = (list(x) for x in zip(*found, strict=True))
+    alike = len(runs) > 1 and all(xs == drawn[0][0] for xs, _ in drawn)
     figure, axes = plt.subplots(1, 1 + alike, figsize=(11 if alike else 8.5, 4.2), constrained_layout=True,
                                 squeeze=False)
     across = "share of the chunks scored, %"
     draw(axes[0, 0], curves, labels, "BPB of everything scored so far", "bits per byte", across)
     if alike:
-        first = curves[0][1]
-        less = [(xs, [y - y0 for y, y0 in zip(ys, first, strict=True)]) for xs, ys in curves]
+        first = drawn[0][1]
+        less = [(xs, [y - y0 for y, y0 in zip(ys, first, strict=bool(xs))]) for xs, ys in curves]
         draw(axes[0, 1], less, labels, f"the same, less that of {names[0]}", "", across)
     figure.suptitle(f"test-time training, {heading(runs, names, name)}", wrap=True)
     legend(figure, axes.flat)
@@ -221,8 +228,12 @@ def spark(values: list[float], width: int = 48) -> str:
     each = max(len(values) / width, 1.0)
     ends = [int(i * each) for i in range(int(len(values) / each) + 1)]
     means = [statistics.mean(values[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
-    low, high = min(means), max(means)
-    return "".join(BLOCKS[int(7.99 * (m - low) / ((high - low) or 1.0))] for m in means)
+    low, high, blocks = min(means), max(means), BLOCKS
+    try:
+        blocks.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        blocks = PLAIN_BLOCKS
+    return "".join(blocks[int(7.99 * (m - low) / ((high - low) or 1.0))] for m in means)
 
 
 def sketch(runs: list[Run], names: list[str]) -> str:

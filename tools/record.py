@@ -2,7 +2,7 @@
 """Make of finished runs, one a seed, a folder that is ready to submit; and keep the index of these folders.
 
     ./run.sh record logs/a logs/b logs/c --name NAME --author AUTHOR            records/track_10min_16mb/DATE_NAME
-    ./run.sh record rates/SEED=13 rates/SEED=7 ... --reference-bpb 1.0611       with the test against a reference
+    ./run.sh record seeds/1_* seeds/2_* --reference-bpb 1.0611 ...              with the test against a reference
     ./run.sh record ... --non-record                                            records/track_non_record_16mb/DATE_NAME
     ./run.sh record --index                                                     only records/README.md
 
@@ -18,11 +18,13 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
@@ -30,18 +32,41 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import figures  # noqa: E402
 import record_text as text  # noqa: E402
 import runs as reader  # noqa: E402
-from record_text import LIMIT_SECONDS, STEP_OVER  # noqa: E402
-from run_checks import agree  # noqa: E402
-from run_log import CODE_END, LIMIT_BYTES, ROOT, TITLES, Run, read_text, t  # noqa: E402
-from runs import data_of, hardware_of  # noqa: E402
+from record_checks import check_submission, reasons_against  # noqa: E402
+from run_log import CODE_END, ROOT, TITLES, Run, read_text, t  # noqa: E402
+from runs import hardware_of  # noqa: E402
 from show import Parser  # noqa: E402
-from sweep_results import NO_PLOT, counted, plain, tell  # noqa: E402
+from sweep_results import NO_PLOT, counted, tell  # noqa: E402
 
-CHECKS = ("causal", "normalised", "one_pass", "score_before_update", "bytes")  # of an audit
 NON_RECORD = "track_non_record_16mb"
 
 
 # ---- whether the runs make a record ----------------------------------------------------------------------------------
+
+
+def whole(run: Run):
+    """UserError where a file is gone that its log could be held against, or where the script in its log did not run."""
+    if (run.train or run.val or run.chunks) and not (run.path / "metrics.jsonl").exists():
+        run.wrong("has no metrics.jsonl, which its log is held against; give the run as it was left")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(run.code, "train_gpt.py", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        run.wrong(f"the script in its train.log was edited, it does not compile ({t.one_line(error)}); give the run as "
+                  "it was left")
+    if script_of_sweep(run) not in (None, hashlib.sha256(run.code).hexdigest()):
+        run.wrong("the script in its train.log is not that of its sweep.json; one of them was edited: give the run as "
+                  "it was left")
+
+
+def script_of_sweep(run: Run) -> str | None:
+    """sha256 of the script, where the run lies in the folder of a sweep, which keeps it."""
+    try:
+        told = json.loads((run.path.parent / "sweep.json").read_text())
+        return told["script"] if run.name in told["runs"] else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def usable(runs: list[Run]):
@@ -50,13 +75,18 @@ def usable(runs: list[Run]):
         if not run.path.is_dir() or not run.ours:
             run.wrong("not a run's folder; a record is made of LOG_DIR/RUN_ID as train_gpt.py leaves it")
         if not run.finished:
-            run.wrong(f"has not finished; RUN_ID={run.name} RESUME=1 goes on with it")
+            place = f"LOG_DIR={shlex.quote(str(run.path.parent))} RUN_ID={shlex.quote(run.name)}"
+            swept = (run.path.parent / "sweep.json").exists()
+            run.wrong(f"has not finished; {'the same sweep again' if swept else f'{place} RESUME=1 ./run.sh'} goes on "
+                      "with it")
         if run.score is None:
             run.wrong("has no score; give runs with an evaluation")
         if not (math.isfinite(run.score.val_bpb) and run.bytes):
             run.wrong("its score is not a number; give runs that did not diverge")
         if not run.code:
             run.wrong("its train.log does not hold the script that ran; run it again")
+        for worker in (run, *run.makers):
+            whole(worker)
         if run.code != runs[0].code:
             run.wrong(f"ran another train_gpt.py than {runs[0].name}; give runs of one script")
         for maker in run.makers:
@@ -66,59 +96,6 @@ def usable(runs: list[Run]):
         if n > 1:
             twice = " and ".join(str(run.path.name) for run in runs if run.seed == seed)
             raise t.UserError(f"{twice}: both have seed {seed}; give one run a seed")
-
-
-def differences(runs: list[Run]) -> list[str]:
-    """In what the runs differ beside the seed, a phrase each."""
-    facts = [run.settings | {
-        "the machine": hardware_of(run), "the threads": run.hardware.get("threads"), "the preset": run.preset,
-        "the data": data_of(run), "the split": f"{run.targets} targets", "the scores": ", ".join(run.scores)}
-        | {f"the version of {name}": version for name, version in run.versions.items()} for run in runs]
-    found = []
-    for name in dict.fromkeys(name for f in facts for name in f):
-        values: dict[str, list[str]] = {}
-        for run, f in zip(runs, facts, strict=True):
-            values.setdefault(plain(f.get(name, "unset")), []).append(str(run.seed))
-        if name != "SEED" and len(values) > 1:
-            found.append(f"the runs differ in {name}: " + ", ".join(f"{value} (seed {', '.join(seeds)})" for
-                                                                    value, seeds in values.items()))
-    return found
-
-
-def problems(run: Run) -> list[str]:
-    """What keeps a run from a record."""
-    found = list(run.faults)
-    found += [reason for maker in run.makers for reason in maker.reasons if reason.partition(":")[0] in run.scores]
-    if run.trainer.steps is None:
-        found.append("the run that trained its weights is not to be found, so nothing of its training is known")
-    elif run.trainer.seed != run.seed:
-        found.append(f"trained with seed {run.trainer.seed}, evaluated with seed {run.seed}")
-    found += [f"{maker.name} worked for it on {hardware_of(maker)}, not on {hardware_of(run)}" for maker in run.makers
-              if hardware_of(maker) != hardware_of(run)]
-    failed = [name for name, ok in run.audits.items() if not ok and not any(f"audit: {name}" in f for f in found)]
-    missing = [name for name in CHECKS if name not in run.audits]
-    found += [f"the audit of {name} failed" for name in failed]
-    found += ["no audit (AUDIT=1)"] if len(missing) == len(CHECKS) else [f"no audit of {name}" for name in missing]
-    limit = min(run.config.get("artifact_limit_bytes", LIMIT_BYTES), LIMIT_BYTES)
-    if run.total_bytes is None:
-        found.append("no artifact")
-    elif run.total_bytes > limit and not any("over the limit" in f for f in found):
-        found.append(f"{run.total_bytes:,} bytes, over {limit:,}")
-    for what, seconds, most in (("training", run.training_seconds, LIMIT_SECONDS * STEP_OVER),
-                                ("evaluation", run.evaluation_seconds, LIMIT_SECONDS)):
-        if seconds is not None and seconds > most:
-            found.append(f"{what} took {seconds:.1f} s, over {LIMIT_SECONDS}")
-    return found + run.all_caveats
-
-
-def reasons_against(runs: list[Run]) -> list[str]:
-    """Every reason why these runs make no record; those of single runs name the seed."""
-    by_text: dict[str, list[str]] = {}
-    for run in runs:
-        for problem in dict.fromkeys(problems(run)):
-            by_text.setdefault(problem, []).append(str(run.seed))
-    return differences(runs) + [problem if len(seeds) == len(runs) else f"seed {', '.join(seeds)}: {problem}"
-                                for problem, seeds in by_text.items()]
 
 
 # ---- what the folder holds -------------------------------------------------------------------------------------------
@@ -198,19 +175,8 @@ def fill(folder: Path, place: str, runs: list[Run], options: argparse.Namespace,
                                                                               for end in ("png", "svg"))]
     reference = (options.reference_bpb, options.reference_name) if options.reference_bpb else None
     (folder / "README.md").write_text(text.readme(runs, facts, reasons, place, drawn or [], files, reference))
-    check(folder, facts)
+    check_submission(reader.read_all([str(folder)]), facts, folder)
     return drawn is not None
-
-
-def check(folder: Path, facts: dict):
-    """That the logs of the new folder, read again, give what its submission.json says."""
-    for run in reader.read_all([str(folder)]):
-        entry = facts["seed_results"][str(run.seed)]
-        pairs = (("val_bpb", run.score.val_bpb), ("val_loss", run.score.val_loss), ("bytes_total", run.total_bytes),
-                 ("step_stop", run.trainer.steps))
-        for figure, value in pairs:
-            agree(run, f"{figure} of seed {run.seed}", value, entry[figure], 1e-9, run.path.name,
-                         "submission.json")
 
 
 def write(records: Path, place: str, runs: list[Run], options: argparse.Namespace, reasons: list[str] | None) -> bool:
@@ -258,13 +224,10 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     if not options.index and not (options.runs and options.name is not None and options.author):
         raise t.UserError("give the runs, --name and --author; ./run.sh record --help says how")
     options.track = options.track or (NON_RECORD if options.non_record else "track_10min_16mb")
-    accepts = next(f for f in t.VARIABLES if f.name == "run_id").metadata["accepts"]
     for flag, value in (("--name", options.name), ("--track", options.track)):
-        try:
-            t.parse(str, accepts, "x" if value is None else value or ".")
-        except ValueError:
-            raise t.UserError(f"{flag} {value!r}: must be the name of a folder, without slashes, under 200 bytes"
-                              ) from None
+        if value is not None and not re.fullmatch(r"(?=.*[A-Za-z0-9])[A-Za-z0-9_][A-Za-z0-9._-]{0,150}", value):
+            raise t.UserError(f"{flag} {value[:200]!r}: give letters, digits and . _ - only, at most 150, the first no "
+                              ". or -: it is a folder's name, and part of a command")
     return options
 
 
@@ -288,10 +251,18 @@ def launched(argv: list[str]) -> int:
         tell(f"{statistics.mean(run.score.val_bpb for run in runs):.4f} BPB ({what}), {len(runs)} "
              f"seed{'s' * (len(runs) > 1)}, at most {max(run.total_bytes or 0 for run in runs):,} bytes; {said}")
         tell(f"written: {options.records / place}")
-    path = options.records / "README.md"
-    t.write_atomically(path, text.index(options.records).encode())
+    return write_index(options.records, options.index)
+
+
+def write_index(records: Path, asked: bool) -> int:
+    """Write records/README.md. What is wrong with a folder is in its row, and said; the exit code says it too where the
+    index was all that was `asked` for."""
+    problems, path = [], records / "README.md"
+    t.write_atomically(path, text.index(records, problems).encode())
     tell(f"written: {path}")
-    return 0
+    kind = "error" if asked else "warning"
+    sys.stderr.writelines(f"{kind}: {t.one_line(problem)}\n" for problem in problems)
+    return 2 if asked and problems else 0
 
 
 def main(argv: list[str]) -> int:

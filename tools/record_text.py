@@ -12,12 +12,12 @@ import textwrap
 from pathlib import Path
 
 import runs as reader
+from record_checks import check_submission, reasons_against
 from run_log import LIMIT_BYTES, ROOT, TITLES, Run, read_text, t
 from runs import data_of, hardware_of
 from sweep_results import plain, spread
 
-LIMIT_SECONDS = 600  # of the challenge, for training and for evaluation
-STEP_OVER = 1.01  # a capped training ends with the step that passes the cap
+SEEDS = 3  # that a record is usually shown with
 MARGIN = 0.005  # nats a token that a record must win
 UP = "../../.."  # from a record's folder to the project's
 
@@ -25,7 +25,7 @@ UP = "../../.."  # from a record's folder to the project's
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:
     """A Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return ["| " + " | ".join(t.one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def paragraph(text: str) -> str:
@@ -45,9 +45,8 @@ def from_record(path: str, home: str) -> str:
     return f"{UP}/{inside}"
 
 
-def command(runs: list[Run], folder: str) -> str:
-    """What trains and scores all seeds again from inside the record's folder."""
-    run = runs[0]
+def words_of(run: Run) -> str:
+    """The variables and the launch of a run, from inside the record's folder, but for its seed; wrapped."""
     given = {name: value for name, value in run.given.items() if name != "SEED"}
     for name, home in (("DATA_PATH", "data/datasets"), ("TOKENIZER_PATH", "data/tokenizers")):
         if given.get(name):
@@ -55,10 +54,17 @@ def command(runs: list[Run], folder: str) -> str:
     words = [f"{name}={shlex.quote(plain(value))}" for name, value in ({"PRESET": run.preset} | given).items()]
     ranks = run.hardware.get("world_size", 1)
     words += ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "train_gpt.py"]
-    lines = textwrap.wrap(" ".join(words), 116, break_long_words=False, break_on_hyphens=False)
-    seeds = " ".join(str(run.seed) for run in runs)
-    return (f"cd records/{folder}\nfor seed in {seeds}; do\n  SEED=$seed RUN_ID=seed$seed \\\n  "
-            + " \\\n  ".join(lines) + "\ndone")
+    return " \\\n  ".join(textwrap.wrap(" ".join(words), 116, break_long_words=False, break_on_hyphens=False))
+
+
+def command(runs: list[Run], folder: str) -> str:
+    """What trains and scores all seeds again from inside the record's folder: a loop over the seeds, or where settings
+    differ one for each."""
+    seeds: dict[str, list[str]] = {}
+    for run in runs:
+        seeds.setdefault(words_of(run), []).append(str(run.seed))
+    return f"cd records/{folder}\n" + "\n".join(f"for seed in {' '.join(which)}; do\n  SEED=$seed RUN_ID=seed$seed \\\n"
+                                                f"  {words}\ndone" for words, which in seeds.items())
 
 
 # ---- the test against a reference ------------------------------------------------------------------------------------
@@ -112,7 +118,7 @@ def against(runs: list[Run], bpb: float, name: str) -> list[str]:
 def blurb(runs: list[Run]) -> str:
     """What was run, in a sentence, from the settings."""
     run = runs[0]
-    size = run.trainer.parameters
+    size = run.trainer.parameters if run.trainer.counted else None
     seconds = statistics.mean(r.training_seconds or 0.0 for r in runs)
     return (f"{run.settings.get('NUM_LAYERS')} layers, width {run.settings.get('MODEL_DIM')}"
             + (f", {size:,} parameters" if size else "") + f"; trained {seconds:,.0f} s on {hardware_of(run)}, data "
@@ -202,6 +208,9 @@ def readme(runs: list[Run], facts: dict, reasons: list[str] | None, folder: str,
     if reasons is not None:
         lines += [paragraph("Not a record: " + ("; ".join(reasons) or "asked for as such, no check speaks against it")
                             + "."), ""]
+    if n < SEEDS:
+        lines += [paragraph(f"Caution: {n} seed{'s' * (n > 1)}; a record is usually shown with {SEEDS}, and fewer say "
+                            "little about the deviation over seeds."), ""]
     lines += [paragraph(facts["blurb"].rstrip(".") + "."), ""]
     lines += results(runs) + picture("training", drawn, "training loss, validation, learning rate and step time")
     lines += by_chunk(runs) + picture("running_bpb", drawn, "running BPB by chunk")
@@ -213,7 +222,11 @@ def readme(runs: list[Run], facts: dict, reasons: list[str] | None, folder: str,
         lines += [paragraph(f"The data was elsewhere; the command takes it from data/datasets/{Path(data).name} of the "
                             "project."), ""]
     lines += [paragraph("Files: " + ", ".join(f"`{name}`" for name in files) + ". Paths in the logs are shortened, and "
-                        "the copy of the script in each is left out: it is `train_gpt.py`."), ""]
+                        "the copy of the script in each is left out: it is `train_gpt.py`."), "",
+              paragraph("When this was made, each log was held against the run's metrics.jsonl and summary.json, and "
+                        "against its artifact where that was still there. Nothing but the log tells the versions, nor "
+                        "the script, which was compiled and compared in length, and with its sha256 where the runs are "
+                        "of a sweep."), ""]
     return "\n".join(lines)
 
 
@@ -222,54 +235,118 @@ def readme(runs: list[Run], facts: dict, reasons: list[str] | None, folder: str,
 
 def why_not(folder: Path) -> str:
     """What a record's README says of why it is none: its sentence that begins so."""
-    text = read_text(folder / "README.md")
-    found = re.search(r"Not a record: (.+?)\.(?=\s+[A-Z]|\s*\n\n|\s*\Z)", text, re.S)
+    found = re.search(r"Not a record: (.+?)\.(?=\s+[A-Z]|\s*\n\n|\s*\Z)", readme_of(folder), re.S)
     return " ".join(found[1].split()) if found else ""
 
 
-def summaries(folder: Path) -> list[dict]:
-    return [json.loads(read_text(path)) for path in sorted(folder.glob("summary*.json"))]
+def readme_of(folder: Path) -> str:
+    path = folder / "README.md"
+    return read_text(path) if path.is_file() else ""
 
 
-def index_row(folder: Path) -> list[str]:
-    """A record's line: date, link, machine, data, BPB, bytes, valid or why not; - for what its files do not say."""
+def load(path: Path, *keys: str) -> dict:
+    """A JSON file that holds at least `keys`."""
+    try:
+        found = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise t.UserError(f"{path}: broken JSON ({t.one_line(error)}); mend it") from None
+    if not isinstance(found, dict) or any(key not in found for key in keys):
+        raise t.UserError(f"{path}: has not the keys of such a file ({', '.join(keys)}); mend it")
+    return found
+
+
+def submitted(folder: Path) -> dict:
+    """submission.json of a record; empty where there is none."""
     path = folder / "submission.json"
+    if not path.exists():
+        return {}
+    facts = load(path, "val_bpb", "seed_results", "bytes_total")
+    numbers = [facts["val_bpb"], facts["bytes_total"] or 0, facts.get("val_bpb_std") or 0]
+    sound = isinstance(facts["seed_results"], dict) and all(isinstance(e, dict) for e in facts["seed_results"].values())
+    if not sound or not all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers):
+        raise t.UserError(f"{path}: val_bpb, val_bpb_std, bytes_total or seed_results is not of its kind; mend it")
+    return facts
+
+
+def logs_of(folder: Path) -> tuple[list[Run], list[str]]:
+    """The runs whose logs lie in a record's folder, and why others cannot be read."""
+    found, problems = [], []
     try:
-        facts = json.loads(read_text(path)) if path.exists() else {}
-        said = summaries(folder)
-    except ValueError as error:
-        raise t.UserError(f"{folder}: a broken JSON file ({t.one_line(error)}); mend it") from None
-    try:
-        found = [reader.read(p) for p in reader.find(str(folder))]
-    except t.UserError:
-        found = []
-    machines = [entry.get("hardware") for entry in facts.get("seed_results", {}).values()]
-    machines += [facts.get("hardware"), *map(hardware_of, found)]
-    machines += [f"{s['hardware']['world_size']} x {s['hardware']['name']}" for s in said]
-    machines += re.findall(r"^Machine: ([^.;\n]+)", read_text(folder / "README.md"), re.M)
+        paths = reader.find(str(folder))
+    except t.UserError:  # holds none
+        return [], []
+    for path in paths:
+        try:
+            found.append(reader.read(path))
+        except t.UserError as problem:
+            problems.append(f"{path.name} cannot be read: {str(problem).removeprefix(f'{path}: ')}")
+    return found, problems
+
+
+def verdict(folder: Path, facts: dict, found: list[Run], problems: list[str]) -> str:
+    """Whether a folder holds a record, or why not: of runs with a submission.json judged from their logs, as when it
+    was made; of others what its README says."""
+    why, faults = why_not(folder), list(dict.fromkeys(fault for run in found for fault in run.faults))
+    if facts and found and not problems:
+        reasons = reasons_against(found)
+        return "; ".join(reasons) and f"not {'valid' if faults else 'a record'}: {'; '.join(reasons)}" or "yes"
+    unsaid = [f"not valid: {'; '.join(f for f in faults if f not in why)}"] if any(f not in why for f in faults) else []
+    lacks = [] if (folder / "README.md").is_file() else ["no README.md"]
+    nothing = "no log that shows it" if facts else "no submission.json"
+    return "; ".join(problems + unsaid + lacks + [f"not a record: {why or nothing}"])
+
+
+def index_row(folder: Path) -> tuple[list[str], list[str]]:
+    """A record's line: date, link, machine, data, BPB, bytes, valid or why not; - for what its files do not say. With
+    it, what is wrong with the files."""
+    facts, (found, problems) = submitted(folder), logs_of(folder)
+    said = [load(path, "hardware") for path in sorted(folder.glob("summary*.json"))]
+    machines = list(map(hardware_of, found))
+    machines += [entry.get("hardware") for entry in facts.get("seed_results", {}).values()]
+    machines = [facts.get("hardware"), *machines, *(f"{s['hardware']['world_size']} x {s['hardware']['name']}" for s in
+                                                    said)]
+    machines += re.findall(r"^Machine: ([^.;\n]+)", readme_of(folder), re.M)
     data = next(filter(None, map(data_of, found)), "-")
     partial = next((c for run in found for c in run.all_caveats if c.startswith("partial split")), "")
     data += re.sub(r"partial split: its (first \d+ targets).*", r", \1", partial)
     scores = sorted(run.score.bpb for run in found if run.score)
-    if facts and scores and abs(statistics.mean(scores) - facts["val_bpb"]) > 1e-6:
-        raise t.UserError(f"{folder}: submission.json says {facts['val_bpb']:.6f} BPB, its logs "
-                          f"{statistics.mean(scores):.6f}; one of them was edited")
+    if facts and scores and not problems:
+        check_submission(found, facts, folder)
     bpb = f"{facts['val_bpb']:.4f}" if facts else f"{scores[0]:.4f}" if scores else "-"
     bpb += f" ± {facts['val_bpb_std']:.4f}" if facts.get("val_bpb_std") else ""
     bpb += f" (lowest of {len(scores)} runs)" if not facts and len(scores) > 1 else ""
-    size = facts.get("bytes_total") or max((run.total_bytes or 0 for run in found), default=0)
-    why = why_not(folder)
-    faults = [fault for fault in dict.fromkeys(fault for run in found for fault in run.faults) if fault not in why]
-    problems = [f"not valid: {'; '.join(faults)}"] * bool(faults) + [f"not a record: {why}"] * bool(why)
+    size = max((run.total_bytes or 0 for run in found), default=0) or facts.get("bytes_total")
+    cells = [str(next(filter(None, machines), "-")), data, bpb, f"{size:,}" if size else "-"]
+    return [*linked(folder), *cells, verdict(folder, facts, found, problems)], problems
+
+
+def linked(folder: Path) -> list[str]:
+    """Date and link of a record."""
     date, _, name = folder.name.partition("_")
-    return [date, f"[{name}]({folder.parent.name}/{folder.name})", next(filter(None, machines), "-"), data, bpb,
-            f"{size:,}" if size else "-", "; ".join(problems) or "yes"]
+    return [date, f"[{name}]({folder.parent.name}/{folder.name})"]
 
 
-def index(records: Path) -> str:
-    """records/README.md: every record, newest first, from what lies in the folders."""
+def row_of(folder: Path, problems: list[str]) -> list[str]:
+    """A record's line, also of a folder with which something is wrong; that is added to `problems`."""
+    try:
+        row, wrong = index_row(folder)
+        problems += [f"{folder}: {problem}" for problem in wrong]
+    except t.UserError as problem:
+        problems.append(str(problem))
+        said = str(problem).replace(f"{folder}/", "").removeprefix(f"{folder}: ")
+        return [*linked(folder), *["-"] * 4, f"not a record: {said}"]
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        problems.append(f"{folder}: its files do not agree with each other ({type(error).__name__}: {error}); mend it")
+        return [*linked(folder), *["-"] * 4, "not a record: its files do not agree with each other"]
+    return row
+
+
+def index(records: Path, problems: list[str] | None = None) -> str:
+    """records/README.md: every record, newest first, from what lies in the folders; `problems` takes what is wrong with
+    them."""
+    problems = [] if problems is None else problems
     folders = [p for p in records.glob("*/*") if p.is_dir() and not p.name.startswith(".")]
-    rows = [index_row(folder) for folder in sorted(folders, key=lambda p: (p.name, p.parent.name), reverse=True)]
+    rows = [row_of(folder, problems) for folder in sorted(folders, key=lambda p: (p.name, p.parent.name), reverse=True)]
     heads = ["date", "record", "machine", "data", "BPB", "bytes", "valid, or why not"]
     text = ("Made by `./run.sh record --index`, and by each `./run.sh record`, from the files of the folders; not to "
             "be edited. BPB is bits per byte, the mean over seeds ± sample standard deviation; - where the files do "

@@ -6,6 +6,7 @@ published ones do, the last one counts. Used by tools/runs.py.
 
 import ast
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -86,6 +87,7 @@ class Run:
     chunks: list[Chunk] = field(default_factory=list)
     epochs: int = 0  # of test-time training over the whole split before it was scored, as the seed did
     own: dict[str, Score] = field(default_factory=dict)  # by SCORES
+    rows: dict[str, tuple] = field(default_factory=dict)  # the same in the table at its end: loss, BPB, targets
     code_bytes: int | None = None
     model_bytes: int | None = None
     total_bytes: int | None = None
@@ -98,6 +100,10 @@ class Run:
     stop: tuple[int, float] | None = None  # step and seconds where a cap ended training
     end: tuple[int, float] | None = None  # steps of all its training, and milliseconds a step
     resumed: bool = False  # in its training
+    again: bool = False  # resumed at all
+    dropped: bool = False  # steps of its training that were not finite
+    counted: bool = False  # its parameters were counted in its artifact
+    script: tuple[int, str] | None = None  # bytes and sha256 of the script that lies beside a record's log
     makers: "list[Run]" = field(default_factory=list)  # whose artifact, then whose float weights it took
 
     @property
@@ -201,8 +207,15 @@ class Run:
     def status(self) -> str:
         """Whether it is valid, in a word or two."""
         if not self.finished:
-            return "unfinished"
-        return "no" if self.faults else "yes" if self.ours else "not said"
+            return "unfinished" if self.ours else "not said: form not known, read as far as possible"
+        return "no" if self.faults else "yes" if self.ours and self.config else "not said"
+
+    @property
+    def lacks(self) -> list[str]:
+        """The lines of a finished run of ours that its log does not have, though every run writes them."""
+        here = {"config": self.config, "preset": self.preset, "hardware": self.hardware, "python": self.versions,
+                "val_loader:tokens": self.targets}
+        return [name for name, found in here.items() if not found]
 
 
 def artifact(run: Run) -> str:
@@ -239,7 +252,11 @@ FORMS = {
     "ranks": r"world_size:(\d+) .*",
     "audit": r"audit (\w+): (ok|FAILED), .*",
     "resumed": r"resumed from step (\d+) in .*",
+    "again": r"resumed from .*",
+    "dropped": r".*; the step is dropped, \d+ in a row",
+    "script": r"script train_gpt\.py bytes:(\d+) sha256:([0-9a-f]{64})",
     "trained": r"trained: ([\d,]+) steps, [\d,]+ tokens, ([\d.]+) ms a step",
+    "row": rf"(float, averaged|int6, read back|sliding window|test-time training) +{N} +{N} +([\d,]+) +[\d.]+",
     "seconds": r"seconds: (\w+ [\d.]+(?:, \w+ [\d.]+)*)",
     "valid": r"valid: (?:(yes)|NO, (.*))",
     "note": r"note: (.*)",
@@ -258,8 +275,10 @@ def redo(points: list, new):
 
 
 def add_line(run: Run, kind: str, m: re.Match):
-    """Take in a line that has the form `kind`."""
+    """Take in a line that has the form `kind`. ValueError for one that no run writes."""
     g = m.groups()
+    if kind in ("train", "val", "chunk"):
+        share_of(int(g[0]), int(g[1]), kind != "val")
     if kind == "train":
         run.iterations = int(g[1])
         redo(run.train, Point(int(g[0]), int(g[3]) / 1000, float(g[2])))
@@ -281,6 +300,9 @@ def add_line(run: Run, kind: str, m: re.Match):
             score.stride = int(g[3]) if g[3] else None
     elif kind in ("code", "model", "total"):
         setattr(run, f"{kind}_bytes", int(g[0]))
+    elif kind == "row":
+        key = dict(zip(("float", "int6", "sliding", "test"), SCORES, strict=True))[re.split("[, -]", g[0])[0]]
+        run.rows[key] = float(g[1]), float(g[2]), int(g[3].replace(",", ""))
     elif kind == "stop":
         run.stop = int(g[1]), int(g[0]) / 1000
     elif kind == "audit":
@@ -289,23 +311,62 @@ def add_line(run: Run, kind: str, m: re.Match):
         add_fact(run, kind, g)
 
 
+def share_of(here: int, count: int, above_zero: bool):
+    """ValueError for a step or chunk that is none of `count`, such as 30 of 0."""
+    if not above_zero <= here <= count:
+        raise ValueError(f"{here} of {count}")
+
+
+NUMBERS = {f.name for f in t.VARIABLES if f.type in (int, float)}
+PATHS = ("data_path", "model_path", "tokenizer_path", "log_dir", "nll_dump")
+
+
+def settings_of(text: str) -> dict:
+    """The settings of a config line. ValueError where one is not of its kind."""
+    found = json.loads(text)
+    for name, value in found.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if (name in NUMBERS and not number) or (name in PATHS and not isinstance(value, str)):
+            raise ValueError(name)
+    return found
+
+
+def machine_of(text: str) -> dict:
+    """The facts of a hardware line. ValueError where it does not name a machine."""
+    found = ast.literal_eval(text)
+    if not isinstance(found, dict) or (type(found.get("name")), type(found.get("world_size"))) != (str, int):
+        raise ValueError("hardware")
+    return found
+
+
+def versions_of(text: str) -> dict:
+    found = ast.literal_eval(text)
+    if not isinstance(found, dict) or not all(isinstance(x, str) for pair in found.items() for x in pair):
+        raise ValueError("versions")
+    return found
+
+
 def add_fact(run: Run, kind: str, g: tuple):
     """Take in a line about the run as a whole."""
     if kind == "config":
-        run.ours, run.config, run.audits = True, json.loads(g[0]), {}
+        run.ours, run.config, run.audits = True, settings_of(g[0]), {}
     elif kind == "preset":
         run.ours, run.preset, run.seed, run.overrides = True, g[0], int(g[1]), json.loads(g[2])
     elif kind == "hardware":
-        run.hardware = ast.literal_eval(g[0])
+        run.hardware = machine_of(g[0])
     elif kind == "versions":
-        run.versions = {"python": g[0]} | ast.literal_eval(g[1])
+        run.versions = {"python": g[0]} | versions_of(g[1])
     elif kind == "split":
         run.targets, run.bytes = int(g[0]), int(g[1]) if g[1] else None
     elif kind == "seconds":
         run.spent = {name: float(value) for name, value in (part.split() for part in g[0].split(", "))}
     elif kind == "resumed":  # what was logged of later steps is lost
-        run.resumed, last = True, int(g[0])
+        run.resumed, run.again, last = True, True, int(g[0])
         run.train, run.val = ([p for p in points if p.step <= last] for points in (run.train, run.val))
+    elif kind in ("again", "dropped"):
+        setattr(run, kind, True)
+    elif kind == "script":
+        run.script = int(g[0]), g[1]
     elif kind == "trained":
         run.end = int(g[0].replace(",", "")), float(g[1])
     elif kind == "valid":
@@ -341,7 +402,7 @@ def read_log(path: Path, run: Run):
         if found:
             try:
                 add_line(run, *found)
-            except (ValueError, SyntaxError, TypeError):
+            except (ValueError, SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError):
                 run.wrong(f"{path.name}:{number}: cut or edited, {line[:60]!r}; give the log as the run left it")
         elif ours and OPENINGS.match(line):
             run.wrong(f"{path.name}:{number}: cut or edited, {line[:60]!r}; give the log as the run left it")

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from run_checks import agree, check_artifact, check_log, check_summary, read_metrics
+from run_checks import agree, check_artifact, check_log, check_scores, check_summary, read_metrics
 from run_log import Run, artifact, read_log, read_text, t
 
 
@@ -22,19 +22,23 @@ def read_folder(folder: Path, trace: bool = True) -> Run:
     if summary.exists() and not (folder / "progress.json").exists():
         try:
             run.summary = json.loads(read_text(summary))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             run.wrong(f"summary.json is broken ({t.one_line(error)}); give the run as it was left")
         if run.valid is None:
             run.wrong("summary.json is there, but train.log has not come to its end; give the run as it was left")
     elif run.valid is not None:
         run.valid = None  # its end is being written, or it was taken up again
+    if run.summary is not None and not run.ours:
+        run.wrong("summary.json is there, but train.log has no line of config; give the run as it was left")
+    if run.ours and run.finished and run.lacks:
+        run.wrong(f"train.log has no line {run.lacks[0]!r}, which every run writes; give the run as it was left")
     if metrics.exists():
         read_metrics(metrics, run)
-    check_log(run)
+    check_log(run) if run.ours else check_scores(run)
     if run.summary is not None:
         try:
             check_summary(run)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             run.wrong(f"summary.json is not that of a run ({type(error).__name__}: {error}); give it as it was left")
     check_artifact(run)
     run.makers = makers_of(run) if trace else []
@@ -45,7 +49,7 @@ def makers_of(run: Run) -> list[Run]:
     """The runs, nearest first, whose artifact or float weights it took; none where they are not to be found."""
     found = []
     while not run.config.get("train_enabled", True):
-        given = Path(run.config["model_path"])
+        given = Path(run.config.get("model_path", ""))
         places = (given.parent, run.path.parent / given.parent.name)  # or beside it, where LOG_DIR was moved
         folder = next((p.resolve() for p in places if (p / "train.log").exists()), None)
         if folder is None or folder in (r.path.resolve() for r in (run, *found)):
@@ -81,7 +85,17 @@ def find(word: str) -> list[Path]:
 
 
 def read(path: Path) -> Run:
-    """A run's folder or a log."""
+    """A run's folder or a log. Whatever an edited file holds, what cannot be read is said in a line."""
+    try:
+        return read_any(path)
+    except t.UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise t.UserError(f"{path}: its files do not agree with each other ({type(error).__name__}: {error}); give it "
+                          "as it was left") from None
+
+
+def read_any(path: Path) -> Run:
     if path.is_dir():
         return read_folder(path)
     run = Run(path, path.stem)
@@ -89,16 +103,26 @@ def read(path: Path) -> Run:
     if not (run.ours or run.train or run.val or run.own or run.chunks):
         run.wrong("not a log of this field: no line of training and no score in the forms of train_gpt.py, PR 581 or "
                   "PR 549; give a run's folder or a log")
-    if run.ours:
-        check_log(run)
+    check_log(run) if run.ours else check_scores(run)
     if path.name.startswith("eval_seed"):  # in a record: what the weights come from lies beside it
         beside = [path.with_name(path.name.replace("eval", stage, 1)) for stage in ("export", "train")]
         run.makers = [read(p) for p in beside if p.exists()]
     return run
 
 
+def of_output(word: str) -> str:
+    """The run's folder, where a word is what a run of a sweep printed, which lies beside it: NAME/1_* names both."""
+    path = Path(word)
+    folder = path.parent / path.stem
+    printed = path.suffix == ".out" and path.is_file() and (folder / "train.log").exists()
+    return str(folder) if printed else word
+
+
 def read_all(words: list[str]) -> list[Run]:
     """The runs that arguments name."""
+    named = {Path(word).resolve() for word in words}
+    folders = [(word, of_output(word)) for word in words]
+    words = [folder for word, folder in folders if word == folder or Path(folder).resolve() not in named]
     paths = [path.resolve() for word in words for path in find(word)]
     if twice := [path for path in paths if paths.count(path) > 1]:
         raise t.UserError(f"{twice[0]}: given twice; give each run once")
@@ -112,11 +136,17 @@ def byte_parts(run: Run) -> dict[str, int]:
         return {}
     folders = [r.path for r in (run, *run.makers)]
     path = next((p / t.ARTIFACT_NAME for p in folders if (p / t.ARTIFACT_NAME).is_file()), None)
+    if run.code_bytes is None or run.model_bytes is None:  # a published log need not say both
+        return {"model": run.total_bytes}
     parts = {"code": run.code_bytes}
     if path is None or path.stat().st_size != run.model_bytes:
         return parts | {"model": run.model_bytes}
     sizes = {}
-    for line in t.inspect(str(path), t.Config.artifact_limit_bytes).splitlines():
+    try:
+        table = t.inspect(str(path), t.Config.artifact_limit_bytes)
+    except t.UserError:  # of another version of the script
+        return parts | {"model": run.model_bytes}
+    for line in table.splitlines():
         if m := re.fullmatch(r"(\S+) +[\dx]* +(\w+) +[\d.]+ +(?:[\d.]+ +)?([\d,]+) +[\d.]+%", line):
             group = t.group_of(m[1]) if m[2] in ("rows", "grid") else "fp16"
             sizes[group] = sizes.get(group, 0) + int(m[3].replace(",", ""))
@@ -132,4 +162,4 @@ def hardware_of(run: Run) -> str:
 def data_of(run: Run) -> str:
     """The name of the data; empty where the log does not say."""
     path = run.config.get("data_path") or run.overrides.get("DATA_PATH") or ""
-    return run.trainer.data or Path(path).name
+    return run.trainer.data or Path(str(path)).name

@@ -49,7 +49,7 @@ def row(run: Run) -> list[str]:
     cells += [f"{scores[key].bpb:.4f}" if key in scores else "-" for key in TITLES]
     cells += [f"{run.total_bytes:,}" if run.total_bytes else "-"]
     cells += ["-" if s is None else f"{s:,.1f}" for s in seconds]
-    return [*cells, run.status() if run.finished else f"unfinished: {progress(run)}"]
+    return [*cells, run.status() if run.finished else f"{run.status()}: {progress(run)}"]
 
 
 HEADS = ["run", "seed", "steps", "loss", "val BPB", *(f"{title} BPB" for title in TITLES.values()), "bytes",

@@ -139,7 +139,8 @@ class Run:
         if over and self.kind == "score" and maker.state == "finished" and maker.weights is not maker:
             return maker.source()
         if over:
-            why = "failed" if maker.state == "failed" else f"is finished, but {names[0]} is not there"
+            why = "failed" if maker.state == "failed" else (f"is finished, but its {names[0]} is not there; put it "
+                                                            f"back, or remove {maker.folder} to run that one again")
             raise FileNotFoundError(f"not started: {maker.name}, whose weights it needs, {why}")
         return None
 
@@ -183,7 +184,7 @@ def read_grid(words: list[str]) -> list[dict[str, str]]:
 def read_list(path: Path) -> list[dict[str, str]]:
     """The runs of a --list file."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         fail(f"--list {path}: {getattr(problem, 'strerror', None) or 'not a text file'}")
     runs = []
@@ -621,10 +622,15 @@ def launched(argv: list[str]) -> int:
     sweep.say(f"{len(runs)} runs in {folder}: {trained} from the start, {exported - trained} from their float weights, "
               f"{len(runs) - exported} from their artifacts; {len(slots)} at a time, {slots[0].share} each")
     if number := sweep.go():
+        try:
+            results.write_tables(folder, runs, description["base"], command, list(FIELDS))
+            sweep.say(f"what is finished is in {folder}/results.csv and results.md")
+        except t.UserError as problem:  # how to go on counts more
+            sweep.say(f"warning: {t.one_line(problem)}")
         sys.stderr.write(f"interrupted by {signal.Signals(number).name}; under the same variables this goes on: "
                          f"{command}\n")
         return 128 + number
-    code = results.write(folder, runs, description["base"], command)
+    code = results.write(folder, runs, description["base"], command, list(FIELDS))
     if failed := [run for run in runs if run.state == "failed"]:
         results.tell(f"{len(failed)} failed; what they printed is in {folder}/*.out; the same command tries them again")
     lock.close()

@@ -10,6 +10,8 @@ import io
 import math
 import shlex
 import statistics
+import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,13 +20,15 @@ from train_gpt import write_atomically
 SCORES = ("float", "int6", "sliding", "ttt")
 MARKERS = "osD^vP*X"
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+PLACES = ("RUN_ID", "LOG_DIR", "RESUME", "NLL_DUMP")  # say where a run writes, not what it does
 MOST_LINES = 8  # beyond it a plot has a row for each setting instead
 
 
 def tell(text: str):
-    """Print; a closed terminal or pipe loses only what is shown."""
+    """Print; a closed terminal or pipe loses only what is shown, and one that knows fewer signs shows ? for them."""
     with contextlib.suppress(OSError):
-        print(text, flush=True)
+        code = sys.stdout.encoding or "utf-8"
+        print(text.encode(code, "replace").decode(code), flush=True)
 
 
 def counted(items) -> list[tuple]:
@@ -44,17 +48,37 @@ class Result:
     """A run's figures; what it did not do itself is from the runs that did it for it."""
 
     run: object  # tools/sweep.py's Run
-    settings: dict[str, str]  # of the swept variables
+    settings: dict[str, str]  # of the swept variables, and of the others in which the runs differ
     bpb: dict[str, float | None]  # of each score
     val_bpb: float | None = None
     val_loss: float | None = None
     bytes: int | None = None
     train_seconds: float | None = None  # search included
-    eval_seconds: float | None = None  # what EVAL_MAX_SECONDS limits
+    eval_seconds: float | None = None  # of the score that counts, without reading and compiling
     seconds: float | None = None  # of its own process
     valid: bool = False
     reason: str = ""
     caveats: list[str] = field(default_factory=list)
+
+
+def columns(runs, names: list[str]) -> list[str]:
+    """The settings that tell the runs apart: the variables that any of them sets, and those that differ although none
+    does, such as TTT_MODE, which TTT_LR chooses; but for what PRESET alone decides, where presets are compared."""
+    swept = list(dict.fromkeys(name for run in runs for name in run.given))
+
+    def values(name: str, among) -> set:
+        return {plain(getattr(run.cfg, name.lower())) for run in among}
+
+    presets = {run.cfg.preset: [r for r in runs if r.cfg.preset == run.cfg.preset] for run in runs}
+    told = [name for name in names if name not in {*swept, *PLACES, "SEED"} and any(len(values(name, same)) > 1 for same
+                                                                                   in presets.values())]
+    return swept + told
+
+
+def identity(run, names: list[str]) -> tuple:
+    """The whole effective configuration but for the seed and for where the run writes: runs that agree in it may be
+    averaged."""
+    return tuple(plain(getattr(run.cfg, name.lower())) for name in names if name not in {*PLACES, "SEED"})
 
 
 def collect(runs, swept: list[str]) -> list[Result]:
@@ -88,17 +112,19 @@ def result_of(run, swept: list[str], summaries: dict, scores: dict) -> Result:
         run, settings, {key: (own[key] or (scores[key] or [{}])[0]).get("val_bpb") for key in SCORES},
         summary["val_bpb"], own[last]["val_loss"] if last else None, (summary["artifact"] or {}).get("bytes_total"),
         None if trained is None else trained + searched,
-        spent["read"] + spent.get("compile", 0.0) + own[last]["seconds"] if last else None, spent["total"],
+        own[last]["seconds"] if last else None, spent["total"],
         summary["valid"] and len(reasons) == len(summary["reasons"]), "; ".join(dict.fromkeys(reasons)),
         summary["caveats"])
 
 
 @dataclass
 class Group:
-    """Results that differ in SEED alone."""
+    """Results that differ in SEED alone, each of another seed."""
 
     settings: dict[str, str]
     results: list[Result]
+    shown: list[str] = field(default_factory=list)  # the settings in which the groups differ
+    missing: int = 0  # seeds of the sweep for which it has no score
 
     def values(self, figure) -> list[float]:
         """`figure` of each result, where there is one."""
@@ -117,8 +143,18 @@ class Group:
         return sum(r.valid for r in self.results)
 
     @property
+    def good(self) -> bool:
+        """Whether every run that has a score is valid."""
+        return all(r.valid for r in self.results if r.val_bpb is not None)
+
+    @property
+    def rank(self) -> tuple:
+        """Its place in the table: by the mean, after those that lack no seed."""
+        return bool(self.missing), self.mean
+
+    @property
     def title(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+        return ", ".join(f"{name}={self.settings[name]}" for name in self.shown)
 
 
 def spread(values: list[float], digits: int = 4) -> str:
@@ -129,19 +165,34 @@ def spread(values: list[float], digits: int = 4) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def grouped(results: list[Result]) -> list[Group]:
-    """Groups in the order of their first run."""
+def seed_of(result: Result) -> int:
+    return result.run.cfg.seed
+
+
+def grouped(results: list[Result], names: list[str]) -> list[Group]:
+    """Groups in the order of their first run: the same effective configuration, and no seed twice. `names`: every
+    variable."""
     groups: dict[tuple, Group] = {}
     for result in results:
-        settings = {name: value for name, value in result.settings.items() if name != "SEED"}
-        groups.setdefault(tuple(settings.values()), Group(settings, [])).results.append(result)
-    return list(groups.values())
+        settings = {name: value for name, value in result.settings.items() if name not in {*PLACES, "SEED"}}
+        key, copy = identity(result.run, names), 0
+        while (key, copy) in groups and seed_of(result) in map(seed_of, groups[key, copy].results):
+            copy += 1  # the same run under another name, which would pass for one more seed
+        groups.setdefault((key, copy), Group(settings, [])).results.append(result)
+    found = list(groups.values())
+    seeds = set(map(seed_of, results))
+    for group in found:
+        group.shown = [name for name in group.settings if len({g.settings[name] for g in found}) > 1]
+        group.missing = len(seeds - {seed_of(r) for r in group.results if r.val_bpb is not None})
+    return found
 
 
 def best_of(groups: list[Group]) -> Group | None:
-    """The lowest mean among those whose runs are all valid, or else among all with a score."""
+    """The lowest mean among those whose runs are all valid and lack no seed, or else among those that are valid, or
+    else among all with a score."""
     scored = [g for g in groups if g.bpb()]
-    return min([g for g in scored if g.valid == len(g.results)] or scored, key=lambda g: g.mean, default=None)
+    good = [g for g in scored if g.good]
+    return min([g for g in good if not g.missing] or good or scored, key=lambda g: g.mean, default=None)
 
 
 def headline(groups: list[Group]) -> str:
@@ -150,9 +201,10 @@ def headline(groups: list[Group]) -> str:
     if best is None:
         return "no run has a score"
     n = len(best.bpb())
-    seeds = f" ({n} seeds)" if n > 1 else ""
-    kind = "best" if best.valid == len(best.results) else "lowest, though not valid,"
-    return f"{kind} {spread(best.bpb())} BPB{seeds}" + (f" at {best.title}" if best.settings else "")
+    seeds = f" ({n} of {n + best.missing} seeds)" if best.missing else f" ({n} seeds)" if n > 1 else ""
+    lacking = "lowest, of a setting that lacks a seed," if best.missing else "best"
+    kind = lacking if best.good else "lowest, though not valid,"
+    return f"{kind} {spread(best.bpb())} BPB{seeds}" + (f" at {best.title}" if best.title else "")
 
 
 def write_csv(path: Path, results: list[Result]):
@@ -171,12 +223,13 @@ def markdown(name: str, groups: list[Group], base: dict, command: str) -> str:
     results = [r for g in groups for r in g.results]
     swept = list(groups[0].settings)
     heads = [*swept, "seeds", "BPB", *(f"{key} BPB" for key in SCORES), "bytes", "training s", "evaluation s", "valid"]
-    lines = [f"# {name}: {headline(groups)}", "", "Mean ± sample standard deviation over seeds, lowest BPB first; "
-             "bytes are the most of a seed; - where there is no figure.", "", "| " + " | ".join(heads) + " |",
-             "|" + "---|" * len(heads)]
-    for g in sorted(groups, key=lambda g: g.mean):
+    lines = [f"# {name}: {headline(groups)}", "", "Mean ± sample standard deviation over seeds, lowest BPB first, "
+             "settings that lack a seed after the others; bytes are the most of a seed; training with calibration and "
+             "search, evaluation the score alone, without reading and compiling; - where there is no figure.", "",
+             "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for g in sorted(groups, key=lambda g: g.rank):
         done = len(g.bpb())
-        seeds = str(done) if done == len(g.results) else f"{done} of {len(g.results)}"
+        seeds = str(done) if not g.missing else f"{done} of {done + g.missing}"
         cells = [*g.settings.values(), seeds, f"**{spread(g.bpb())}**" if done else "-"]
         cells += [spread(g.values(lambda r, key=key: r.bpb[key])) for key in SCORES]
         sizes = g.values(lambda r: r.bytes)
@@ -205,9 +258,9 @@ def number(text: str) -> float | None:
 
 def choose_axis(groups: list[Group]) -> str | None:
     """The swept variable to plot against: the one of the most numbers, among those that leave few enough lines for the
-    others; None where there is none."""
-    best = None
-    for name in groups[0].settings:
+    others; None where there is none. What has no score is not drawn, and does not count."""
+    best, groups = None, [g for g in groups if g.bpb()]
+    for name in groups[0].shown:
         values = {g.settings[name] for g in groups}
         lines = {tuple(v for n, v in g.settings.items() if n != name) for g in groups}
         numeric = len(values) > 1 and None not in map(number, values)
@@ -232,15 +285,15 @@ def against_variable(axis, groups: list[Group], name: str):
     families: dict[tuple, list[Group]] = {}
     for g in groups:
         if g.bpb():
-            families.setdefault(tuple((n, v) for n, v in g.settings.items() if n != name), []).append(g)
-    texts = {float(g.settings[name]): g.settings[name] for g in groups}
+            families.setdefault(tuple((n, g.settings[n]) for n in g.shown if n != name), []).append(g)
+    texts = {float(g.settings[name]): g.settings[name] for g in groups if g.bpb()}
     scale, at = place(list(texts))
     for i, (others, members) in enumerate(families.items()):
         members.sort(key=lambda g: float(g.settings[name]))
         spots = [at(float(g.settings[name])) for g in members]
         points = [(x, r) for x, g in zip(spots, members, strict=True) for r in g.results if r.val_bpb is not None]
         shade = str(0.6 * i / max(len(families) - 1, 1))
-        if len({r.settings.get("SEED") for _, r in points}) > 1:
+        if len({seed_of(r) for _, r in points}) > 1:
             (join_seeds if len(families) == 1 else seeds_of)(axis, points, shade=shade)
         axis.plot(spots, [g.mean for g in members], color=shade, linestyle=LINES[i % 5], marker=MARKERS[i % 8],
                   markersize=7, label=", ".join(f"{n}={v}" for n, v in others) or "mean", zorder=3)
@@ -257,9 +310,9 @@ def against_variable(axis, groups: list[Group], name: str):
 
 def join_seeds(axis, points: list, shade: str):
     """Each seed's BPB, joined by a thin line, with a marker of its own for the first few."""
-    seeds = list(dict.fromkeys(r.settings["SEED"] for _, r in points))
+    seeds = list(dict.fromkeys(seed_of(r) for _, r in points))
     for i, seed in enumerate(seeds):
-        own = [(x, r.val_bpb) for x, r in points if r.settings["SEED"] == seed]
+        own = [(x, r.val_bpb) for x, r in points if seed_of(r) == seed]
         axis.plot(*zip(*own, strict=True), color="0.65", linewidth=0.8, marker=MARKERS[1:][i % 7], markersize=4.5,
                   markerfacecolor="white", markeredgecolor="0.35", zorder=4,
                   label=f"SEED={seed}" if len(seeds) < len(MARKERS) else "_seed")
@@ -284,11 +337,11 @@ def in_rows(axis, groups: list[Group]):
     scored = sorted((g for g in groups if g.bpb()), key=lambda g: g.mean)
     if len(scored) == 1:
         results = sorted((r for r in scored[0].results if r.val_bpb is not None), key=lambda r: r.val_bpb)
-        rows, labels = list(enumerate(results)), [r.run.title for r in results]
+        rows, labels = list(enumerate(results)), [f"SEED={seed_of(r)}" for r in results]
         axis.axvline(scored[0].mean, color="0.4", linestyle="--", label=f"mean {spread(scored[0].bpb())}")
     else:
         rows = [(i, r) for i, g in enumerate(scored) for r in g.results if r.val_bpb is not None]
-        labels = [g.title for g in scored]
+        labels = [textwrap.fill(g.title, 50) for g in scored]
         axis.plot([g.mean for g in scored], range(len(scored)), linestyle="", marker="o", markersize=7, color="black",
                   label="mean", zorder=3)
     seeds_of(axis, rows, turned=True)
@@ -312,6 +365,16 @@ def pyplot(salt: str):
         return None
     plt.rcParams["svg.hashsalt"] = salt
     return plt
+
+
+def legend_below(figure, found: dict, **more):
+    """One legend below all panels, of handles by their label: as many columns as fit, and labels that are wider than
+    the figure on several lines."""
+    signs = int(13 * figure.get_figwidth())  # of small print, beside the line and its margin
+    labels = [textwrap.fill(label, signs - 12) for label in found]
+    widest = max(len(line) for label in labels for line in label.split("\n"))
+    figure.legend(found.values(), labels, loc="outside lower center", ncols=max(1, min(4, signs // (widest + 10))),
+                  frameon=False, fontsize="small", **more)
 
 
 def bare(axis):
@@ -340,27 +403,34 @@ def plot(groups: list[Group], name: str, path: Path) -> str:
     results = [r for g in groups for r in g.results]
     failed, bad = sum(r.val_bpb is None for r in results), sum(not r.valid for r in results if r.val_bpb is not None)
     several = any(len(g.bpb()) > 1 for g in groups)
-    drawn = axis.get_legend_handles_labels()[1]
+    handles, drawn = axis.get_legend_handles_labels()
     notes = [f"{len(results) - failed} of {len(results)} runs have a score"] if failed else [f"{len(results)} runs"]
     named = any(label.startswith("SEED=") for label in drawn)
     notes += ["small circles: seeds"] * (several and not named) + [f"crosses: {bad} not valid"] * bool(bad)
     figure.suptitle(f"{name}: {headline(groups)}", fontsize="medium", wrap=True)
     axis.set_title("; ".join(notes), fontsize="small", color="0.3")
     if len(drawn) > 1 or several:
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+        legend_below(figure, dict(zip(drawn, handles, strict=True)))
     axis.ticklabel_format(axis="y" if variable else "x", useOffset=False)
     bare(axis)
     save(plt, figure, path)
     return ""
 
 
-def write(folder: Path, runs, base: dict, command: str) -> int:
-    """Write and print the results of a sweep. Returns its exit code: 1 if a run failed, or failed a check."""
-    results = collect(runs, list(dict.fromkeys(name for run in runs for name in run.given)))
-    groups = grouped(results)
+def write_tables(folder: Path, runs, base: dict, command: str, names: list[str]) -> tuple[list[Group], str]:
+    """Write results.csv and results.md of what is finished. Returns the groups and the text. `names`: every variable
+    of train_gpt.py."""
+    results = collect(runs, columns(runs, names))
+    groups = grouped(results, names)
     write_csv(folder / "results.csv", results)
     text = markdown(folder.name, groups, base, command)
     write_atomically(folder / "results.md", text.encode())
+    return groups, text
+
+
+def write(folder: Path, runs, base: dict, command: str, names: list[str]) -> int:
+    """Write and print the results of a sweep. Returns its exit code: 1 if a run failed, or failed a check."""
+    groups, text = write_tables(folder, runs, base, command, names)
     tell("\n" + text.split("\n\nMade by:")[0] + "\n")
     if problem := plot(groups, folder.name, folder / "results"):
         tell(f"no plot: {problem}")

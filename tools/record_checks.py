@@ -1,0 +1,109 @@
+"""Whether runs make a record: what tools/record.py refuses, and what the index of the records says of each folder."""
+
+import hashlib
+import statistics
+from pathlib import Path
+
+from run_checks import agree
+from run_log import LIMIT_BYTES, ROOT, Run, t
+from runs import data_of, hardware_of
+from sweep_results import plain
+
+CHECKS = ("causal", "normalised", "one_pass", "score_before_update", "bytes")  # of an audit
+LIMIT_SECONDS = 600  # of the challenge, for training and for evaluation
+PLACED = ("DATA_PATH", "TOKENIZER_PATH")
+
+
+def same_place(value) -> str:
+    """A path with the same text however it was given, where it is still there: relative to here or to the project."""
+    for base in (Path.cwd(), ROOT):
+        if value and (base / str(value)).exists():
+            return str((base / str(value)).resolve())
+    return str(value)
+
+
+def differences(runs: list[Run]) -> list[str]:
+    """In what the runs differ beside the seed, a phrase each."""
+    facts = [{name: same_place(value) if name in PLACED else value for name, value in run.settings.items()} | {
+        "the machine": hardware_of(run), "the threads": run.hardware.get("threads"), "the preset": run.preset,
+        "the data": data_of(run), "the split": f"{run.targets} targets", "the scores": ", ".join(run.scores)}
+        | {f"the version of {name}": version for name, version in run.versions.items()} for run in runs]
+    found = []
+    for name in dict.fromkeys(name for f in facts for name in f):
+        values: dict[str, list[str]] = {}
+        for run, f in zip(runs, facts, strict=True):
+            values.setdefault(plain(f.get(name, "unset")), []).append(str(run.seed))
+        if name != "SEED" and len(values) > 1:
+            found.append(f"the runs differ in {name}: " + ", ".join(f"{value} (seed {', '.join(seeds)})" for
+                                                                    value, seeds in values.items()))
+    return found
+
+
+def last_step(run: Run) -> float:
+    """Seconds of a step, of a training that its cap ended: the step in progress is finished. 0 for another training."""
+    return run.train_seconds / run.steps if run.stop and run.steps and run.train_seconds else 0.0
+
+
+def problems(run: Run) -> list[str]:
+    """What keeps a run from a record."""
+    found = list(run.faults)
+    found += [reason for maker in run.makers for reason in maker.reasons if reason.partition(":")[0] in run.scores]
+    if run.trainer.steps is None:
+        found.append("the run that trained its weights is not to be found, so nothing of its training is known")
+    elif run.trainer.seed != run.seed:
+        found.append(f"trained with seed {run.trainer.seed}, evaluated with seed {run.seed}")
+    found += [f"its log has no line {name!r}" for name in run.lacks]
+    limit, scored = run.config.get("val_token_limit"), run.targets
+    if limit and limit == scored and not any(line.startswith("partial split") for line in run.all_caveats):
+        found.append(f"VAL_TOKEN_LIMIT={limit}, and as many targets: nothing shows that they are the whole split")
+    found += [f"{maker.name} worked for it on {hardware_of(maker)}, not on {hardware_of(run)}" for maker in run.makers
+              if hardware_of(maker) != hardware_of(run)]
+    failed = [name for name, ok in run.audits.items() if not ok and not any(f"audit: {name}" in f for f in found)]
+    missing = [name for name in CHECKS if name not in run.audits]
+    found += [f"the audit of {name} failed" for name in failed]
+    found += ["no audit (AUDIT=1)"] if len(missing) == len(CHECKS) else [f"no audit of {name}" for name in missing]
+    limit = min(run.config.get("artifact_limit_bytes", LIMIT_BYTES), LIMIT_BYTES)
+    if run.total_bytes is None:
+        found.append("no artifact")
+    elif run.total_bytes > limit and not any("over the limit" in f for f in found):
+        found.append(f"{run.total_bytes:,} bytes, over {limit:,}")
+    for what, seconds, last in (("training", run.training_seconds, last_step(run.trainer)),
+                                ("evaluation", run.evaluation_seconds, 0.0)):
+        if seconds is not None and seconds - last > LIMIT_SECONDS:
+            found.append(f"{what} took {seconds:.1f} s, over {LIMIT_SECONDS}")
+    return found + run.all_caveats
+
+
+def reasons_against(runs: list[Run]) -> list[str]:
+    """Every reason why these runs make no record; those of single runs name the seed."""
+    by_text: dict[str, list[str]] = {}
+    for run in runs:
+        for problem in dict.fromkeys(problems(run)):
+            by_text.setdefault(problem, []).append(str(run.seed))
+    return differences(runs) + [problem if len(seeds) == len(runs) else f"seed {', '.join(seeds)}: {problem}"
+                                for problem, seeds in by_text.items()]
+
+
+def check_submission(runs: list[Run], facts: dict, folder: Path):
+    """UserError where submission.json, or the script that lies in a record's folder, is not what its logs say."""
+    mean = statistics.mean(run.score.val_bpb for run in runs)
+    if abs(mean - facts["val_bpb"]) > 1e-6:
+        raise t.UserError(f"{folder}: submission.json says {facts['val_bpb']:.6f} BPB, its logs {mean:.6f}; one of "
+                          "them was edited")
+    logged, told = sorted(str(run.seed) for run in runs), sorted(facts["seed_results"])
+    if logged != told:
+        raise t.UserError(f"{folder}: submission.json is of the seeds {', '.join(told)}, its logs of "
+                          f"{', '.join(logged)}; one of them was edited")
+    for run in runs:
+        entry = facts["seed_results"][str(run.seed)]
+        for figure, value in (("val_bpb", run.score.val_bpb), ("val_loss", run.score.val_loss),
+                              ("bytes_total", run.total_bytes), ("step_stop", run.trainer.steps)):
+            agree(run, f"{figure} of seed {run.seed}", value, entry[figure], 6e-9, run.path.name, "submission.json")
+        path = folder / "train_gpt.py"
+        for worker in (run, *run.makers):
+            if worker.script:
+                code = path.read_bytes() if path.exists() else b""
+                agree(worker, "the script", worker.script, (len(code), hashlib.sha256(code).hexdigest()), 0,
+                      worker.path.name, path.name)
+    most = max(run.total_bytes or 0 for run in runs) or None
+    agree(runs[0], "bytes_total", most, facts["bytes_total"], 0, "its logs", "submission.json")
