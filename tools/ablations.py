@@ -156,9 +156,22 @@ def score_of(summary: dict) -> tuple[str, float]:
     return key, summary["eval"][key]["val_bpb"]
 
 
-def rows_of(ideas: list[Idea], folder: Path, costs: dict) -> list[dict]:
-    """For each idea that has runs in the folder what the table says of it; the base first."""
-    summaries = [json.loads(path.read_text()) for path in sorted(folder.glob("*/summary.json"))]
+def summaries_of(path: Path) -> list[dict]:
+    """What the table needs of the summaries in LOG_DIR/<stem>, which is kept beside CANDIDATES; without such a folder
+    what was kept."""
+    kept, found = path.with_suffix(".json"), Path(os.environ.get("LOG_DIR", "logs"), path.stem).glob("*/summary.json")
+    if summaries := [json.loads(file.read_text()) for file in sorted(found)]:
+        said = [{n: v for n, v in s["overrides"].items() if not n.endswith(("_PATH", "_DIR", "_ID"))} for s in summaries]
+        lines = [json.dumps({"seed": s["seed"], "preset": s["preset"], "overrides": overrides, "eval": s["eval"],
+                             "config": {name: s["config"][name] for name in ("iterations", "warmdown_iters")},
+                             "artifact": {"bytes_model": s["artifact"]["bytes_model"]}})
+                 for s, overrides in zip(summaries, said, strict=True)]
+        kept.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    return json.loads(kept.read_text()) if kept.exists() else []
+
+
+def rows_of(ideas: list[Idea], summaries: list[dict], costs: dict) -> list[dict]:
+    """For each idea that has runs among the summaries what the table says of it; the base first."""
     varied = {name for idea in ideas for name in idea.given} - {"ITERATIONS", "WARMDOWN_ITERS"}
     rows, base = [], {}
     for idea in ideas:
@@ -172,7 +185,7 @@ def rows_of(ideas: list[Idea], folder: Path, costs: dict) -> list[dict]:
                          "gains": [scores[seed] - score_of(base[seed])[1] for seed in scores if seed in base],
                          "bytes": max(s["artifact"]["bytes_model"] for s in mine.values())})
     if not base:
-        fail(f"{folder}: no finished run of the base in it")
+        fail(f"no finished run of the base ({ideas[0].name}) among {len(summaries)}; make it first, see --help")
     return rows
 
 
@@ -187,8 +200,7 @@ def table(paths: list[Path]):
     lines = [about.read_text().rstrip() if about.exists() else "# Ablations"]
     for path in paths:
         ideas = read_ideas(path)
-        folder = Path(os.environ.get("LOG_DIR", "logs"), path.stem)
-        first, *rest = rows_of(ideas, folder, costs_of(path).get(path.stem, {}))
+        first, *rest = rows_of(ideas, summaries_of(path), costs_of(path).get(path.stem, {}))
         seeds = ", ".join(map(str, sorted(first["bpb"])))
         lines += ["", f"## {path.stem}", "", f"`{path.name}`, seed {seeds}, BPB of {SCORE_NAMES[first['score']]}; "
                   "difference to the base on the same seed, mean ± sample standard deviation.", "",
