@@ -161,7 +161,8 @@ def summaries_of(path: Path) -> list[dict]:
     what was kept."""
     kept, found = path.with_suffix(".json"), Path(os.environ.get("LOG_DIR", "logs"), path.stem).glob("*/summary.json")
     if summaries := [json.loads(file.read_text()) for file in sorted(found)]:
-        said = [{n: v for n, v in s["overrides"].items() if not n.endswith(("_PATH", "_DIR", "_ID"))} for s in summaries]
+        said = [{name: value for name, value in s["overrides"].items() if not name.endswith(("_PATH", "_DIR", "_ID"))}
+                for s in summaries]  # nothing of this machine
         lines = [json.dumps({"seed": s["seed"], "preset": s["preset"], "overrides": overrides, "eval": s["eval"],
                              "config": {name: s["config"][name] for name in ("iterations", "warmdown_iters")},
                              "artifact": {"bytes_model": s["artifact"]["bytes_model"]}})
