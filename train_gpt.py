@@ -3632,14 +3632,14 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode must not end a run
     if options.inspect is not None:
         own = cfg.artifact_limit_bytes if "artifact_limit_bytes" in cfg.explicit else Config.artifact_limit_bytes
-        print(inspect(options.inspect, own))
+        print(inspect(options.inspect, own), flush=True)  # so that a full disk is heard of here
         return 0
     process = Process(cfg.compute_dtype, signals)
     found, tensors = process.together(lambda: find_run(cfg, process) if process.main else (None, {}))
     found = process.agree(found)
     if found and "finished" in found:
         if process.main:
-            print(f"nothing to do: the run is finished, see {found['finished']}")
+            print(f"nothing to do: the run is finished, see {found['finished']}", flush=True)
         return 0
     if found:
         cfg = process.together(lambda: continued(cfg, found, process.world))
@@ -3647,7 +3647,7 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
     run = process.together(lambda: Run(cfg, process, found, tensors))
     if options.check:
         if process.main:
-            print(run.check(options.ranks, options.step_ms))
+            print(run.check(options.ranks, options.step_ms), flush=True)
         return 0
     try:
         log = run.start()
