@@ -160,7 +160,8 @@ def chunks(plt, runs: list[Run], names: list[str], name: str, path: Path) -> boo
     if alike:
         first = drawn[0][1]
         less = [(xs, [y - y0 for y, y0 in zip(ys, first, strict=bool(xs))]) for xs, ys in curves]
-        draw(axes[0, 1], less, labels, f"the same, less that of {names[0]}", "", across)
+        other = names[0] if len(names[0]) < 30 else "the first run"  # a sweep's names are longer than the panel
+        draw(axes[0, 1], less, labels, f"the same, less that of {other}", "", across)
     figure.suptitle(f"test-time training, {heading(runs, names, name)}", wrap=True)
     legend(figure, axes.flat)
     save(plt, figure, path)
