@@ -98,10 +98,9 @@ class Config:
     rope_dims: int = var(16, ">=0", "dimensions of a head that RoPE turns, even; 0 all")
     qk_gain_init: float = var(1.5, ">=0", "initial gain on normalised queries, one a head")
     mlp_slope: float = var(0.0, "0..1", "slope below 0 of what the MLP squares; 0: squared ReLU")
-    skip_gates: bool = var(False, "0|1", "1: U-Net skips are mixed in by learned gates")
     ve_last_n: int = var(0, "0..256", "last layers whose values are given an embedding of the token; 0 off")
     ve_dim: int = var(64, "1..16384", "width of that embedding")
-    logit_softcap: float = var(30.0, "0.1..80", "logits are squashed into +-this by tanh")
+    logit_softcap: float = var(30.0, "0.1..75", "logits are squashed into +-this by tanh")
     ln_scale: bool = var(True, "0|1", "1: the inputs of layer i are divided by sqrt(i+1)")
     xsa_last_n: int = var(0, ">=0", "exclusive self-attention on the last N layers; 0 off")
     bigram_vocab_size: int = var(2048, "0..1048576", "buckets of the hashed bigram embedding; 0 off")
@@ -236,8 +235,8 @@ class Config:
 PRESETS = {
     "seed": {"export_fill": False},  # the defaults above are the published ones, but for QUANT, which is better
     "frontier": {  # what won against it at CPU size, see records/ablations; nothing of it was measured at full size
-        "mlp_slope": 0.5, "logit_softcap": 15.0, "ve_last_n": 4, "skip_gates": True, "sparse_hidden_dim": 0,
-        "muon_beta2": 0.95, "muon_cautious": True, "warmdown_iters": 4500,
+        "mlp_slope": 0.5, "logit_softcap": 15.0, "ve_last_n": 4, "sparse_hidden_dim": 0, "muon_beta2": 0.95,
+        "muon_cautious": True, "warmdown_iters": 4500,
     },
     "demo": {  # a few minutes on two CPU cores, on the embedded corpus
         "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "sparse_start_layer": 2,
@@ -376,6 +375,9 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
         (cfg.mlp_dim > 0, f"MLP_MULT={cfg.mlp_mult}: leaves no hidden unit at MODEL_DIM={cfg.model_dim}"),
         (not slides or cfg.eval_stride <= cfg.eval_len,
          f"EVAL_STRIDE={cfg.eval_stride}: must not exceed the evaluation window of {cfg.eval_len} tokens"),
+        (not cfg.eval_window or not cfg.final_sliding_eval_enable or 0 < cfg.eval_stride < cfg.eval_len,
+         f"EVAL_WINDOW={cfg.eval_window}: is for the sliding score, and EVAL_STRIDE={cfg.eval_stride} gives none; "
+         f"set a stride from 1 to below {cfg.eval_len}"),
         (cfg.eval_window <= cfg.eval_len,
          f"EVAL_WINDOW={cfg.eval_window}: must not exceed the evaluation window of {cfg.eval_len} tokens"),
         (not cfg.ttt_enabled or cfg.eval_stride > 0, "EVAL_STRIDE=0: TTT_ENABLED=1 scores in windows; give a stride"),
@@ -1221,7 +1223,6 @@ class GPT(nn.Module):
         self.smear = nn.Parameter(torch.zeros(cfg.model_dim))
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(self.skips, cfg.model_dim))
-        self.skip_gates = nn.Parameter(torch.zeros(self.skips, cfg.model_dim)) if cfg.skip_gates else None
         self.value_emb = nn.Embedding(cfg.vocab_size, cfg.ve_dim) if cfg.ve_last_n else None
         if cfg.ve_last_n:  # ResFormer's idea (https://arxiv.org/abs/2410.17897), from the token and not from a layer
             self.value_proj = Linear(cfg.ve_dim, cfg.model_dim // cfg.num_heads * cfg.num_kv_heads)
@@ -1256,13 +1257,6 @@ class GPT(nn.Module):
             return "head"
         return "matrix" if name.endswith(".weight") or name == "sidecar.site" else "vector"
 
-    def skip(self, x: Tensor, i: int, early: Tensor) -> Tensor:
-        """U-Net skip i: add an early layer's output, or with SKIP_GATES mix it in, channel by channel."""
-        early = self.skip_weights[i].to(x.dtype) * early
-        if self.skip_gates is None:
-            return x + early
-        return 2 * torch.lerp(early, x, torch.sigmoid(self.skip_gates[i].to(x.dtype)))
-
     def forward(self, ids: Tensor, targets: Tensor | None = None, rows: Tensor | None = None,
                 window: int = 0, band: int = 0) -> Tensor:
         """ids int [B, T] -> fp32 nats of `targets` [B, S], or without targets fp32 logits [B, S, V].
@@ -1283,7 +1277,7 @@ class GPT(nn.Module):
         stack = []  # U-Net: the first half of the layers hands its outputs to the second, last to first
         for i, block in enumerate(self.blocks):
             if i >= self.skips and stack:
-                x = self.skip(x, i - self.skips, stack.pop())
+                x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
             late = i - cfg.num_layers + cfg.ve_last_n
             x = block(x, x0, cos, sin, band, self.value_scale[late].to(x.dtype) * values if late >= 0 else None)
             if i in cfg.sparse_sites:
@@ -1299,7 +1293,7 @@ class GPT(nn.Module):
             self.watch_output(name, logits, x)
         if targets is None:
             return softcapped(logits, cfg.logit_softcap)
-        # exp of what the softcap bounds cannot overflow, so one pass does; compiled it makes no fp32 copy of the logits
+        # exp of what the softcap bounds, at most 75, cannot overflow: one pass does, compiled without an fp32 copy
         total = softcapped(logits, cfg.logit_softcap).exp_().sum(-1).log()
         return total - softcapped(logits.gather(-1, targets.long()[..., None]), cfg.logit_softcap)[..., 0]
 
@@ -2157,8 +2151,8 @@ class Evaluator:
     A window is EVAL_SEQ_LEN inputs; windows stand `stride` apart and each scores its last `stride` targets, the
     first all of its own. A target's window follows from its position in the stream (or, for `record`, from what the
     caller gives), not from the batch or number of ranks. With a `band` a window is four times as long and each token
-    attends to the last `band` tokens only, so that all but the first `band` of a window are scored: as if keys and
-    values were carried along, which takes one pass a token and not EVAL_SEQ_LEN / EVAL_STRIDE.
+    attends to the last `band` tokens only, so that all but the first `band` of a window are scored: nearly as if keys
+    and values were carried along, which takes 1 to 1.3 passes a token and not EVAL_SEQ_LEN / EVAL_STRIDE.
     For the audit, the whole distribution of the targets in `probe` is kept too, and `peek` is the largest change of a
     loss when the inputs after its place are others.
     """
@@ -2716,7 +2710,8 @@ def exact_audit(cfg: Config, process: Process) -> bool:
 
 def audit_length(cfg: Config) -> int:
     """Targets of the excerpt that the audit evaluates."""
-    return max(cfg.audit_tokens, cfg.eval_len) if cfg.audit_tokens else 4 * cfg.eval_len
+    windows = 8 if cfg.eval_window and not cfg.ttt_enabled else 4  # with EVAL_WINDOW a span is four
+    return max(cfg.audit_tokens, cfg.eval_len) if cfg.audit_tokens else windows * cfg.eval_len
 
 
 class Audit:

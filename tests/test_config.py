@@ -100,6 +100,7 @@ def test_unimplemented_switches_pass_when_off():
      ({"ROPE_DIMS": 10}, "ROPE_DIMS"), ({"ROPE_DIMS": 3}, "ROPE_DIMS"),
      ({"BIGRAM_VOCAB_SIZE": 1}, "BIGRAM_VOCAB_SIZE"),
      ({"EVAL_STRIDE": 33}, "EVAL_STRIDE"), ({"EVAL_WINDOW": 33}, "EVAL_WINDOW"),
+     ({"EVAL_WINDOW": 8, "EVAL_STRIDE": 32}, "EVAL_WINDOW"),
      ({"TRAIN_BATCH_TOKENS": 250}, "TRAIN_BATCH_TOKENS"),
      ({"MICRO_BATCH_SEQS": 3}, "MICRO_BATCH_SEQS"), ({"TRAIN_ENABLED": 0}, "MODEL_PATH"),
      ({"TTT_ENABLED": 1, "TTT_CHUNK_TOKENS": 4}, "TTT_CHUNK_TOKENS"), ({"RUN_ID": "a/b"}, "RUN_ID"),

@@ -255,7 +255,7 @@ def test_initialisation(tiny):
     assert model.sidecar_scale.abs().max() == 0 and model.sidecar.site.abs().max() == 0
 
 
-FRONTIER = {"MLP_SLOPE": 0.5, "VE_LAST_N": 2, "VE_DIM": 8, "SKIP_GATES": 1, "MUON_BETA2": 0.9, "MUON_CAUTIOUS": 1}
+FRONTIER = {"MLP_SLOPE": 0.5, "VE_LAST_N": 2, "VE_DIM": 8, "MUON_BETA2": 0.9, "MUON_CAUTIOUS": 1}
 
 
 @pytest.mark.parametrize("variables", [{}, {"XSA_LAST_N": 2, "TIE_EMBEDDINGS": 0}, {"NUM_LAYERS": 1, "BIGRAM_DIM": 32},
@@ -270,7 +270,7 @@ def test_compiles_without_graph_breaks(tiny, variables):
         compiled(ids[:, :-1], ids[:, :4], rows)
 
 
-@pytest.mark.parametrize("cap", [0.1, 30.0, 80.0])
+@pytest.mark.parametrize("cap", [0.1, 30.0, 75.0])
 def test_nats_are_the_cross_entropy_of_the_logits(tiny, cap):
     """Up to the largest softcap, and with logits far beyond it."""
     model, ids = model_of(tiny(LOGIT_SOFTCAP=cap), noise=3.0), torch.randint(2, 400, (2, 33))
@@ -448,16 +448,16 @@ def test_optimizer_state_goes_on_where_it_was(tiny):
 
 
 def test_switches_of_the_frontier_start_as_the_published_model(tiny):
-    """Skip gates and value embeddings of scale 0 change nothing; the slope does, and values reach the last layers."""
+    """Value embeddings of scale 0 change nothing, others do, and so does the slope."""
     ids, plain = torch.randint(2, 400, (2, 33)), model_of(tiny(), noise=0.1)
-    gated = t.GPT(tiny(SKIP_GATES=1, VE_LAST_N=2, VE_DIM=8))
-    gated.load_state_dict(plain.state_dict(), strict=False)
+    valued = t.GPT(tiny(VE_LAST_N=2, VE_DIM=8))
+    valued.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
-        gated.value_scale.zero_()
-    assert torch.allclose(gated(ids), plain(ids), atol=1e-5)
+        valued.value_scale.zero_()
+    assert torch.allclose(valued(ids), plain(ids), atol=1e-5)
     with torch.no_grad():
-        gated.value_scale.fill_(1.0)
-    assert not torch.allclose(gated(ids), plain(ids), atol=1e-3)
+        valued.value_scale.fill_(1.0)
+    assert not torch.allclose(valued(ids), plain(ids), atol=1e-3)
     sloped = t.GPT(tiny(MLP_SLOPE=0.5))
     sloped.load_state_dict(plain.state_dict())
     assert not torch.allclose(sloped(ids), plain(ids), atol=1e-3)

@@ -32,6 +32,7 @@ import torch  # noqa: E402
 import train_gpt as t  # noqa: E402
 
 SCORES = ("ttt", "sliding", "int6", "float")  # the first of these that a run has is what it is compared by
+MARK = "`python tools/ablations.py table"  # in each README.md that it writes
 SCORE_NAMES = {"ttt": "test-time training", "sliding": "sliding windows", "int6": "the artifact read back",
                "float": "float weights"}
 
@@ -63,7 +64,10 @@ def read_ideas(path: Path) -> list[Idea]:
     ideas = []
     for line in filter(None, lines):
         name, settings, verdict = ([part.strip() for part in line.split("|")] + ["", ""])[:3]
-        pairs = [word.partition("=") for word in shlex.split(settings)]
+        try:
+            pairs = [word.partition("=") for word in shlex.split(settings)]
+        except ValueError as error:
+            fail(f"{path}: {error} in the line of {name!r}")
         if bad := [word for word, equals, _ in pairs if not equals]:
             fail(f"{path}: {bad[0]!r} in the line of {name!r} is no VAR=value")
         ideas.append(Idea(name, {variable: value for variable, _, value in pairs}, verdict))
@@ -105,6 +109,9 @@ def configuration(given: dict[str, str]) -> t.Config:
 
 def plan(ideas: list[Idea], path: Path, rounds: int):
     """Time each idea against the base, keep what it costs, print the runs."""
+    varied = sorted({n for idea in ideas for n in idea.given} & os.environ.keys() - {"ITERATIONS", "WARMDOWN_ITERS"})
+    if varied:
+        fail(f"{varied[0]} is set, and {path} varies it; unset it and give it in each line, the base's too")
     base = Timed(configuration(ideas[0].given), t.Process(os.environ.get("COMPUTE_DTYPE", "auto")))
     costs = {}
     for idea in ideas:
@@ -198,7 +205,7 @@ def spread(values: list[float], sign: str = "") -> str:
 def table(paths: list[Path]):
     """README.md beside the files of candidates: its `about.md`, then a table for each of them."""
     about = paths[0].parent / "about.md"
-    lines = [about.read_text().rstrip() if about.exists() else "# Ablations"]
+    lines = [about.read_text().rstrip() if about.exists() else f"# Ablations\n\nMade by {MARK} ...`."]
     for path in paths:
         ideas = read_ideas(path)
         first, *rest = rows_of(ideas, summaries_of(path), costs_of(path).get(path.stem, {}))
@@ -214,7 +221,10 @@ def table(paths: list[Path]):
                      spread(list(row["bpb"].values())),
                      "" if row is first else spread(row["gains"], "+"), idea.verdict)
             lines.append(f"| {' | '.join(cells)} |")
-    (paths[0].parent / "README.md").write_text("\n".join(lines) + "\n")
+    readme = paths[0].parent / "README.md"
+    if readme.exists() and MARK not in readme.read_text():
+        fail(f"{readme}: not made by this tool; put the file of candidates into a folder of its own")
+    readme.write_text("\n".join(lines) + "\n")
 
 
 def main():
@@ -223,6 +233,8 @@ def main():
     parser.add_argument("candidates", type=Path, nargs="+")
     parser.add_argument("--rounds", type=int, default=9, help="timed pairs of steps (%(default)s)")
     options = parser.parse_args()
+    if options.rounds < 1:
+        fail("--rounds must be at least 1")
     if options.job == "plan":
         plan(read_ideas(options.candidates[0]), options.candidates[0], options.rounds)
     else:

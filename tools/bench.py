@@ -133,16 +133,17 @@ class Bench:
 
     def evaluation(self, windows: int):
         """Sliding windows over the start of the validation text."""
-        cfg, stream = self.cfg, self.stream(windows * self.cfg.eval_stride)
+        stride = self.cfg.eval_stride or self.cfg.eval_len
+        cfg, stream = dataclasses.replace(self.cfg, eval_window=0), self.stream(windows * stride)
         forward = t.compiled(self.model, cfg, self.process)
 
         def score():
-            t.evaluate(cfg, self.process, self.log, forward, stream, cfg.eval_stride, "")
+            t.evaluate(cfg, self.process, self.log, forward, stream, stride, "")
 
         score()
-        count = -(-stream.targets // cfg.eval_stride)
+        count = -(-stream.targets // stride)
         times = [self.timed(score) for _ in range(self.repeats)]
-        self.add(f"evaluation, stride {cfg.eval_stride}", [count / s for s in times], "windows/s")
+        self.add(f"evaluation, stride {stride}", [count / s for s in times], "windows/s")
 
     def adaptation(self, targets: int):
         """Test-time training from the same weights each time."""

@@ -4,9 +4,10 @@ turn with the step as it is.
 
     PRESET=demo python tools/trials.py [--rounds N]
 
-Times are those of the processor on a CPU, so that other work on the machine changes them little, and of the clock on a
-GPU; medians over the rounds. Results must agree: the difference in loss that a plain form makes is printed too. The
-attention and norm of a GPU are PyTorch's own there, so those two trials say nothing on one.
+Times are those of the processor on a CPU, so that other work on the machine changes them little, and of the clock on
+a GPU; medians over the rounds but the first, which compiles. Results must agree: the difference in loss that a plain
+form makes is printed too. The attention and norm of a GPU are PyTorch's own there, so those two trials say
+nothing on one.
 """
 
 import argparse
@@ -39,10 +40,6 @@ def gain_on_activations(self, x, gain=1.0):
     return y * (gain.flatten().to(y.dtype) if isinstance(gain, torch.Tensor) else gain)
 
 
-def each_matrix_alone(g, steps, *more):
-    return torch.stack([t.newton_schulz(matrix[None], steps, *more)[0] for matrix in g])
-
-
 def loss_with_maximum(self, ids, targets=None, rows=None, window=0, band=0, forward=t.GPT.forward):
     logits = forward(self, ids, None, rows, window, band)
     if targets is None:
@@ -60,10 +57,13 @@ def memory_given_back():
     t.keep_freed_memory()  # the next step pays for the memory that is fetched back, and is not counted
 
 
-def trials(trainer: t.Trainer) -> dict:
-    """For each plain form a context in which it is used."""
+def trials(trainer: t.Trainer, plain_adam: torch.optim.Optimizer, batched) -> dict:
+    """For each plain form a context in which it is used; `batched`: Newton-Schulz as the trainer has it."""
     optimizers = trainer.optimizers
-    plain_adam = torch.optim.AdamW([{**g} for g in optimizers.adam.param_groups], foreach=False)
+
+    def each_matrix_alone(g, steps):
+        return torch.stack([batched(matrix[None], steps)[0] for matrix in g])
+
     return {
         "as it is": contextlib.nullcontext(),
         "PyTorch's fused attention": mock.patch.object(t, "attend", fused_attention),
@@ -71,7 +71,7 @@ def trials(trainer: t.Trainer) -> dict:
         "gains on activations, not in the matrices": mock.patch.object(t.Linear, "forward", gain_on_activations),
         "cross-entropy with its maximum and log-softmax": mock.patch.object(t.GPT, "forward", loss_with_maximum),
         "Newton-Schulz a matrix at a time": mock.patch.object(optimizers, "orthogonalise", each_matrix_alone),
-        "AdamW a tensor at a time, not fused": mock.patch.object(optimizers, "adam", plain_adam),
+        "AdamW not fused": mock.patch.object(optimizers, "adam", plain_adam),
         "memory given back to the system": memory_given_back(),
         "": contextlib.nullcontext(),
     }
@@ -81,6 +81,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="times that each step is taken (%(default)s)")
     options = parser.parse_args()
+    if options.rounds < 1:
+        raise t.UserError("--rounds must be at least 1")
     cfg, _ = t.read_launch([])
     process = t.Process(cfg.compute_dtype)
     torch.manual_seed(cfg.seed)
@@ -92,15 +94,21 @@ def main():
             p.add_(0.02 * torch.randn_like(p))
     shape = trainer.share, cfg.train_seq_len + 1
     tokens = torch.randint(2, cfg.vocab_size, shape, dtype=torch.int32).to(process.device)
-    forms, seconds, losses = list(trials(trainer)), {}, {}
-    for _ in range(options.rounds + 1):
-        for name in forms:
-            with trials(trainer)[name]:
-                began = clock()
-                trainer.step(tokens, 0, 0.0)
-                trainer.synchronize()
-                seconds.setdefault(name, []).append(clock() - began)
-                losses[name] = float(trainer.flat.loss)
+    plain_adam = torch.optim.AdamW([{**group} for group in trainer.optimizers.adam.param_groups], foreach=False)
+    more = plain_adam, trainer.optimizers.orthogonalise
+    forms, seconds, losses = list(trials(trainer, *more)), {}, {}
+    turns = [name for _ in range(options.rounds + 1) for name in forms]
+    if trainer.forward is not model:  # compiled: one form after another, each traced anew
+        turns = [name for name in forms for _ in range(options.rounds + 1)]
+    for name, before in zip(turns, [None, *turns], strict=False):
+        if trainer.forward is not model and name != before:
+            torch._dynamo.reset()
+        with trials(trainer, *more)[name]:
+            began = clock()
+            trainer.step(tokens, 0, 0.0)
+            trainer.synchronize()
+            seconds.setdefault(name, []).append(clock() - began)
+            losses[name] = float(trainer.flat.loss)
     base = statistics.median(seconds[forms[0]][1:])
     print(f"{process.hardware()['name']}, {torch.get_num_threads()} threads, {str(process.dtype)[6:]}, a step of "
           f"{cfg.train_batch_tokens:,} tokens\n\n| form | ms a step | of the step as it is | loss differs by |\n"
