@@ -250,11 +250,11 @@ PRESETS = {
 
 # Switches of this field's other scripts that are not implemented here: harmless when off, an error when on.
 NOT_IMPLEMENTED = ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS", "LAWA_ENABLED", "DTG_ENABLED",
-                   "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM")
+                   "VE_ENABLED", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM")
 COMPANIONS = ("SWA_", "QAT_", "MTP_", "LAWA_", "DTG_")  # settings of those: no effect
 # A name with a prefix of the first group was meant for us, one of the second never was.
 FAMILIES = ("ADAM_", "AUDIT_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "RESUME_",
-            "ROPE_", "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "XSA_")
+            "ROPE_", "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_")
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH", "PET_", "CUDA_", "NVIDIA_",
            "NCCL_", "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MODULE",
            "MATCHED_")
