@@ -153,3 +153,9 @@ def test_clips_without_effect_are_said():
 
     assert warned(QUANT_CLIP="9") == ["QUANT_CLIP: no effect with QUANT=balanced"]
     assert warned(QUANT_CLIP="9", QUANT_CLIP_EMBED="9", QUANT="gptq") == []
+
+
+@pytest.mark.parametrize("name, value", [("VE_ENABLED", "1"), ("VE_LAYERS", "9,10")])
+def test_other_scripts_value_embeddings_are_not_silently_ignored(name, value):
+    _, problems, _ = train_gpt.load_config({"PRESET": "demo", name: value})
+    assert len(problems) == 1 and problems[0].startswith(name)
