@@ -135,7 +135,6 @@ class Config:
     muon_momentum_warmup_steps: int = var(1500, ">=0", "steps of that warm-up")
     muon_backend_steps: int = var(5, "1..100", "Newton-Schulz iterations")
     muon_beta2: float = var(0.0, "0..<1", "memory of the row sizes by which Muon's updates are divided; 0 off")
-    muon_cautious: bool = var(False, "0|1", "1: Muon's weight decay only where the update shrinks a weight too")
     muon_wd: float = var(0.04, ">=0", "Muon's decoupled weight decay")
     adam_wd: float = var(0.04, ">=0", "AdamW's weight decay")
     beta1: float = var(0.9, "0..<1", "Adam's first beta")
@@ -236,7 +235,7 @@ PRESETS = {
     "seed": {"export_fill": False},  # the defaults above are the published ones, but for QUANT, which is better
     "frontier": {  # what won against it at CPU size, see records/ablations; nothing of it was measured at full size
         "mlp_slope": 0.5, "logit_softcap": 15.0, "ve_last_n": 4, "sparse_hidden_dim": 0, "muon_beta2": 0.95,
-        "muon_cautious": True, "warmdown_iters": 4500,
+        "warmdown_iters": 4500,
     },
     "demo": {  # a few minutes on two CPU cores, on the embedded corpus
         "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "sparse_start_layer": 2,
@@ -1491,8 +1490,7 @@ class Optimizers:
             wait()
         rate = torch.where(finite, cfg.matrix_lr * factor, 0.0)
         matrices = self.flat.weights[: len(self.update)]
-        decay = rate * cfg.muon_wd * ((self.update * matrices > 0) if cfg.muon_cautious else 1.0)
-        matrices.mul_(1 - decay).addcmul_(self.update, rate, value=-1)
+        matrices.mul_(1 - rate * cfg.muon_wd).addcmul_(self.update, rate, value=-1)
 
     @torch.no_grad()
     def track_average(self):
