@@ -19,6 +19,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import difflib
 import fcntl
 import hashlib
 import io
@@ -34,8 +35,6 @@ import shutil
 import signal
 import struct
 import sys
-import tempfile
-import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +55,12 @@ class UserError(Exception):
         self.shared = shared
 
 
+def require(holds, problem: str):
+    """UserError with this problem unless it holds."""
+    if not holds:
+        raise UserError(problem)
+
+
 def var(default, accepts: str, text: str, stage: str = ""):
     """A configuration field. `accepts` is shown in --help and enforced by `parse`; `stage` opens a section."""
     return dataclasses.field(default=default, metadata={"accepts": accepts, "text": text, "stage": stage})
@@ -65,19 +70,15 @@ def var(default, accepts: str, text: str, stage: str = ""):
 class Config:
     """One run's settings. Each field is set by the environment variable of its name in capitals."""
 
-    preset: str = var("auto", "auto|seed|frontier|demo", "defaults to start from; auto: seed with a GPU, else demo",
-                      "Run")
+    preset: str = var("auto", "auto|seed|frontier|demo", "where defaults come from; auto: seed on GPUs or demo", "Run")
     run_id: str = var("", "name", "folder of this run under LOG_DIR; empty: time and seed")
     seed: int = var(1337, "0..4294967295", "random seed of weights and, with SHUFFLE=1, of the data order")
     log_dir: str = var("logs", "path", "where runs are kept")
     train_log_every: int = var(100, ">=0", "steps between train_loss lines, besides the first 10; 0 off")
-    ckpt_every_seconds: float = var(0.0, ">=0", "seconds between checkpoints, in training and in "
-                                    "test-time training; 0 off")
+    ckpt_every_seconds: float = var(0.0, ">=0", "seconds between checkpoints, of training and of TTT; 0 off")
     keep_ckpts: int = var(2, ">=1", "checkpoints of training that stay")
-    resume: str = var("0", "0|1|path", "1: go on with RUN_ID, or without it with the newest unfinished run of the same "
-                      "settings, or start; a checkpoint or a run's folder: go on with that")
-    nan_policy: str = var("stop", "stop|skip", "a step whose loss or gradient is not finite is dropped; stop: and ends "
-                          "the run; skip: only the fourth in a row does")
+    resume: str = var("0", "0|1|path", "1: go on with RUN_ID, or start it; a run's folder or a checkpoint: with that")
+    nan_policy: str = var("stop", "stop|skip", "at a step that is not finite: stop, or skip it, three in a row at most")
     strict_env: bool = var(True, "0|1", "1: a variable that looks misspelt stops the run; 0: it is a warning")
     env_extra: str = var("", "text", "comma-separated names of your own variables that may look like ours")
 
@@ -147,36 +148,28 @@ class Config:
     export_enabled: bool = var(True, "0|1", "0: evaluate the averaged weights without an artifact", "Export")
     artifact_limit_bytes: int = var(16_000_000, ">=1", "code + model bytes at most")
     export_fill: bool = var(True, "0|1", "1: finer values, up to 8 bits each, in the room that is left (seed: 0)")
-    export_max_seconds: float = var(-1.0, ">=-1", "calibration and search at most, taken from MAX_WALLCLOCK_SECONDS; "
-                                    "-1: 2% of that, 10 s at least, a quarter at most; without a cap no limit")
+    export_max_seconds: float = var(-1.0, ">=-1", "of MAX_WALLCLOCK_SECONDS, for search; 0 no limit; -1: 2%, >=10 s")
     calibration_tokens: int = var(65536, ">=1", "training tokens on which rounding is calibrated and judged")
     save_float: bool = var(False, "0|1", "1: also keep the averaged weights, to export again with MODEL_PATH")
-    compressor: str = var("rans", "rans|zstd", "coder of the quantised values")
-    quant: str = var("balanced", "balanced|rowmax|mse|std|gptq", "rounding; rowmax: as published; mse: clips of least "
-                     "squared error; std: clips at QUANT_CLIP standard deviations of a row; gptq: the same with error "
-                     "feedback; balanced: gptq with steps by what an error in a row and a column costs")
+    quant: str = var("balanced", "balanced|gptq|rowmax", "rounding; by what errors cost; to their feedback; published")
     quant_bits_attn: float = var(6.0, "2..8", "bits of attention matrices, one more halves steps; a search starts here")
     quant_bits_mlp: float = var(6.0, "2..8", "the same for MLP matrices")
     quant_bits_embed: float = var(8.0, "2..8", "for the token embedding and an untied output layer")
     quant_bits_bigram: float = var(8.0, "2..8", "for the bigram embedding and its projection")
     quant_bits_sidecar: float = var(6.0, "2..8", "for the sidecar")
-    quant_clip: float = var(12.85, ">0", "std, gptq: where a matrix is clipped, in standard deviations of a row")
-    quant_clip_embed: float = var(20.0, ">0", "std, gptq: the same for embeddings")
     quant_min_numel: int = var(65536, ">=0", "tensors up to this many elements are kept in fp16")
 
     final_eval_enable: bool = var(True, "0|1", "1: score float and int6 weights without overlap", "Evaluation")
     final_sliding_eval_enable: bool = var(True, "0|1", "1: score the artifact in sliding windows")
     eval_stride: int = var(64, ">=0", "tokens between sliding windows; 0: no sliding evaluation")
     eval_seq_len: int = var(0, "0..1048576", "tokens an evaluation window; 0: as TRAIN_SEQ_LEN")
-    eval_window: int = var(0, ">=0", "for the sliding score: keys and values are kept, each token attends to so many, "
-                           "its own included, and is computed 1 to 1.3 times; EVAL_SEQ_LEN at most; 0: windows")
     val_batch_size: int = var(524288, ">=1", "tokens a validation batch over all ranks, at most")
     eval_max_seconds: float = var(-1.0, ">=-1", "seconds from artifact to val_bpb; 0 no limit; -1: 600 on CUDA, else 0")
     nll_dump: str = var("", "path", "write the nats of every target behind val_bpb to this .npy file")
 
     ttt_enabled: bool = var(True, "0|1", "1: score-first test-time training", "Test-time training")
-    ttt_mode: str = var("auto", "auto|full|lora", "lora: adapters a document; full: all weights, chunk by chunk; "
-                        "auto: lora, or full where a variable of full is given")
+    ttt_mode: str = var("auto", "auto|full|lora", "lora: adapters a document; full: all weights; auto: full where its "
+                        "variables are given, else lora")
     ttt_lora_rank: int = var(32, "1..16384", "lora: rank of the adapters; the default is clipped to MODEL_DIM")
     ttt_lora_lr: float = var(0.004, "0..1000", "lora: Adam's rate")
     ttt_lora_chunk_tokens: int = var(128, ">=1", "lora: targets scored, then learnt from, at a time; a window at most")
@@ -205,24 +198,21 @@ class Config:
         return self.eval_seq_len or self.train_seq_len
 
     @property
-    def export_seconds(self) -> float:
-        """Guard on calibration and search, 0 for none: it is training time, so training ends that much sooner."""
-        cap = self.max_wallclock_seconds * self.train_enabled
-        auto = self.export_max_seconds < 0
-        return min(max(10.0, cap / 50), cap / 4) if auto else self.export_max_seconds
-
-    @property
     def mlp_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
 
     @property
+    def export_seconds(self) -> float:
+        """Guard on calibration and search, 0 for none: it is training time, so training ends that much sooner."""
+        cap = self.max_wallclock_seconds * self.train_enabled
+        return self.export_max_seconds if self.export_max_seconds >= 0 else min(max(10.0, cap / 50), cap / 4)
+
+    @property
     def sparse_sites(self) -> tuple[int, ...]:
         """Layers followed by the shared sidecar."""
-        if self.sparse_start_layer < 0 or self.sparse_hidden_dim == 0:
-            return ()
         end = self.num_layers if self.sparse_end_layer < 0 else min(self.sparse_end_layer + 1, self.num_layers)
-        sites = tuple(range(self.sparse_start_layer, end, self.sparse_every))
-        return sites[: self.sparse_max_sites] if self.sparse_max_sites else sites
+        sites = tuple(range(self.sparse_start_layer, end, self.sparse_every))[: self.sparse_max_sites or None]
+        return sites if self.sparse_start_layer >= 0 and self.sparse_hidden_dim else ()
 
     def settings(self) -> dict:
         return {f.name: getattr(self, f.name) for f in VARIABLES}
@@ -237,31 +227,29 @@ PRESETS = {
         "mlp_slope": 0.5, "logit_softcap": 15.0, "ve_last_n": 4, "sparse_hidden_dim": 0, "muon_beta2": 0.95,
         "warmdown_iters": 4500,
     },
-    "demo": {  # a few minutes on two CPU cores, on the embedded corpus
+    "demo": {  # a few minutes on two CPU cores, on the embedded corpus; as many bytes a parameter as the seed has
         "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "sparse_start_layer": 2,
         "train_seq_len": 256, "train_batch_tokens": 4096, "iterations": 3000, "max_wallclock_seconds": 180.0,
         "warmdown_iters": 400, "warmup_steps": 0, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 100,
         "ema_decay": 0.97, "train_log_every": 50, "val_token_limit": 131072, "quant_min_numel": 4096,
-        "calibration_tokens": 32768,
-        "artifact_limit_bytes": 750_000,  # as many bytes a parameter as the challenge leaves the published model
+        "calibration_tokens": 32768, "artifact_limit_bytes": 750_000,
     },
 }
 
 # Switches of this field's other scripts that are not implemented here: harmless when off, an error when on.
 NOT_IMPLEMENTED = ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS", "LAWA_ENABLED", "DTG_ENABLED",
                    "VE_ENABLED", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM")
-COMPANIONS = ("SWA_", "QAT_", "MTP_", "LAWA_", "DTG_")  # settings of those: no effect
-# A name with a prefix of the first group was meant for us, one of the second never was.
+# A name with a prefix of the first group was meant for us; one of the second never was, or is a setting of the above.
 FAMILIES = ("ADAM_", "AUDIT_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "RESUME_",
             "ROPE_", "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_")
-FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH", "PET_", "CUDA_", "NVIDIA_",
-           "NCCL_", "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MODULE",
-           "MATCHED_")
+FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH", "PET_", "CUDA_", "NVIDIA_", "NCCL_",
+           "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MODULE", "MATCHED_", "SWA_",
+           "QAT_", "MTP_", "LAWA_", "DTG_")
 
 VARIABLES = [f for f in dataclasses.fields(Config) if "accepts" in f.metadata]
 _stages = list(itertools.accumulate((f.metadata["stage"] for f in VARIABLES), lambda old, new: new or old))
-TTT_LORA = [f.name for f in VARIABLES if f.name.startswith("ttt_lora")]  # what each mode alone listens to
-TTT_FULL = [f.name for f in VARIABLES if f.metadata["text"].startswith("full: ")]
+TTT_LORA = {f.name for f in VARIABLES if f.name.startswith("ttt_lora")}  # what each mode alone listens to
+TTT_FULL = {f.name for f in VARIABLES if f.metadata["text"].startswith("full: ")}
 MODEL_FIELDS = [f for f, stage in zip(VARIABLES, _stages, strict=True) if stage == "Model"]  # stored in artifacts
 
 
@@ -270,17 +258,14 @@ def parse(kind: type, accepts: str, raw: str):
     if kind is bool:
         ok, value = raw in ("0", "1"), raw == "1"
     elif kind is str:
-        ok = "\n" not in raw and "\0" not in raw and ("|" not in accepts or "path" in accepts or
-                                                     raw in accepts.split("|"))
+        ok = not re.search("[\n\0]", raw) and ("|" not in accepts or "path" in accepts or raw in accepts.split("|"))
         short = len(raw.encode()) < 200  # encode() refuses what no log could hold
         ok, value = ok and (accepts != "name" or raw not in (".", "..") and "/" not in raw and short), raw
     else:
-        value = kind(raw)
-        if accepts[0] == ">":
-            ok = value >= float(accepts[2:]) if accepts[1] == "=" else value > float(accepts[1:])
-        else:
-            low, high = accepts.split("..")
-            ok = float(low) <= value and (value < float(high[1:]) if high[0] == "<" else value <= float(high))
+        value, (low, _, high) = kind(raw), accepts.partition("..")
+        bounds = [low] if low[0] == ">" else [f">={low}", f"{'<' if high[0] == '<' else '<='}{high.lstrip('<')}"]
+        against = [(b, float(b.lstrip("<>="))) for b in bounds]
+        ok = all((value > x if b[0] == ">" else value < x) or ("=" in b and value == x) for b, x in against)
         ok = ok and abs(value) <= 1e15  # also refuses nan and inf
     if not ok:
         raise ValueError
@@ -296,28 +281,22 @@ def check_value(field: dataclasses.Field, value):
     return value
 
 
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: insertions, deletions and substitutions that turn `a` into `b`."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1]
+def near(a: str, b: str, edits: int) -> bool:
+    """Whether at most so many insertions, deletions and substitutions turn `a` into `b`."""
+    if a[:1] == b[:1]:
+        return not a or near(a[1:], b[1:], edits)
+    return edits > 0 and any(near(x, y, edits - 1) for x, y in ((a[1:], b), (a, b[1:]), (a[1:], b[1:])))
 
 
 def misspelt(names, extra: set[str]) -> list[str]:
     """A line for each environment name that looks meant for this script but is not one of its variables."""
-    ours, lines = [f.name.upper() for f in VARIABLES], []
+    ours, lines = sorted(f.name.upper() for f in VARIABLES), []
     for name in sorted(set(names) - {*ours, *NOT_IMPLEMENTED, *extra}):
-        if name.startswith(FOREIGN) or name.startswith(COMPANIONS):
-            continue
-        family = next((prefix for prefix in FAMILIES if name.upper().startswith(prefix)), None)
-        far, near = min((edit_distance(name.upper(), o), o) for o in ours)
-        if far > 2 and family:
-            near = min((edit_distance(name.upper(), o), o) for o in ours if o.startswith(family))[1]
-        if far <= 2 or family:
-            lines.append(f"{name}: no such variable; did you mean {near}? (ENV_EXTRA={name} lets it pass)")
+        family = next((prefix for prefix in FAMILIES if name.upper().startswith(prefix)), "")
+        close = [o for edits in (1, 2) for o in ours if near(name.upper(), o, edits)]
+        if (close or family) and not name.startswith(FOREIGN):
+            close += difflib.get_close_matches(name.upper(), [o for o in ours if o.startswith(family)], 1, 0.0)
+            lines.append(f"{name}: no such variable; did you mean {close[0]}? (ENV_EXTRA={name} lets it pass)")
     return lines
 
 
@@ -332,72 +311,60 @@ def load_config(environ, ranks: int = 1) -> tuple[Config, list[str], list[str]]:
     problems, values = [], {}
     for f in VARIABLES:
         name, raw = f.name.upper(), environ.get(f.name.upper())
-        if raw is None or (raw == "" and f.type is str):
-            continue
         try:
-            values[f.name] = parse(f.type, f.metadata["accepts"], raw)
+            if raw is not None and (raw or f.type is not str):
+                values[f.name] = parse(f.type, f.metadata["accepts"], raw)
         except (ValueError, OverflowError):
             most = ", at most 1e15" if f.metadata["accepts"].startswith(">") else ""
             problems.append(f"{name}={raw[:80]!r}: accepts {f.type.__name__} {f.metadata['accepts']}{most}")
-    for name in NOT_IMPLEMENTED:
-        if environ.get(name, "0") not in ("0", "", "0.0"):
-            problems.append(f"{name}={environ[name][:80]!r}: not implemented in this script; unset it or set it to 0")
+    problems += [f"{name}={environ[name][:80]!r}: not implemented in this script; unset it or set it to 0"
+                 for name in NOT_IMPLEMENTED if environ.get(name, "0") not in ("0", "", "0.0")]
     preset = values.get("preset", "auto")
     preset = ("seed" if has_gpu() else "demo") if preset == "auto" else preset
     cfg = Config(**{**PRESETS[preset], **values, "preset": preset, "explicit": frozenset(values)})
-    typos = misspelt(environ, {n.strip() for n in cfg.env_extra.split(",")})
-    full, lora = (sorted(n.upper() for n in cfg.explicit & set(names)) for names in (TTT_FULL, TTT_LORA))
-    idle = {"full": lora, "lora": full, "auto": []}[cfg.ttt_mode] if cfg.ttt_enabled else []
+    full, lora = (sorted(n.upper() for n in cfg.explicit & names) if cfg.ttt_enabled else [] for names in
+                  (TTT_FULL, TTT_LORA))
+    idle = {"full": lora, "lora": full, "auto": []}[cfg.ttt_mode]
+    warnings = [f"{name}: no effect with TTT_MODE={cfg.ttt_mode}" for name in idle]
     if cfg.ttt_mode == "auto":
         cfg = dataclasses.replace(cfg, ttt_mode="full" if full else "lora")
-        problems += [f"TTT_MODE: {a} belongs to full and {b} to lora; say which" for a in full[:1] for b in lora[:1]
-                     if cfg.ttt_enabled]
+        if full and lora:
+            problems.append(f"TTT_MODE: {full[0]} belongs to full and {lora[0]} to lora; say which")
     problems += [] if problems else conflicts(cfg, ranks)
-    idle = [f"{name}: no effect with TTT_MODE={cfg.ttt_mode}" for name in idle]
-    clips = sorted(cfg.explicit & {"quant_clip", "quant_clip_embed"}) if cfg.quant not in ("std", "gptq") else []
-    idle += [f"{name.upper()}: no effect with QUANT={cfg.quant}" for name in clips]
-    return (cfg, problems + typos, idle) if cfg.strict_env else (cfg, problems, typos + idle)
+    typos = misspelt(environ, {n.strip() for n in cfg.env_extra.split(",")})
+    return (cfg, problems + typos, warnings) if cfg.strict_env else (cfg, problems, typos + warnings)
 
 
 def conflicts(cfg: Config, ranks: int) -> list[str]:
     """A line for each group of settings that cannot go together."""
-    heads, head_dim = cfg.num_heads, cfg.model_dim // cfg.num_heads
-    seqs = cfg.train_batch_tokens // cfg.train_seq_len
-    slides, trains = cfg.final_sliding_eval_enable or cfg.ttt_enabled, cfg.train_enabled
-    rules = [  # (what must hold, what to say where it does not)
-        (cfg.model_dim % heads == 0, f"MODEL_DIM={cfg.model_dim}: must be a multiple of NUM_HEADS={heads}"),
-        (heads % cfg.num_kv_heads == 0, f"NUM_KV_HEADS={cfg.num_kv_heads}: must divide NUM_HEADS={heads}"),
-        (head_dim % 2 == 0, f"MODEL_DIM={cfg.model_dim}: must give each head an even width for RoPE, not {head_dim}"),
-        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim,
-         f"ROPE_DIMS={cfg.rope_dims}: must be even and at most the head's {head_dim} dimensions"),
-        (cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: must be 0 (off) or at least 2"),
-        (cfg.mlp_dim > 0, f"MLP_MULT={cfg.mlp_mult}: leaves no hidden unit at MODEL_DIM={cfg.model_dim}"),
-        (not slides or cfg.eval_stride <= cfg.eval_len,
-         f"EVAL_STRIDE={cfg.eval_stride}: must not exceed the evaluation window of {cfg.eval_len} tokens"),
-        (not cfg.eval_window or not cfg.final_sliding_eval_enable or 0 < cfg.eval_stride < cfg.eval_len,
-         f"EVAL_WINDOW={cfg.eval_window}: is for the sliding score, and EVAL_STRIDE={cfg.eval_stride} gives none; "
-         f"set a stride from 1 to below {cfg.eval_len}"),
-        (cfg.eval_window <= cfg.eval_len,
-         f"EVAL_WINDOW={cfg.eval_window}: must not exceed the evaluation window of {cfg.eval_len} tokens"),
-        (not cfg.ttt_enabled or cfg.eval_stride > 0, "EVAL_STRIDE=0: TTT_ENABLED=1 scores in windows; give a stride"),
-        (not cfg.ttt_enabled or cfg.ttt_mode == "lora" or cfg.ttt_chunk_tokens >= cfg.eval_stride,
-         f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens}: must be at least EVAL_STRIDE={cfg.eval_stride}"),
-        (not cfg.ttt_enabled or cfg.ttt_freeze_blocks <= cfg.num_layers,
-         f"TTT_FREEZE_BLOCKS={cfg.ttt_freeze_blocks}: the model has {cfg.num_layers} blocks"),
-        (cfg.ttt_lora_rank <= cfg.model_dim or "ttt_lora_rank" not in cfg.explicit,
-         f"TTT_LORA_RANK={cfg.ttt_lora_rank}: must not exceed the width MODEL_DIM={cfg.model_dim}"),
-        (not cfg.export_enabled or not trains or not cfg.max_wallclock_seconds or
-         0 < cfg.export_seconds < cfg.max_wallclock_seconds,
-         f"EXPORT_MAX_SECONDS={cfg.export_max_seconds:g}: must be above 0 and below MAX_WALLCLOCK_SECONDS"),
-        (trains or cfg.model_path, "MODEL_PATH: TRAIN_ENABLED=0 needs the artifact to start from"),
-        (not trains or cfg.train_batch_tokens % cfg.train_seq_len == 0,
-         f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}"),
-        (not trains or seqs % ranks == 0, f"WORLD_SIZE={ranks}: must divide the {seqs} sequences of a step "
-         "(TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN); launch another number of ranks or change the batch"),
-        (not trains or seqs % ranks or not cfg.micro_batch_seqs or seqs // ranks % cfg.micro_batch_seqs == 0,
-         f"MICRO_BATCH_SEQS={cfg.micro_batch_seqs}: must divide the {seqs // ranks} sequences of a rank's step"),
+    heads, dim, trains, ttt = cfg.num_heads, cfg.model_dim, cfg.train_enabled, cfg.ttt_enabled
+    each, seqs, cap = dim // heads, cfg.train_batch_tokens // cfg.train_seq_len, cfg.max_wallclock_seconds
+    slides, full = cfg.final_sliding_eval_enable or ttt, ttt and cfg.ttt_mode == "full"
+    rules = [  # (what must hold, of which variable, what to say where it does not)
+        (dim % heads == 0, "model_dim", f"must be a multiple of NUM_HEADS={heads}"),
+        (heads % cfg.num_kv_heads == 0, "num_kv_heads", f"must divide NUM_HEADS={heads}"),
+        (each % 2 == 0, "model_dim", f"must give each head an even width for RoPE, not {each}"),
+        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= each, "rope_dims", f"must be even and at most a head's {each}"),
+        (cfg.bigram_vocab_size != 1, "bigram_vocab_size", "must be 0 (off) or at least 2"),
+        (cfg.mlp_dim > 0, "mlp_mult", f"leaves no hidden unit at MODEL_DIM={dim}"),
+        (not slides or cfg.eval_stride <= cfg.eval_len, "eval_stride", f"must not exceed the window's {cfg.eval_len}"),
+        (not ttt or cfg.eval_stride > 0, "eval_stride", "TTT_ENABLED=1 scores in windows; give a stride"),
+        (not full or cfg.ttt_chunk_tokens >= cfg.eval_stride, "ttt_chunk_tokens", "must be at least EVAL_STRIDE"),
+        (not full or cfg.ttt_freeze_blocks <= cfg.num_layers, "ttt_freeze_blocks", f"of {cfg.num_layers} blocks"),
+        (cfg.ttt_lora_rank <= dim or "ttt_lora_rank" not in cfg.explicit, "ttt_lora_rank",
+         f"must not exceed the width MODEL_DIM={dim}"),
+        (not cfg.export_enabled or not trains or not cap or 0 < cfg.export_seconds < cap, "export_max_seconds",
+         "must be above 0 and below MAX_WALLCLOCK_SECONDS"),
+        (trains or cfg.model_path, "model_path", "TRAIN_ENABLED=0 needs the artifact to start from"),
+        (cfg.resume != "1" or cfg.run_id, "resume", "needs the RUN_ID of the run to go on with, or to start"),
+        (not trains or cfg.train_batch_tokens % cfg.train_seq_len == 0, "train_batch_tokens",
+         f"must be a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}"),
+        (not trains or seqs % ranks == 0, "world_size", f"must divide the {seqs} sequences of a step (TRAIN_BATCH_TOKENS"
+         "/TRAIN_SEQ_LEN); launch another number of ranks or change the batch"),
+        (not trains or seqs % ranks or seqs // ranks % (cfg.micro_batch_seqs or 1) == 0, "micro_batch_seqs",
+         f"must divide the {seqs // ranks} sequences of a rank's step"),
     ]
-    return [text for ok, text in rules if not ok]
+    return [f"{name.upper()}={getattr(cfg, name, ranks)}: {text}" for ok, name, text in rules if not ok]
 
 
 def help_text() -> str:
@@ -408,8 +375,8 @@ def help_text() -> str:
         demo = PRESETS["demo"].get(f.name)
         default = str(int(f.default) if f.type is bool else f.default) + (f" (demo: {demo})" if demo else "")
         lines += ["", f.metadata["stage"]] if f.metadata["stage"] else []
-        lines.append(f"  {f.name.upper():26} {default or 'empty'}; {f.metadata['accepts']}")
-        lines.append(f"  {'':28} {f.metadata['text']}")
+        lines.append(f"  {f.name.upper():26} {default or 'empty'}; {f.metadata['accepts']}\n{'':31}"
+                     f"{f.metadata['text']}")
     return "\n".join(lines)
 
 
@@ -418,12 +385,14 @@ def one_line(problem) -> str:
     return " ".join(str(problem).splitlines())
 
 
-def leave(code: int, silent: bool = False):
-    """End this rank. A silent one waits, since a launcher kills all ranks as soon as one has failed."""
+def leave(code: int, said: str = "", silent: bool = False):
+    """End this rank with what it has to say. A silent one waits: a launcher kills all ranks once one has failed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     if silent:
         time.sleep(3)
+    elif said:
+        sys.stderr.write(said + "\n")
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -455,10 +424,10 @@ def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     cfg, problems, warnings = load_config(os.environ, max(options.ranks, 1))
     problems += odd + ["--ranks and --step-ms: must be above 0"] * (options.ranks < 1 or not options.step_ms > 0)
     silent = os.environ.get("RANK", "0") != "0"
-    lines = [f"error: {one_line(p)}\n" for p in problems] + [f"warning: {one_line(w)}\n" for w in warnings]
-    sys.stderr.writelines([] if silent else lines)
+    lines = [f"error: {one_line(p)}" for p in problems] + [f"warning: {one_line(w)}" for w in warnings]
     if problems:
-        leave(2, silent)
+        leave(2, "\n".join(lines), silent)
+    sys.stderr.writelines([] if silent else [line + "\n" for line in lines])
     return cfg, options
 
 
@@ -498,42 +467,23 @@ class PeerLost(Exception):
 
 class Signals:
     """SIGINT and SIGTERM. The first raises Interrupted, or waits while it is held until what must be finished is
-    saved; a second one ends the process at once.
-
-    A thread listens, since a process that waits for another rank or for a kernel runs no handler of its own. Under
-    torchrun, which sends its own signal after the user's and kills after 30 s, signals within 2 s are one and the
-    process ends by itself before it is killed.
-    """
+    saved; a second ends the process at once. Under torchrun, which adds its own, signals within 2 s are one."""
 
     def __init__(self, listens: bool = False):
-        self.caught, self.held = 0, False
-        if listens:
-            reader, writer = os.pipe()
-            os.set_blocking(writer, False)
-            signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._handle)
-            threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+        self.caught, self.held, self.began = 0, False, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM) if listens else ():
+            signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame):
-        if not self.held:
-            raise Interrupted(number)
-
-    def _listen(self, reader: int):
-        launched, first = "TORCHELASTIC_RUN_ID" in os.environ, 0.0
-        while True:
-            number = os.read(reader, 1)[0]
-            if self.caught and not (launched and time.monotonic() - first < 2):
-                os._exit(128 + number)
-            if not self.caught:
-                self.caught, first = number, time.monotonic()
-                if self.held and os.environ.get("RANK", "0") == "0":
-                    sys.stderr.write(f"{signal.Signals(number).name}: finishing the step and saving; a second one "
-                                     "leaves at once\n")
-                if launched:
-                    end = threading.Timer(20.0, os._exit, (128 + number,))
-                    end.daemon = True
-                    end.start()
+        if not self.caught:
+            self.caught, self.began = number, time.monotonic()
+            if not self.held:
+                raise Interrupted(number)
+            if os.environ.get("RANK", "0") == "0":
+                sys.stderr.write(f"{signal.Signals(number).name}: finishing the step and saving; a second one leaves "
+                                 "at once\n")
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self.began > 2:
+            os._exit(128 + number)
 
     @contextlib.contextmanager
     def hold(self):
@@ -569,8 +519,7 @@ class Process:
             raise UserError(f"local rank {local} has no GPU of its own, this machine shows "
                             f"{torch.cuda.device_count()}; launch with --nproc_per_node at most that")
         self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
-        if self.cuda:
-            torch.cuda.set_device(self.device)
+        torch.cuda.set_device(self.device) if self.cuda else keep_freed_memory()
         if self.world > 1:
             with self._exchange():
                 store, *_ = next(rendezvous("env://", self.rank, self.world))
@@ -579,19 +528,16 @@ class Process:
                     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
                 dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", store=store, rank=self.rank,
                                         world_size=self.world)
-        if not self.cuda:
-            keep_freed_memory()
         cpuinfo = Path("/proc/cpuinfo")
         self.cpuinfo = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
         self.compute_in(compute_dtype)
 
     def compute_in(self, compute_dtype: str):
-        """Set COMPUTE_DTYPE."""
-        if compute_dtype == "auto":  # from features, never from a timing, so that a run is repeatable
-            bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if self.cuda else
-                    re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", self.cpuinfo))
-            compute_dtype = "bf16" if bf16 else "fp32"
-        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[compute_dtype]
+        """Set COMPUTE_DTYPE; auto goes by features, never by a timing, so that a run is repeatable."""
+        bf16 = compute_dtype == "bf16" or compute_dtype == "auto" and (
+            torch.cuda.is_bf16_supported(including_emulation=False) if self.cuda else
+            re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", self.cpuinfo))
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @contextlib.contextmanager
     def _exchange(self):
@@ -634,19 +580,6 @@ class Process:
                 dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
-    def together(self, action):
-        """Run `action` on every rank and return its result; what the user must mend on any rank is raised on all."""
-        result, message = None, None
-        try:
-            result = action()
-        except UserError as error:
-            message = str(error)
-        except OSError as error:
-            message = f"{error.filename or 'output'}: {error.strerror}; mend the path or its permissions"
-        if any(messages := self.gather(message)):
-            raise UserError(next(filter(None, messages)), shared=True)
-        return result
-
     def gather(self, value) -> list:
         """Each rank's `value`, on every rank."""
         values = [value] * self.world
@@ -654,6 +587,20 @@ class Process:
             with self._exchange():
                 dist.all_gather_object(values, value)
         return values
+
+    def together(self, action, main: bool = False):
+        """Run `action` on every rank, or on the `main` one alone, and return its result; what the user must mend on any
+        rank is raised on all."""
+        result, message = None, None
+        try:
+            result = action() if self.main or not main else None
+        except UserError as error:
+            message = str(error)
+        except OSError as error:
+            message = f"{error.filename or 'output'}: {error.strerror}; mend the path or its permissions"
+        if any(messages := self.gather(message)):
+            raise UserError(next(filter(None, messages)), shared=True)
+        return result
 
     def memory(self) -> tuple[int, int]:
         """Bytes of memory of the device, and the most held so far (on a GPU by torch, on a CPU by the process)."""
@@ -734,22 +681,26 @@ def duration(seconds: float) -> str:
 # ==== Checkpoints: what a run needs to go on where it stopped =========================================================
 
 
-def write_atomically(path: Path, data, size: int = 0):
-    """Write a file whole or not at all: bytes, or the `size` bytes that data(file) writes. Raises UserError naming the
-    path and the bytes needed."""
+def write_atomically(path: Path, data, size: int = 0, patience: float = 0.0, say=print):
+    """Write a file whole or not at all: bytes, or the `size` bytes that data(file) writes. Where there is no room it is
+    tried again for `patience` seconds; then UserError, naming the path and the bytes needed."""
     partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            data(file) if callable(data) else file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: its {size or len(data)} bytes cannot be written ({error.strerror}); make room"
-                        ) from None
+    for last in (*[False] * math.ceil(patience / 5), True):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                data(file) if callable(data) else file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            return os.replace(partial, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            problem = f"{path}: its {size or len(data)} bytes cannot be written ({error.strerror}); make room"
+        if last:
+            raise UserError(problem)
+        say(f"{problem}; what it holds is kept nowhere else, it is tried again for up to {patience:.0f} s")
+        time.sleep(5)
 
 
 def read_state(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -815,19 +766,10 @@ class Checkpoints:
         if not all(np.isfinite(arrays[name]).all() for name in ("weights", "average") if name in arrays):
             raise UserError(f"{path}: not written, its weights are not finite")
         arrays["facts"] = np.frombuffer(json.dumps(self.about | facts).encode(), np.uint8)
-        size = sum(a.nbytes for a in arrays.values())
-        problems, places = [], [path, Path(tempfile.gettempdir(), f"{self.log.folder.name}_{path.name}")]
-        for place in places if facts.get("last") else places[:1]:  # all of the training: anywhere rather than nowhere
-            try:
-                write_atomically(place, lambda file: np.savez(file, **arrays), size)
-                break
-            except UserError as error:
-                problems.append(str(error))
-        else:
-            raise UserError("; ".join(problems))
+        write_atomically(path, lambda file: np.savez(file, **arrays), sum(a.nbytes for a in arrays.values()))
         for old in step_files(self.folder)[: -self.keep]:
             old.unlink(missing_ok=True)
-        return place
+        return path
 
     def wait(self) -> str:
         """Wait for the state being written. Its path, or nothing where it could not be written, which is said."""
@@ -856,10 +798,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]):
     """Put back what `optimizer_tensors` gave."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Tensor]] = collections.defaultdict(dict)
     for name, value in tensors.items():
         if name.startswith("optimizer."):
-            state.setdefault(int(name.split(".")[1]), {})[name.split(".")[2]] = value
+            state[int(name.split(".")[1])][name.split(".")[2]] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -939,24 +881,23 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path, vocab_size: int):
-        if not path.is_file():
-            raise UserError(f"TOKENIZER_PATH={path}: no such file; run ./run.sh data or set TOKENIZER_PATH")
-        try:
-            sp = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-            size = sp.vocab_size()
-        except Exception:  # the library raises RuntimeError, TypeError and others on foreign bytes
-            size = 0
-        if size == 0:
-            raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model; give the .model file of the data")
-        if size != vocab_size:
-            raise UserError(f"VOCAB_SIZE={vocab_size}: the tokenizer {path} has {size}; set VOCAB_SIZE={size}")
-        if sp.bos_id() != BOS_ID:
-            raise UserError(f"TOKENIZER_PATH={path}: its BOS id is {sp.bos_id()} where shards need {BOS_ID}; make data "
-                            "and tokenizer with data/prepare.py")
-        self.sp, pieces = sp, [sp.id_to_piece(i) for i in range(size)]
-        if odd := [p for p in pieces if "\u2581" in p[1:]]:
-            raise UserError(f"TOKENIZER_PATH={path}: its piece {odd[0]!r} marks a space past its start, which the "
-                            "canonical byte count does not know; train a tokenizer with data/prepare.py")
+        self.sp, size = sentencepiece.SentencePieceProcessor(), 0
+        with contextlib.suppress(Exception):  # the library raises RuntimeError, TypeError and others on foreign bytes
+            self.sp.LoadFromSerializedProto(path.read_bytes())
+            size = self.sp.vocab_size()
+        pieces = [self.sp.id_to_piece(i) for i in range(size)]
+        odd = next((p for p in pieces if "\u2581" in p[1:]), None)
+        for ok, problem in (
+                (path.is_file(), "no such file; run ./run.sh data or set TOKENIZER_PATH"),
+                (size, "not a SentencePiece model; give the .model file of the data"),
+                (size == vocab_size, f"it has {size} pieces where VOCAB_SIZE={vocab_size}; set VOCAB_SIZE={size}"),
+                (size and self.sp.bos_id() == BOS_ID, f"its BOS id is not {BOS_ID}, as shards need; make data and "
+                 "tokenizer with data/prepare.py"),
+                (not odd, f"its piece {odd!r} marks a space past its start, which the canonical byte count does not "
+                 "know; train a tokenizer with data/prepare.py")):
+            if not ok:
+                raise UserError(f"TOKENIZER_PATH={path}: {problem}")
+        sp = self.sp
         self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)])
         self.spaced = np.array([p.startswith("\u2581") for p in pieces]) & ~self.boundary
         self.piece_bytes = np.array([0 if self.boundary[i] else 1 if sp.is_byte(i) else
@@ -980,11 +921,10 @@ class Stream:
 def open_stream(tokens: Tokens, tokenizer: Tokenizer, limit: int, device: torch.device) -> Stream:
     """The first `limit` targets of a split, 0 for all. Raises UserError when nothing in it can be scored."""
     complete = limit == 0 or limit >= len(tokens) - 1
-    ids = tokens.read(0, len(tokens) if complete else limit + 1)
-    stream = Stream(ids, tokenizer, device, complete) if len(ids) else None
-    if stream is None or stream.targets < 1 or stream.bytes == 0:
+    stream = Stream(tokens.read(0, len(tokens) if complete else limit + 1), tokenizer, device, complete)
+    if stream.targets < 1 or stream.bytes == 0:
         raise UserError(f"{tokens.paths[0]}: validation needs at least 2 tokens and a byte of text to score, this "
-                        f"split has {len(ids)} tokens and {stream.bytes if stream else 0} bytes; give a longer one")
+                        f"split has {stream.targets + 1} tokens and {stream.bytes} bytes; give a longer one")
     return stream
 
 
@@ -1038,9 +978,9 @@ def norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, kept in fp32 and used in the input's type; with low-rank factors to add for each row of
-    the batch, (down [B, r, n_in], up [B, n_out, r]) of its type, where test-time training has set them. `gain`, a
-    number or [n_out, 1], multiplies the output: by way of the matrix, which is far smaller than inputs or outputs."""
+    """A matrix without bias, kept in fp32 and used in the input's type. `gain`, a number or [n_out, 1], multiplies the
+    output by way of the matrix, which is smaller. `adapter`: low-rank factors that test-time training adds for each row
+    of the batch, (down [B, r, n_in], up [B, n_out, r])."""
 
     adapter = None
 
@@ -1051,8 +991,7 @@ class Linear(nn.Linear):
         y = F.linear(x, (self.weight * gain).to(x.dtype))
         if self.adapter is not None:
             down, up = self.adapter
-            up = (up * gain).to(x.dtype)
-            y.baddbmm_(x @ down.mT, up.mT)  # in place: a fresh output of this size costs more than the product
+            y.baddbmm_(x @ down.mT, (up * gain).to(x.dtype).mT)  # in place: a fresh output costs more than the product
         return y
 
 
@@ -1073,34 +1012,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, band: int = 0) -> Tensor:
-    """Causal attention, scale 1/sqrt(D), to the last `band` tokens, 0: to all. q [B, T, H, D], k and v [B, T, H_kv, D]
-    -> [B, T, H, D]"""
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention, scale 1/sqrt(D). q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]"""
     if flash_attn_func is not None and q.is_cuda and q.dtype == torch.bfloat16:
-        return flash_attn_func(q, k, v, causal=True, **({"window_size": (band - 1, 0)} if band else {}))
-    if band or (not q.is_cuda and q.dtype == torch.bfloat16):
-        return attend_in_blocks(q, k, v, band)
+        return flash_attn_func(q, k, v, causal=True)
+    if not q.is_cuda and q.dtype == torch.bfloat16:
+        return attend_in_blocks(q, k, v)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, band: int = 0) -> Tensor:
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attend` as plain products of blocks of queries with all keys that they may see: in bf16 on a CPU twice as fast
     as PyTorch's fused kernel, forward and backward, though scores are rounded. Heads that share keys are rows of one
     product."""
-    (b, t, h, d), group, block = q.shape, q.size(2) // k.size(2), 64 * -(-(band or q.size(1)) // 512)
+    (b, t, h, d), group, block = q.shape, q.size(2) // k.size(2), 64 * -(-q.size(1) // 512)
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -t % block)) for x in (q * d**-0.5, k, v))
     q = q.view(b, q.size(1), -1, group, d).transpose(1, 2).reshape(b * k.size(2), -1, d)  # [B H_kv, T group, D]
     k, v = k.permute(0, 2, 3, 1).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)  # [B H_kv, D, T], [B H_kv, T, D]
-    reach = min(band or k.size(2), k.size(2) - block)  # tokens before a block that it may see
-    gap = torch.arange(block, device=q.device)[:, None] - torch.arange(-reach, block, device=q.device)
-    hidden = (gap < 0) | (gap >= (band or k.size(2)))
+    hidden = torch.arange(block, device=q.device)[:, None] < torch.arange(block - v.size(1), block, device=q.device)
     bias = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -math.inf).repeat_interleave(group, 0)
     done = []
-    for i, rows in enumerate(q.split(block * group, dim=1)):
-        low, high = max(i * block - reach, 0), (i + 1) * block
-        scores = torch.baddbmm(bias[:, low - high :], rows, k[:, :, low:high])
-        done.append(scores.softmax(-1) @ v[:, low:high])
+    for end, rows in zip(range(block, v.size(1) + 1, block), q.split(block * group, dim=1), strict=True):
+        scores = torch.baddbmm(bias[:, -end:], rows, k[:, :, :end])
+        done.append(scores.softmax(-1) @ v[:, :end])
     return torch.cat(done, 1).view(b, h // group, -1, group, d).transpose(1, 2).reshape(b, -1, h, d)[:, :t]
 
 
@@ -1116,15 +1051,14 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gain_in: float, gain_out: Tensor, band: int,
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gain_in: float, gain_out: Tensor,
                 extra: Tensor | None = None) -> Tensor:
         """[B, T, C] -> [B, T, C], causal; queries and keys are normalised, then turned by RoPE."""
         b, t, c = x.shape
         q = norm(self.q(x, gain_in).view(b, t, self.heads, self.head_dim))
         k, v = (matrix(x, gain_in).view(b, t, self.kv_heads, self.head_dim) for matrix in (self.k, self.v))
-        if extra is not None:
-            v = v + extra.view(v.shape)
-        y = attend(rotate(q, cos, sin) * self.q_gain.to(x.dtype)[:, None], rotate(norm(k), cos, sin), v, band)
+        v = v if extra is None else v + extra.view(v.shape)
+        y = attend(rotate(q, cos, sin) * self.q_gain.to(x.dtype)[:, None], rotate(norm(k), cos, sin), v)
         if self.exclusive:  # XSA: take out what the token's own value says
             own, y = v[:, :, :, None], y.view(b, t, self.kv_heads, -1, self.head_dim)  # [B, T, H_kv, 1, D]
             share = (y * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp(min=1e-24)
@@ -1154,10 +1088,10 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
         self.input_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
 
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, band: int, extra: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, extra: Tensor | None) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = torch.addcmul(mix[0] * x, mix[1], x0)
-        x = x + self.attn(norm(x), cos, sin, self.input_scale, self.attn_scale[:, None], band, extra)
+        x = x + self.attn(norm(x), cos, sin, self.input_scale, self.attn_scale[:, None], extra)
         return x + self.mlp(norm(x), self.input_scale, self.mlp_scale[:, None])
 
 
@@ -1250,18 +1184,16 @@ class GPT(nn.Module):
 
     def role(self, name: str) -> str:
         """How a parameter is trained: matrix (Muon), embed, head or vector (AdamW)."""
-        if name in ("tok_emb.weight", "bigram.embed.weight", "value_emb.weight"):
-            return "embed"
-        if name == "lm_head.weight":
-            return "head"
-        return "matrix" if name.endswith(".weight") or name == "sidecar.site" else "vector"
+        special = {"tok_emb.weight": "embed", "bigram.embed.weight": "embed", "value_emb.weight": "embed",
+                   "lm_head.weight": "head", "sidecar.site": "matrix"}
+        return special.get(name, "matrix" if name.endswith(".weight") else "vector")
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, rows: Tensor | None = None,
-                window: int = 0, band: int = 0) -> Tensor:
+                window: int = 0) -> Tensor:
         """ids int [B, T] -> fp32 nats of `targets` [B, S], or without targets fp32 logits [B, S, V].
 
         `rows` int64 [B, S] picks the positions that go through the output layer; without it all T do. `window`: the
-        length that RoPE is scaled for, where ids are of another; `band`: tokens that attention sees, 0 for all.
+        length that RoPE is scaled for, where ids are of another.
         """
         cfg, starts = self.cfg, (ids == BOS_ID) & self.cfg.bos_mask
         keep = (~starts)[:, :, None].to(self.dtype)
@@ -1271,14 +1203,13 @@ class GPT(nn.Module):
         x, g = norm(x), torch.sigmoid(self.smear.to(x.dtype))
         x = x0 = (1 - g) * x + g * shift(x, keep)  # SmearGate
         values = self.value_proj(self.value_emb(ids).to(x.dtype)) if self.value_emb is not None else None
-        cos, sin = rope_tables(ids.size(1), cfg.rope_dims or cfg.model_dim // cfg.num_heads, cfg.rope_base, x,
-                               window)
+        cos, sin = rope_tables(ids.size(1), cfg.rope_dims or cfg.model_dim // cfg.num_heads, cfg.rope_base, x, window)
         stack = []  # U-Net: the first half of the layers hands its outputs to the second, last to first
         for i, block in enumerate(self.blocks):
             if i >= self.skips and stack:
                 x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
             late = i - cfg.num_layers + cfg.ve_last_n
-            x = block(x, x0, cos, sin, band, self.value_scale[late].to(x.dtype) * values if late >= 0 else None)
+            x = block(x, x0, cos, sin, self.value_scale[late].to(x.dtype) * values if late >= 0 else None)
             if i in cfg.sparse_sites:
                 site = cfg.sparse_sites.index(i)
                 x = x + self.sidecar(norm(x), site, keep, self.sidecar_scale[site][:, None])
@@ -1295,6 +1226,12 @@ class GPT(nn.Module):
         # exp of what the softcap bounds, at most 75, cannot overflow: one pass does, compiled without an fp32 copy
         total = softcapped(logits, cfg.logit_softcap).exp_().sum(-1).log()
         return total - softcapped(logits.gather(-1, targets.long()[..., None]), cfg.logit_softcap)[..., 0]
+
+
+def shapes_of(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's parameters, of which none is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in GPT(cfg).named_parameters()}
 
 
 def activation_bytes(cfg: Config) -> int:
@@ -1332,11 +1269,10 @@ class FlatWeights:
         order = {"matrix": 0, "embed": 1, "head": 2, "vector": 3}  # the smallest last, so that views stay aligned
         named = sorted(model.named_parameters(), key=lambda item: (
             order[model.role(item[0])], -item[1].numel(), tuple(item[1].shape)))
-        total = sum(p.numel() for _, p in named)
+        total, begin = sum(p.numel() for _, p in named), 0
         self.weights, self.buffer = torch.empty(total, device=device), torch.zeros(total + 1, device=device)
         self.grads, self.loss = self.buffer[:total], self.buffer[total]
         self.spans: list[tuple[str, torch.Size, int, int]] = []
-        begin = 0
         for (role, shape), group in itertools.groupby(named, lambda item: (model.role(item[0]), item[1].shape)):
             params = [p for _, p in group]
             self.spans.append((role, shape, begin, len(params)))
@@ -1344,31 +1280,6 @@ class FlatWeights:
                 part = slice(begin, begin := begin + p.numel())
                 self.weights[part].copy_(p.data.flatten())
                 p.data, p.grad = self.weights[part].view(shape), self.grads[part].view(shape)
-        self._bucket(dict(model.named_parameters()).values())
-
-    def _bucket(self, params):
-        """Cut the buffer into buckets, a quarter of the layers each, in the order in which a backward pass fills them;
-        all but the matrices, and the loss, are the last. A bucket that is full is summed while the pass goes on."""
-        cuts = []  # (quarter from the end of the model, first element, end)
-        for role, shape, begin, n in self.spans:
-            each = -(-n // 4)
-            cuts += [(low // each, begin + low * shape.numel(), begin + min(low + each, n) * shape.numel())
-                     for low in range(0, n, each) if role == "matrix"]
-        cuts = [slice(*cut[1:]) for cut in sorted(cuts, key=lambda cut: -cut[0])]
-        self.buckets, self.process = [*cuts, slice(self.extent("matrix").stop, len(self.buffer))], None
-        self.missing, self.waits, place = [0] * len(self.buckets), [], self.weights.data_ptr()
-        for p in (p for p in params if p.numel()):
-            at = (p.data_ptr() - place) // 4
-            index = next(i for i, bucket in enumerate(self.buckets) if bucket.start <= at < bucket.stop)
-            p.register_post_accumulate_grad_hook(lambda p, index=index: self._arrived(index))
-            self.missing[index] += 1
-
-    def _arrived(self, index: int):
-        """A gradient of this bucket is whole: sum what can be summed, in one order on all ranks."""
-        if self.process:  # in the last pass of a step
-            self.left[index] -= 1
-            while len(self.waits) + 1 < len(self.buckets) and not self.left[len(self.waits)]:
-                self.waits.append(self.process.begin_sum_(self.buffer[self.buckets[len(self.waits)]]))
 
     def extent(self, role: str) -> slice:
         """Where the weights of a role lie."""
@@ -1379,16 +1290,11 @@ class FlatWeights:
         """Gradients and mean loss of a step of `total` sequences, of which this rank has tokens [n, seq_len + 1],
         taken `size` at a time; summed over the ranks."""
         self.buffer.zero_()
-        parts, self.waits, self.left = tokens.split(size) if len(tokens) else (), [], list(self.missing)
-        for part in parts:
-            self.process = process if part is parts[-1] else None
+        for part in tokens.split(size) if len(tokens) else ():
             loss = forward(part[:, :-1], part[:, 1:]).mean() * (len(part) / total)
             loss.backward()
             self.loss.add_(loss.detach())
-        self.process = None
-        self.waits += [process.begin_sum_(self.buffer[bucket]) for bucket in self.buckets[len(self.waits) :]]
-        for wait in self.waits:
-            wait()
+        process.sum_(self.buffer)
 
     def clip_(self, limit: float) -> Tensor:
         """Scale the gradients down to a global norm of `limit`, 0 is off, without waiting for the device. Returns
@@ -1463,14 +1369,14 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, step: int, factor: float):
-        """Update all weights at `factor` times their rates; `step` counts from 0 and sets Muon's momentum."""
-        cfg = self.cfg
+        """Update all weights at `factor` times their rates, and their average; `step` counts from 0 and sets Muon's
+        momentum."""
+        cfg, gathered = self.cfg, []
         warm = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
         momentum = (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
         finite = self.flat.clip_(cfg.grad_clip_norm)
         self.bad = torch.where(finite, 0, self.bad + 1)
         self.update.zero_()
-        gathered = []
         for part, share in self.buckets:  # each is gathered while the next is computed
             if share:
                 grad, buffer, update, sizes = share
@@ -1491,11 +1397,8 @@ class Optimizers:
         rate = torch.where(finite, cfg.matrix_lr * factor, 0.0)
         matrices = self.flat.weights[: len(self.update)]
         matrices.mul_(1 - rate * cfg.muon_wd).addcmul_(self.update, rate, value=-1)
-
-    @torch.no_grad()
-    def track_average(self):
         if self.average is not None:
-            self.average.lerp_(self.flat.weights, torch.where(self.bad > 0, 0.0, 1 - self.cfg.ema_decay))
+            self.average.lerp_(self.flat.weights, torch.where(finite, 1 - cfg.ema_decay, 0.0))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on, whole on every rank."""
@@ -1514,26 +1417,19 @@ class Optimizers:
             self.average.copy_(tensors.get("average", tensors["weights"]))
         restore_optimizer(self.adam, tensors)
 
-    @torch.no_grad()
-    def apply_average(self):
-        if self.average is not None:
-            self.flat.weights.copy_(self.average)
-
 
 # ==== Export: values rounded where it costs least, coded by their spread, in one file that rebuilds the model =========
-#   bytes 0-7    magic "GPT16MB" and format version 2
+#   bytes 0-7    magic "GPT16MB" and format version 3
 #   bytes 8-11   length of the compressed header, little-endian
-#   then         zstd(header): JSON {"config": {...}, "coder": "rans" or "zstd", "sides": compressed bytes of the next
-#                part, "tensors": [[name, shape, kind, bits, offset], ...]}; offset: a tensor's first element in the
-#                stream of its kind (fp32, fp16, or the int8 values of kinds rows and grid)
-#   then         zstd(sides), as the bytes, lowest first, of: fp32 tensors; fp16 tensors, the fp16 steps a row of
-#                kind rows, rANS frequencies [CLASSES, 256]; then, as int8, log steps of rows and columns of kind
-#                grid, log spreads of rows and columns of all values
-#   then         the values, as rANS words or as a zstd frame of int8
+#   then         zstd(header): JSON {"config": {...}, "sides": compressed bytes of the next part, "tensors":
+#                [[name, shape, kind, bits, offset], ...]}; offset: a tensor's first value of kinds rows and grid,
+#                its first 16-bit word of kinds fp16 and fp32
+#   then         zstd(sides): 16-bit words in the order of `side_parts`, int8 in pairs, the low bytes before the high
+#   then         the int8 values of kinds rows and grid, as rANS words
 #   last 32      sha256 of everything before
 
 BALANCED_STEP = 0.0025  # what QUANT_BITS mean to "balanced": 6 for a matrix and 8 for an embedding cost alike
-ARTIFACT_NAME, FLOAT_NAME, ARTIFACT_MAGIC = "final_model.int6.ptz", "final_model.float.ptz", b"GPT16MB\x02"
+ARTIFACT_NAME, FLOAT_NAME, ARTIFACT_MAGIC = "final_model.int6.ptz", "final_model.float.ptz", b"GPT16MB\x03"
 FILE_MOST, HEADER_MOST = 1 << 31, 1 << 20  # bytes of a file and of a header
 CLASSES, PRECISION = 64, 14  # rANS tables, and the bits of their frequencies
 GROUPS = ("bigram", "sidecar", "attn", "mlp", "embed")  # what has bits of its own: QUANT_BITS_<group>
@@ -1639,47 +1535,47 @@ def rans_decode(data: bytes, table_of: np.ndarray, tables: np.ndarray) -> np.nda
     return symbols
 
 
-def count_values(stored) -> tuple[list, np.ndarray]:
+def count_values(stored: dict[str, Stored]) -> tuple[dict[str, tuple], np.ndarray]:
     """For each quantised tensor its (log spreads, table of each value, counts [CLASSES, 256]), and all counts' sum."""
-    parts = []
-    for s in stored:
-        table_of = classes(*(spread := spreads(s.values)))
-        index = table_of.astype(np.int32) * 256 + (s.values.ravel().astype(np.int32) + 128)
-        parts.append((spread, table_of, np.bincount(index, minlength=CLASSES * 256).reshape(CLASSES, 256)))
-    return parts, sum((p[2] for p in parts), np.zeros((CLASSES, 256), np.int64))
-
-
-def planes(numbers: np.ndarray) -> bytes:
-    """The numbers' lowest bytes, then their next ones, and so on: bytes of one kind compress better side by side."""
-    return numbers.view(np.uint8).reshape(-1, numbers.itemsize).T.tobytes()
-
-
-def pack(cfg: Config, stored: dict[str, Stored], coder: str = "rans") -> bytes:
-    """A file's bytes from the model's settings and its tensors; the same give the same."""
-    config = {f.name: getattr(cfg, f.name) for f in MODEL_FIELDS}
-    table, ends = [], collections.Counter()
+    parts, total = {}, np.zeros((CLASSES, 256), np.int64)
     for name, s in stored.items():
-        stream = "values" if s.rows is not None else s.kind
-        table.append([name, list(s.values.shape), s.kind, round(s.bits, 3), ends[stream]])
-        ends[stream] += s.values.size
-    of_kind = {kind: [s for s in stored.values() if s.kind == kind] for kind in ("fp32", "fp16", "rows", "grid")}
-    quantised = [s for s in stored.values() if s.rows is not None]
-    halves = [s.values.ravel() for s in of_kind["fp16"]] + [s.rows for s in of_kind["rows"]]
-    codes = [steps for s in of_kind["grid"] for steps in (s.rows, s.cols)]
-    if quantised and coder == "rans":
-        parts, counts = count_values(quantised)
-        tables = frequencies(counts)
-        halves.append(tables.ravel().view(np.float16))
-        codes += [c for spread, _, _ in parts for c in spread]
-        symbols = np.concatenate([s.values.ravel() for s in quantised]).view(np.uint8) ^ 128  # as value + 128
-        values = rans_encode(symbols, np.concatenate([table_of for _, table_of, _ in parts]), tables)
-    else:
-        values = zstandard.compress(b"".join(s.values.tobytes() for s in quantised), 22) if quantised else b""
-    floats = np.concatenate([s.values.ravel() for s in of_kind["fp32"]] or [np.empty(0, np.float32)])
-    halves = np.concatenate(halves or [np.empty(0, np.float16)])
-    sides = planes(floats) + planes(halves) + b"".join(c.tobytes() for c in codes)
-    sides = zstandard.compress(sides, 3 if len(floats) else 22)  # nobody counts the bytes of a float file
-    header = {"config": config, "coder": coder, "sides": len(sides), "tensors": table}
+        if s.rows is not None:
+            table_of = classes(*(spread := spreads(s.values)))
+            index = table_of.astype(np.int32) * 256 + (s.values.ravel().astype(np.int32) + 128)
+            parts[name] = spread, table_of, np.bincount(index, minlength=CLASSES * 256).reshape(CLASSES, 256)
+            total += parts[name][2]
+    return parts, total
+
+
+def side_parts(tensors: list) -> list[tuple[tuple[str, str], int]]:
+    """What the sides hold, in order, each ((tensor, part), words): all numbers, the steps of rows and then of columns
+    (fp16 or int8), the int8 log spreads of rows and columns, and the frequencies of the values."""
+    coded = [(name, shape, kind) for name, shape, kind, *_ in tensors if kind in ("rows", "grid")]
+    parts = [((name, "values"), math.prod(shape) * (2 if kind == "fp32" else 1)) for name, shape, kind, *_ in tensors
+             if kind in ("fp16", "fp32")]
+    parts += [((name, "rows"), -(-shape[0] // 2) if kind == "grid" else shape[0]) for name, shape, kind in coded]
+    parts += [((name, "cols"), -(-shape[1] // 2)) for name, shape, kind in coded if kind == "grid"]
+    parts += [((name, f"spread{i}"), -(-shape[i] // 2)) for i in (0, 1) for name, shape, _ in coded]
+    return parts + [(("", "tables"), CLASSES * 256)] * bool(coded)
+
+
+def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
+    """A file's bytes from the model's settings and its tensors; the same give the same."""
+    config, table, ends = {f.name: getattr(cfg, f.name) for f in MODEL_FIELDS}, [], collections.Counter()
+    for name, s in stored.items():
+        table.append([name, list(s.values.shape), s.kind, round(s.bits, 3), ends[s.rows is None]])
+        ends[s.rows is None] += s.values.size * (2 if s.kind == "fp32" else 1)
+    parts, counts = count_values(stored)
+    sides = {(name, what): getattr(s, what) for name, s in stored.items() for what in ("values", "rows", "cols")}
+    sides |= {(name, f"spread{i}"): part[0][i] for name, part in parts.items() for i in (0, 1)}
+    sides["", "tables"] = tables = frequencies(counts)
+    words = [np.ascontiguousarray(sides[key]).ravel() for key, _ in side_parts(table)]
+    words = np.concatenate([(np.pad(w, (0, len(w) % 2)) if w.dtype == np.int8 else w).view("<u2") for w in words])
+    sides = zstandard.compress(words.view(np.uint8).reshape(-1, 2).T.tobytes(), 22 if parts else 3)  # floats: in haste
+    symbols = [stored[name].values.ravel().view(np.uint8) ^ 128 for name in parts]  # as value + 128
+    table_of = [table_of for _, table_of, _ in parts.values()]
+    values = rans_encode(np.concatenate(symbols), np.concatenate(table_of), tables) if parts else b""
+    header = {"config": config, "sides": len(sides), "tensors": table}
     header = zstandard.compress(json.dumps(header, separators=(",", ":")).encode(), 22)
     blob = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + sides + values
     return blob + hashlib.sha256(blob).digest()
@@ -1700,21 +1596,41 @@ def check_header(header: dict, size: int) -> dict:
     cfg = Config(train_enabled=False, model_path="-", ttt_enabled=False, final_sliding_eval_enable=False, **config)
     if lines := conflicts(cfg, 1):
         raise ValueError(lines[0])
-    with torch.device("meta"):  # nothing is allocated for a model that the file does not hold
-        wanted = {name: list(p.shape) for name, p in GPT(cfg).named_parameters()}
-    if wanted != {name: shape for name, shape, *_ in header["tensors"]} or len(wanted) != len(header["tensors"]):
-        raise ValueError("its tensors do not fit the model that its header describes")
-    ends = collections.Counter()
+    wanted, ends = shapes_of(cfg), collections.Counter()
     for name, shape, kind, bits, offset in header["tensors"]:
-        stream = "values" if kind in ("rows", "grid") else kind
-        if kind not in ("fp32", "fp16") and (stream != "values" or len(shape) != 2):
-            raise ValueError(f"{name} of kind {kind}")
-        if offset != ends[stream] or not 0 <= float(bits) <= 32:
-            raise ValueError(f"{name} at {offset} with {bits} bits")
-        ends[stream] += math.prod(shape)
-    if sum(ends.values()) > 8 * size + (1 << 26) or header["coder"] not in ("rans", "zstd"):
-        raise ValueError(f"{sum(ends.values())} elements by {header['coder']} in {size} bytes")
+        if wanted.pop(name, None) != tuple(shape):
+            raise ValueError(f"{name} {shape} is not of the model that its header describes")
+        plain = kind in ("fp16", "fp32")
+        if not (plain or kind in ("rows", "grid") and len(shape) == 2) or offset != ends[plain] or not 0 <= bits <= 32:
+            raise ValueError(f"{name} of kind {kind} at {offset} with {bits} bits")
+        ends[plain] += math.prod(shape) * (2 if kind == "fp32" else 1)
+    if wanted or ends.total() > 8 * size + (1 << 26):
+        raise ValueError(f"{ends.total()} elements in {size} bytes, {len(wanted)} tensors missing")
     return config
+
+
+def read_tensors(table: list, sides: bytes, values: bytes) -> dict[str, Stored]:
+    """The tensors of a checked header. Raises ValueError or ZstdError where the parts have other sizes than it says."""
+    layout, n = side_parts(table), sum(n for _, n in side_parts(table))
+    words = np.frombuffer(decompress(sides, 2 * n), np.uint8).reshape(2, n).T.copy().view("<u2").ravel()
+    parts = dict(zip((key for key, _ in layout), np.split(words, np.cumsum([n for _, n in layout])[:-1]), strict=True))
+    coded, decoded = [t[:2] for t in table if t[2] in ("rows", "grid")], np.empty(0, np.int8)
+    if coded:
+        spread = [[parts[name, f"spread{i}"].view(np.int8)[: shape[i]] for i in (0, 1)] for name, shape in coded]
+        tables = parts["", "tables"].reshape(CLASSES, 256)
+        decoded = (rans_decode(values, np.concatenate([classes(*s) for s in spread]), tables) ^ 128).view(np.int8)
+    elif values:
+        raise ValueError("values that no tensor has")
+    tensors = {}
+    for name, shape, kind, bits, offset in table:
+        form = {"fp32": "<f4", "fp16": "<f2", "rows": "<f2", "grid": np.int8}[kind]
+        rows, cols, numbers = (parts.get((name, what)) for what in ("rows", "cols", "values"))
+        rows, cols = (x if x is None else x.view(form)[:n] for x, n in zip((rows, cols), [*shape, 0, 0], strict=False))
+        numbers = decoded[offset : offset + math.prod(shape)] if numbers is None else numbers.view(form)
+        if kind != "grid" and not np.isfinite(numbers if rows is None else rows).all():
+            raise ValueError(f"{name}: numbers that are not finite")
+        tensors[name] = Stored(kind, float(bits), numbers.reshape(shape), rows, cols)
+    return tensors
 
 
 def read_file(path: str, variable: str = "") -> bytes:
@@ -1734,89 +1650,23 @@ def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Stored]]:
 
     Raises UserError, naming `source`, for all but a whole, consistent file.
     """
-    source = source.replace("\n", " ")
-    if len(blob) < 44 or blob[:7] != ARTIFACT_MAGIC[:7]:
-        raise UserError(f"{source}: not an artifact of this script; give the {ARTIFACT_NAME} of a run")
-    if blob[7:8] != ARTIFACT_MAGIC[7:]:
-        raise UserError(f"{source}: of format {blob[7]}, this script reads {ARTIFACT_MAGIC[7]}; use its own script")
-    if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
-        raise UserError(f"{source}: damaged, its checksum does not match; copy or export it again")
-    cut = 12 + struct.unpack("<I", blob[8:12])[0]
+    magic, problem = ARTIFACT_MAGIC, ""
+    if len(blob) < 44 or blob[:7] != magic[:7]:
+        problem = f"not an artifact of this script; give the {ARTIFACT_NAME} of a run"
+    elif blob[7] != magic[7]:
+        problem = f"of format {blob[7]}, this script reads {magic[7]}; use its own script"
+    elif hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
+        problem = "damaged, its checksum does not match; copy or export it again"
     try:
-        header = json.loads(decompress(blob[12:cut], HEADER_MOST, exact=False))
-        header["config"], end = check_header(header, len(blob)), cut + header["sides"]
-        return header, read_tensors(header, blob[cut:end], blob[end:-32])
+        if not problem:
+            cut = 12 + struct.unpack("<I", blob[8:12])[0]
+            header = json.loads(decompress(blob[12:cut], HEADER_MOST, exact=False))
+            header["config"], end = check_header(header, len(blob)), cut + header["sides"]
+            return header, read_tensors(header["tensors"], blob[cut:end], blob[end:-32])
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
             zstandard.ZstdError) as error:  # whatever a forged header can cause
-        raise UserError(f"{source}: its parts do not agree ({type(error).__name__}: {error})"[:400].replace("\n", " ")
-                        + "; export it again") from None
-
-
-def read_tensors(header: dict, sides: bytes, values: bytes) -> dict[str, Stored]:
-    """The tensors of a checked header. Raises ValueError or ZstdError where the parts have other sizes than it says."""
-    table, rans = header["tensors"], header["coder"] == "rans"
-    sizes = {kind: [math.prod(t[1]) for t in table if t[2] == kind] for kind in ("fp32", "fp16")}
-    quantised = [t for t in table if t[2] in ("rows", "grid")]
-    n32, n16 = sum(sizes["fp32"]), sum(sizes["fp16"]) + sum(t[1][0] for t in quantised if t[2] == "rows")
-    n16 += CLASSES * 256 if rans and quantised else 0
-    lengths = [length for t in quantised if t[2] == "grid" for length in t[1]]
-    lengths += [length for t in quantised for length in t[1]] if rans else []
-    raw = np.frombuffer(decompress(sides, 4 * n32 + 2 * n16 + sum(lengths)), np.uint8)
-    floats = raw[: 4 * n32].reshape(4, n32).T.copy().view("<f4").ravel()
-    halves = raw[4 * n32 : len(raw) - sum(lengths)].reshape(2, n16).T.copy().view("<f2").ravel()
-    codes = iter(np.split(raw[len(raw) - sum(lengths) :].view(np.int8), np.cumsum(lengths)[:-1]) if lengths else ())
-    steps = {t[0]: (next(codes), next(codes)) for t in quantised if t[2] == "grid"}
-    at = sum(sizes["fp16"])
-    for name, shape, kind, _, _ in quantised:
-        if kind == "rows":
-            steps[name], at = (halves[at : at + shape[0]], None), at + shape[0]
-    if rans and quantised:
-        table_of = np.concatenate([classes(next(codes), next(codes)) for _ in quantised])
-        decoded = rans_decode(values, table_of, halves[at:].view("<u2").reshape(CLASSES, 256))
-        decoded = (decoded ^ 128).view(np.int8)
-    elif quantised:
-        decoded = np.frombuffer(decompress(values, sum(math.prod(t[1]) for t in quantised)), np.int8)
-    elif values:
-        raise ValueError("values that no tensor has")
-    if not (np.isfinite(floats).all() and np.isfinite(halves[:at]).all()):
-        raise ValueError("numbers that are not finite")
-    streams, tensors = {"fp32": floats, "fp16": halves}, {}
-    for name, shape, kind, bits, offset in table:
-        part = (streams[kind] if kind in streams else decoded)[offset : offset + math.prod(shape)].reshape(shape)
-        tensors[name] = Stored(kind, float(bits), part, *steps.get(name, ()))
-    return tensors
-
-
-def inspect(path: str, limit: int) -> str:
-    """--inspect: what a file holds, tensor by tensor. Raises UserError where it cannot be read.
-
-    Bytes of a tensor: those of its values under their tables, and its share of the compressed sides.
-    """
-    blob = read_file(path)
-    header, stored = unpack(blob, path)
-    quantised, start = [s for s in stored.values() if s.rows is not None], 12 + struct.unpack("<I", blob[8:12])[0]
-    parts, counts = count_values(quantised)
-    cost = PRECISION - np.log2(np.maximum(frequencies(counts), 1))
-    coded, payload = [float((part[2] * cost).sum()) / 8 for part in parts], len(blob) - start - header["sides"] - 32
-    raw = {n: s.values.nbytes if s.rows is None else s.rows.nbytes + len(s.values) for n, s in stored.items()}
-    lines = [" ".join(f"{n.upper()}={v}" for n, v in header["config"].items()), "",
-             f"{'tensor':32}{'shape':>14}{'kind':>6}{'bits':>7}{'entropy':>9}{'bytes':>12}{'share':>8}"]
-    sizes, coded_of = collections.Counter(), iter(coded)
-    for name, s in stored.items():
-        order0 = "" if s.rows is None else f"{entropy(s.values):.3f}"
-        size = raw[name] / sum(raw.values()) * header["sides"]
-        size += 0 if s.rows is None else next(coded_of) * payload / (sum(coded) or 1.0)
-        sizes[s.kind] += size
-        shape = "x".join(map(str, s.values.shape))
-        lines.append(f"{name:32}{shape:>14}{s.kind:>6}{s.bits:7.2f}{order0:>9}{size:12,.0f}{size / len(blob):8.2%}")
-    code, total = SCRIPT.stat().st_size, sum(s.values.size for s in stored.values())
-    kinds = ", ".join(f"{kind} {size:,.0f}" for kind, size in sizes.items())
-    order0 = sum(entropy(s.values) * s.values.size / 8 for s in quantised)
-    lines += ["", f"elements: {total:,}, {8 * len(blob) / total:.3f} bits each; bytes: {kinds}, frame {start + 32:,}",
-              f"values: {payload:,} bytes by {header['coder']}; their order-0 entropies are {order0:,.0f}",
-              f"file {len(blob):,} + code {code:,} = {len(blob) + code:,} bytes, "
-              f"{limit - len(blob) - code:,} left of {limit:,}"]
-    return "\n".join(lines)
+        problem = f"its parts do not agree ({type(error).__name__}: {error})"[:400] + "; export it again"
+    raise UserError(one_line(f"{source}: {problem}"))
 
 
 def entropy(values: np.ndarray) -> float:
@@ -1826,9 +1676,37 @@ def entropy(values: np.ndarray) -> float:
     return float(-(shares * np.log2(shares)).sum())
 
 
-def is_quantised(name: str, p: Tensor, min_numel: int) -> bool:
+def inspect(path: str, limit: int) -> str:
+    """--inspect: what a file holds, tensor by tensor. Raises UserError where it cannot be read.
+
+    Bytes of a tensor: those of its values under their tables, and its share of the compressed sides.
+    """
+    blob = read_file(path)
+    (header, stored), code = unpack(blob, path), SCRIPT.stat().st_size
+    (parts, counts), words = count_values(stored), collections.Counter()
+    cost = PRECISION - np.log2(np.maximum(frequencies(counts), 1))
+    for (name, _), n in side_parts(header["tensors"]):
+        words[name] += n * header["sides"] / sum(n for _, n in side_parts(header["tensors"]))
+    lines = [" ".join(f"{n.upper()}={v}" for n, v in header["config"].items()), "",
+             f"{'tensor':32}{'shape':>14}{'kind':>6}{'bits':>7}{'entropy':>9}{'bytes':>12}{'share':>8}"]
+    for name, s in stored.items():
+        order0 = f"{entropy(s.values):.3f}" if name in parts else ""
+        size = words[name] + (float((parts[name][2] * cost).sum()) / 8 if name in parts else 0)
+        shape = "x".join(map(str, s.values.shape))
+        lines.append(f"{name:32}{shape:>14}{s.kind:>6}{s.bits:7.2f}{order0:>9}{size:12,.0f}{size / len(blob):8.2%}")
+    total, coded = sum(s.values.size for s in stored.values()), [stored[name].values for name in parts]
+    payload = len(blob) - 44 - header["sides"] - struct.unpack("<I", blob[8:12])[0]
+    lines += ["", f"elements: {total:,}, {8 * len(blob) / total:.3f} bits each; tables {words['']:,.0f} bytes",
+              f"values: {payload:,} bytes; their order-0 entropies are "
+              f"{sum(entropy(v) * v.size / 8 for v in coded):,.0f}",
+              f"file {len(blob):,} + code {code:,} = {len(blob) + code:,} bytes, "
+              f"{limit - len(blob) - code:,} left of {limit:,}"]
+    return "\n".join(lines)
+
+
+def is_quantised(name: str, shape, min_numel: int) -> bool:
     """Whether a tensor becomes int8 values: large matrices, embeddings and heads; all else stays fp16."""
-    return name.endswith(".weight") and p.numel() > min_numel
+    return name.endswith(".weight") and math.prod(shape) > min_numel
 
 
 def group_of(name: str) -> str:
@@ -1849,10 +1727,10 @@ class Sensitivity:
         h = torch.cholesky_inverse(torch.linalg.cholesky(h[self.order][:, self.order]))
         self.factor, self.weight = torch.linalg.cholesky(h, upper=True).float(), g
 
-    def feed_back(self, u: Tensor, cols: Tensor | None, low: int, high: int) -> Tensor:
+    def feed_back(self, u: Tensor, cols: Tensor | float, low: int, high: int) -> Tensor:
         """Round u [rows, columns] to integers column by column; the columns not yet rounded take up each one's error.
         `cols`: steps by which the columns were divided. (GPTQ, https://arxiv.org/abs/2210.17323)"""
-        factor = self.factor if cols is None else self.factor / cols[self.order]
+        factor = self.factor / (cols * torch.ones_like(u[0]))[self.order]
         u, values = u[:, self.order], torch.empty_like(u)
         for begin in range(0, u.size(1), 128):
             block = slice(begin, min(begin + 128, u.size(1)))
@@ -1867,33 +1745,14 @@ class Sensitivity:
         return result
 
 
-def row_steps(w: Tensor, cfg: Config, bits: float, embedding: bool) -> Tensor:
-    """Steps [rows] that lay a grid of 2**bits values between the clips of each row by the rule QUANT, rounded to fp16.
-
-    The floor of the published rule gives every row whose weights stay below 1 the same coarse step: it costs loss and
-    saves bytes, since values near zero take few.
-    """
-    top, most = 2 ** (bits - 1) - 1, w.abs().amax(1)
-    if cfg.quant == "rowmax":
-        if embedding:  # in pieces, since torch.quantile takes at most 16 M values
-            most = torch.cat([p.abs().quantile(0.9999984, dim=1) for p in w.split(1024)])
-        reach = most.clamp(min=1.0)
-    elif cfg.quant == "mse":
-        tried = [most * share for share in torch.linspace(0.4, 1.0, 31).tolist()]
-        errors = [((w / (r[:, None] / top + 1e-30)).round().clamp(-top - 1, top) * r[:, None] / top - w).square().sum(1)
-                  for r in tried]
-        reach = torch.stack(tried).gather(0, torch.stack(errors).argmin(0)[None])[0]
-    else:
-        reach = (cfg.quant_clip_embed if embedding else cfg.quant_clip) * w.std(1)
-    return (reach / top).clamp(2**-24, 65504).to(torch.float16)  # what fp16 can hold
-
-
 def quantize(w: Tensor, cfg: Config, bits: float, embedding: bool, sensitivity: Sensitivity | None) -> Stored:
     """Round a matrix by the rule QUANT; one bit more halves every step.
 
     "balanced" makes the expected rise of the loss, G e^2 / 2 by Sensitivity, the same for every value of the model:
     coarse where a row or column matters little, which the coder then turns into bytes. Rows end at 8 bits a value.
     (A uniform step and an entropy coder are near the best: Gish and Pierce 1968; reverse water-filling.)
+    "rowmax", the published rule, lays 2**bits values between a row's largest and its negative, and has a floor that
+    gives every row of weights below 1 the same coarse step. "gptq" is that without the floor, with error feedback.
     """
     if cfg.quant == "balanced":
         weight = sensitivity.weight.clamp(min=1e-3 * sensitivity.weight.mean() + 1e-20)
@@ -1906,17 +1765,14 @@ def quantize(w: Tensor, cfg: Config, bits: float, embedding: bool, sensitivity: 
         u = w / 2 ** (rows / 8)[:, None] / 2 ** (cols / 8)
         values = sensitivity.feed_back(u, 2 ** (cols / 8), -127, 127)
         return Stored("grid", bits, *(t.cpu().numpy().astype(np.int8) for t in (values, rows, cols)))
-    steps, low = row_steps(w, cfg, bits, embedding), max(-math.ceil(2 ** (bits - 1)), -127)
-    u, high = w / steps.float()[:, None], math.ceil(2 ** (bits - 1)) - 1
-    values = sensitivity.feed_back(u, None, low, high) if cfg.quant == "gptq" else u.round().clamp(low, high)
+    top, low, high = 2 ** (bits - 1) - 1, max(-math.ceil(2 ** (bits - 1)), -127), math.ceil(2 ** (bits - 1)) - 1
+    most = w.abs().amax(1)
+    if embedding:  # in pieces, since torch.quantile takes at most 16 M values
+        most = torch.cat([p.abs().quantile(0.9999984, dim=1) for p in w.split(1024)])
+    steps = ((most.clamp(min=1.0) if cfg.quant == "rowmax" else most) / top).clamp(2**-24, 65504).half()  # for fp16
+    u = w / steps.float()[:, None]
+    values = u.round().clamp(low, high) if cfg.quant == "rowmax" else sensitivity.feed_back(u, 1.0, low, high)
     return Stored("rows", bits, values.cpu().numpy().astype(np.int8), steps.cpu().numpy())
-
-
-def text_loss(model: GPT, sequences: Tensor, size: int) -> float:
-    """Nats per token of `sequences` [n, T + 1], `size` at a time."""
-    with torch.no_grad():
-        means = [model(part[:, :-1], part[:, 1:]).double().mean(1) for part in sequences.split(size)]
-    return float(torch.cat(means).mean())
 
 
 def calibrate(model: GPT, sequences: Tensor, size: int, may_go_on) -> tuple[dict[str, Sensitivity], int]:
@@ -1925,7 +1781,7 @@ def calibrate(model: GPT, sequences: Tensor, size: int, may_go_on) -> tuple[dict
     Embeddings look rows up, so their H only tells how the gradient is spread over the columns; a tied one is seen as
     the output layer. Nothing is returned where the model's gradients are not finite.
     """
-    sums, hooks = collections.defaultdict(lambda: [0.0, 0.0, 1e-30]), []  # of H, G, and what H is divided by
+    sums, hooks, used = collections.defaultdict(lambda: [0.0, 0.0, 1e-30]), [], 0  # of H, G, and what H is divided by
 
     def watch(name: str, y: Tensor, x: Tensor, gain: Tensor | float = 1.0):
         x, entry = x.detach().flatten(0, 1).float(), sums[name]
@@ -1941,13 +1797,13 @@ def calibrate(model: GPT, sequences: Tensor, size: int, may_go_on) -> tuple[dict
         y.register_hook(gradient)
 
     for name, module in model.named_modules():
+        name = f"{name}.weight"
         if isinstance(module, Linear):
+            hooks.append(module.register_forward_hook(lambda module, args, y, name=name: watch(name, y, *args)))
+        elif isinstance(module, nn.Embedding) and not (name == "tok_emb.weight" and model.cfg.tie_embeddings):
             hooks.append(module.register_forward_hook(
-                lambda module, args, y, name=f"{name}.weight": watch(name, y, *args)))
-        elif isinstance(module, nn.Embedding) and not (name == "tok_emb" and model.cfg.tie_embeddings):
-            hooks.append(module.register_forward_hook(
-                lambda module, args, y, name=f"{name}.weight": look_up(name, len(module.weight), args[0], y)))
-    model.watch_output, used = watch, 0
+                lambda module, args, y, name=name: look_up(name, len(module.weight), args[0], y)))
+    model.watch_output = watch
     for part in sequences.split(size):
         model(part[:, :-1], part[:, 1:]).sum().backward()
         used += len(part)
@@ -1956,8 +1812,7 @@ def calibrate(model: GPT, sequences: Tensor, size: int, may_go_on) -> tuple[dict
     model.watch_output = None
     for hook in hooks:
         hook.remove()
-    for p in model.parameters():
-        p.grad = None
+    model.zero_grad(set_to_none=True)
     tokens = used * (sequences.size(1) - 1)
     if not all(math.isfinite(float(h.sum() + g.sum())) for h, g, _ in sums.values()):
         return {}, used
@@ -1976,8 +1831,9 @@ class Exporter:
         self.began, self.guard, self.report = time.perf_counter(), seconds, {"rule": cfg.quant, "attempts": 0}
         self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
         self.sequences, self.sensitivity, self.pass_seconds, self.attempt_seconds = sequences, {}, 0.0, 0.0
-        self.groups = sorted({group_of(n) for n in self.weights if self.coarse(n)})
-        if cfg.quant in ("balanced", "gptq") and self.groups:
+        self.coarse = {n: group_of(n) for n, w in self.weights.items() if is_quantised(n, w.shape, cfg.quant_min_numel)}
+        self.groups = sorted(set(self.coarse.values()))
+        if cfg.quant != "rowmax" and self.groups:
             self.sensitivity, used = calibrate(model, sequences, size, lambda: self.in_time(0.5))
             self.pass_seconds = (time.perf_counter() - self.began) / 3 * len(sequences) / used  # a guess
             self.bite(f"calibration on {used} of {len(sequences)} sequences" if used < len(sequences) else "")
@@ -1985,9 +1841,6 @@ class Exporter:
                 log("export: gradients on training text are not finite; QUANT=rowmax, which needs none, takes over")
                 self.cfg, self.report["rule"] = dataclasses.replace(cfg, quant="rowmax"), "rowmax"
         self.low, self.high = (0.0, 12.0) if self.cfg.quant == "balanced" else (2.0, 8.0)
-
-    def coarse(self, name: str) -> bool:
-        return is_quantised(name, self.weights[name], self.cfg.quant_min_numel)
 
     def in_time(self, share: float = 1.0, needs: float = 0.0) -> bool:
         """Whether `needs` more seconds end within `share` of the guard."""
@@ -2000,9 +1853,8 @@ class Exporter:
 
     def rounded(self, bits: dict[str, float]) -> dict[str, Stored]:
         """The tensors of the groups in `bits`."""
-        names = [(name, group_of(name)) for name in self.weights if self.coarse(name)]
         return {n: quantize(self.weights[n], self.cfg, bits[g], g in ("embed", "bigram"), self.sensitivity.get(n))
-                for n, g in names if g in bits}
+                for n, g in self.coarse.items() if g in bits}
 
     @torch.no_grad()
     def put(self, tensors: dict[str, Stored]):
@@ -2010,27 +1862,26 @@ class Exporter:
         for name, p in self.model.named_parameters():
             p.copy_(tensors[name].tensor() if name in tensors else self.weights[name])
 
+    @torch.no_grad()
     def loss(self, tensors: dict[str, Stored]) -> float:
         """Nats per token of the model with these tensors on the training text."""
         began = time.perf_counter()
         self.put(tensors)
-        loss = text_loss(self.model, self.sequences, self.size)
-        self.pass_seconds = time.perf_counter() - began
+        means = [self.model(part[:, :-1], part[:, 1:]).double().mean(1) for part in self.sequences.split(self.size)]
+        loss, self.pass_seconds = float(torch.cat(means).mean()), time.perf_counter() - began
         return loss
 
-    def packed(self, coarse: dict[str, Stored], coder: str) -> bytes:
+    def packed(self, coarse: dict[str, Stored]) -> bytes:
         """The file of these tensors, and of the others in fp16."""
-        small = {n: w.clamp(-65504, 65504).half().cpu().numpy() for n, w in self.weights.items() if n not in coarse}
-        stored = {n: coarse[n] if n in coarse else Stored("fp16", 16, small[n]) for n in self.weights}
-        return pack(self.cfg, stored, coder)
+        return pack(self.cfg, {n: coarse[n] if n in coarse else Stored(
+            "fp16", 16, w.clamp(-65504, 65504).half().cpu().numpy()) for n, w in self.weights.items()})
 
-    def attempt(self, bits: dict[str, float]) -> tuple[bytes, dict[str, Stored]]:
-        """The file at these bits, and its coarse tensors."""
-        self.report["attempts"] += 1
+    def attempt(self, bits: dict[str, float]) -> tuple[bytes, dict[str, Stored], dict[str, float]]:
+        """The file at these bits, its coarse tensors, and the bits."""
         began, coarse = time.perf_counter(), self.rounded(bits)
-        blob = self.packed(coarse, self.cfg.compressor)
-        self.attempt_seconds = time.perf_counter() - began
-        return blob, coarse
+        blob = self.packed(coarse)
+        self.report["attempts"], self.attempt_seconds = self.report["attempts"] + 1, time.perf_counter() - began
+        return blob, coarse, bits
 
     def slopes(self, bits: dict[str, float]) -> dict[str, tuple[float, float]]:
         """For each group the loss that two bits less a value cost and the bytes that one bit takes; nothing where time
@@ -2040,12 +1891,10 @@ class Exporter:
             if not self.in_time(needs=self.pass_seconds * (2 if whole is None else 1) + self.attempt_seconds):
                 self.bite("measuring what bits are worth")
                 return {}
-            whole = self.loss({}) if whole is None else whole
-            less = max(bits[group] - 2, self.low)
+            whole, less = self.loss({}) if whole is None else whole, max(bits[group] - 2, self.low)
             coarse, fine = (self.rounded({group: b}) for b in (less, less + 2))
-            sizes = [len(pack(self.cfg, tensors, self.cfg.compressor)) for tensors in (fine, coarse)]
             loss = max(self.loss(coarse) - whole, 1e-7) * 4 ** (less - (bits[group] - 2))  # as if at two bits less
-            found[group] = loss, max(sizes[0] - sizes[1], 8) / 2
+            found[group] = loss, max(len(self.packed(fine)) - len(self.packed(coarse)), 8) / 2
         self.report |= {"slopes": found, "loss_float": whole}
         return found if math.isfinite(sum(loss for loss, _ in found.values())) else {}
 
@@ -2055,46 +1904,44 @@ class Exporter:
         noise, so no group moves far from the others, and less where the rule has weighed them already."""
         worth = {g: math.log2(loss / size) / 2 for g, (loss, size) in slopes.items()} or dict.fromkeys(bits, 0.0)
         weight = {g: size for g, (_, size) in slopes.items()} or dict.fromkeys(bits, 1.0)
-        mean = sum(worth[g] * weight[g] for g in bits) / sum(weight.values())
-        far = 1.0 if self.cfg.quant == "balanced" else 2.0
-        moves = {g: min(max(worth[g] - mean, -far), far) + common for g in bits}
-        return {g: min(max(bits[g] + moves[g], self.low), self.high) for g in bits}
+        mean, far = sum(worth[g] * weight[g] for g in bits) / sum(weight.values()), 2.0 - (self.cfg.quant == "balanced")
+        moved = {g: bits[g] + min(max(worth[g] - mean, -far), far) + common for g in bits}
+        return {g: min(max(b, self.low), self.high) for g, b in moved.items()}
 
     def search(self) -> bytes | None:
         """The file, or None where no setting keeps it within `room`."""
-        nominal = {g: getattr(self.cfg, f"quant_bits_{g}") for g in self.groups}
-        blob, coarse = self.attempt(nominal)
-        self.report |= {"bits": nominal, "bytes_first": len(blob), "tokens": self.sequences[:, 1:].numel()}
-        first, fits, original = len(blob), len(blob) <= self.room, (blob, nominal, coarse)
-        if not self.groups or (fits and (not self.cfg.export_fill or first >= 0.995 * self.room)):
-            return blob if fits else None
-        self.log(f"export: {first} bytes at first, {abs(self.room - first)} {'to fill' if fits else 'too many'}; "
-                 "looking for the bits that matter " + ("most" if fits else "least"))
-        slopes, best = self.slopes(nominal), original if fits else None
-        elements = sum(w.numel() for name, w in self.weights.items() if self.coarse(name))
-        each = sum(size for _, size in slopes.values()) or elements / 8  # bytes that a bit more takes
-        common, under, over, last, aim = (0.998 * self.room - first) / each, None, None, None, 0.998 * self.room
-        for turn in range(16):  # of (common term, bytes) that fit and that do not, close in on the room
+        nominal, room = {g: getattr(self.cfg, f"quant_bits_{g}") for g in self.groups}, self.room
+        first = self.attempt(nominal)
+        size, fits = len(first[0]), len(first[0]) <= room
+        self.report |= {"bits": nominal, "bytes_first": size, "tokens": self.sequences[:, 1:].numel()}
+        if not self.groups or (fits and (not self.cfg.export_fill or size >= 0.995 * room)):
+            return first[0] if fits else None
+        self.log(f"export: {size} bytes at first, {abs(room - size)} {'to fill' if fits else 'too many'}; looking for "
+                 f"the bits that matter {'most' if fits else 'least'}")
+        slopes, best, aim = self.slopes(nominal), first if fits else None, 0.998 * room
+        each = sum(s for _, s in slopes.values()) or sum(self.weights[n].numel() for n in self.coarse) / 8  # of a bit
+        common, under, over, last = (aim - size) / each, None, None, None
+        for turn in range(16):  # (common term, bytes) that fit and that do not close in on the room
             bits = self.shifted(nominal, slopes, common)
             late = bool(best) and not self.in_time(needs=self.attempt_seconds)
             self.bite("the search" if late else "")
             if late or bits == last or (best and turn > 7):
                 break
-            last, (blob, coarse) = bits, self.attempt(bits)
-            if len(blob) <= self.room:
-                under = common, len(blob)
-                best = best if best and len(best[0]) >= len(blob) else (blob, bits, coarse)
+            last, found = bits, self.attempt(bits)
+            size = len(found[0])
+            if size > room:
+                over = common, size
             else:
-                over = common, len(blob)
-            if 0.995 * self.room <= len(blob) <= self.room:
+                under = common, size
+                best = best if best and len(best[0]) >= size else found
+            if 0.995 * room <= size <= room:
                 break
             if under and over:
                 share = (aim - under[1]) / (over[1] - under[1])
                 common = under[0] + min(max(share, 0.1), 0.9) * (over[0] - under[0])
             else:  # with larger steps each time, since a bit may take less than it did
-                common += (turn + 1) * (max if under else min)((aim - len(blob)) / each, 0.02 if under else -0.02)
-        if best:
-            best = self.judged(original, best, fits)
+                common += (turn + 1) * (max if under else min)((aim - size) / each, 0.02 if under else -0.02)
+        best = best and self.judged(first, best, fits)
         self.put({})
         return best and best[0]
 
@@ -2102,14 +1949,14 @@ class Exporter:
         """Say what the search did and what it cost; a larger file that is no better than the first is dropped."""
         said, whole = "cost not measured", self.report.get("loss_float")
         if whole is not None and self.in_time(needs=2 * self.pass_seconds):
-            losses = [self.loss(tensors) for _, _, tensors in (first, best)]
+            losses = [self.loss(tensors) for _, tensors, _ in (first, best)]
             self.report |= {"loss_first": losses[0], "loss_file": losses[1]}
             said = (f"loss on {self.report['tokens']} tokens of training text: float {whole:.4f}, "
                     f"first {losses[0] - whole:+.4f}, file {losses[1] - whole:+.4f}")
             if fits and not losses[1] < losses[0]:
                 best, said = first, said + "; the first is no worse and is kept"
-        self.report["bits"] = best[1]
-        bits = ", ".join(f"{g} {first[1][g]:g} -> {b:.2f}" for g, b in best[1].items())
+        self.report["bits"] = best[2]
+        bits = ", ".join(f"{g} {first[2][g]:g} -> {b:.2f}" for g, b in best[2].items())
         self.log(f"export: bits {bits}; {len(first[0])} -> {len(best[0])} bytes; {said}")
         return best
 
@@ -2148,19 +1995,15 @@ class Evaluator:
 
     A window is EVAL_SEQ_LEN inputs; windows stand `stride` apart and each scores its last `stride` targets, the
     first all of its own. A target's window follows from its position in the stream (or, for `record`, from what the
-    caller gives), not from the batch or number of ranks. With a `band` a window is four times as long and each token
-    attends to the last `band` tokens only, so that all but the first `band` of a window are scored: nearly as if keys
-    and values were carried along, which takes 1 to 1.3 passes a token and not EVAL_SEQ_LEN / EVAL_STRIDE.
-    For the audit, the whole distribution of the targets in `probe` is kept too, and `peek` is the largest change of a
-    loss when the inputs after its place are others.
+    caller gives), not from the batch or number of ranks. For the audit, the whole distribution of the targets in
+    `probe` is kept too, and `peek` is the largest change of a loss when the inputs after its place are others.
     """
 
     made = 0  # how many there have been
 
-    def __init__(self, cfg: Config, process: Process, forward, stream: Stream, stride: int, probe=(), band: int = 0):
-        self.cfg, self.process, self.forward, self.stream, self.band = cfg, process, forward, stream, band
-        self.window, self.stride = (4 * cfg.eval_len, 4 * cfg.eval_len - band) if band else (cfg.eval_len, stride)
-        self.started, self.batch = time.perf_counter(), 0
+    def __init__(self, cfg: Config, process: Process, forward, stream: Stream, stride: int, probe=()):
+        self.cfg, self.process, self.forward, self.stream = cfg, process, forward, stream
+        self.window, self.stride, self.started, self.batch = cfg.eval_len, stride, time.perf_counter(), 0
         self.nats = torch.zeros(stream.targets, device=process.device)
         self.count = torch.zeros(stream.targets, dtype=torch.int32, device=process.device)
         self.learnt = torch.zeros(stream.targets + 1, dtype=torch.int32, device=process.device)
@@ -2168,18 +2011,18 @@ class Evaluator:
         self.probe, self.distributions, self.peek = torch.tensor(list(probe), device=process.device), {}, 0.0
         Evaluator.made += 1
 
-    def blocks(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Blocks that cover targets [begin, end): first target, end, and first input of each one's window."""
+    def blocks(self, begin: int, end: int) -> np.ndarray:
+        """Blocks that cover targets [begin, end), [3, n]: first target, end, and first input of each one's window."""
         w, s = self.window, self.stride
         low = np.concatenate((np.arange(begin, min(w, end), s), np.arange(max(begin, w), end, s)))
         high = np.minimum(low + s, np.where(low < w, min(w, end), end))
-        return low, high, np.where(low < w, 0, low + s - w)
+        return np.stack((low, high, np.where(low < w, 0, low + s - w)))
 
     def score(self, begin: int, end: int, tick=lambda done: None):
         """Score targets [begin, end), blocks shared out over the ranks. `tick` hears how much is done, 0 to 1, and may
         say to stop."""
         rank, world, device = self.process.rank, self.process.world, self.process.device
-        blocks = np.stack(self.blocks(begin, end))
+        blocks = self.blocks(begin, end)
         mine = torch.from_numpy(blocks[:, blocks.shape[1] * rank // world : blocks.shape[1] * (rank + 1) // world])
         mine, n = mine.to(device), mine.size(1)
         if not self.batch:  # of equal size, so that a compiled model sees one shape; later calls keep it
@@ -2201,7 +2044,7 @@ class Evaluator:
         targets = low[:, None] + torch.arange(self.stride, device=low.device)
         rows, scored = (targets - start[:, None]).clamp(max=length - 1), targets < high[:, None]
         targets = targets.clamp(max=last)
-        nats = self.forward(inputs, tokens[targets + 1], rows, self.cfg.eval_len, self.band)
+        nats = self.forward(inputs, tokens[targets + 1], rows, self.cfg.eval_len)
         for book, entry in ((self.nats, nats), (self.count, scored.int())):
             book.index_add_(0, targets.flatten(), torch.where(scored, entry, 0).flatten())
         self.early += torch.where(scored, self.learnt[targets + 1], 0).sum()
@@ -2209,7 +2052,7 @@ class Evaluator:
             slot = (low[:, None] // self.stride * 7919) % scored.sum(1, keepdim=True).clamp(min=1)  # one place a window
             later = torch.arange(length, device=low.device) > rows.gather(1, slot)
             other = torch.where(later, (inputs * 31 + 17) % self.cfg.vocab_size, inputs)
-            change = (self.forward(other, tokens[targets + 1], rows, self.cfg.eval_len, self.band) - nats).abs()
+            change = (self.forward(other, tokens[targets + 1], rows, self.cfg.eval_len) - nats).abs()
             upto = scored & (torch.arange(self.stride, device=low.device) <= slot)
             self.peek = max(self.peek, float(change[upto].nan_to_num(torch.inf).max()) if upto.any() else 0.0)
             for at, slot in (torch.isin(targets, self.probe) & scored).nonzero().tolist():
@@ -2221,7 +2064,7 @@ class Evaluator:
         place, vocab = rows[at, slot].expand_as(rows).contiguous(), self.cfg.vocab_size
         entries = torch.arange(-(-vocab // self.stride) * self.stride, device=inputs.device).clamp(max=vocab - 1)
         self.distributions[target] = torch.cat([
-            self.forward(inputs, part.expand_as(rows).contiguous(), place, self.cfg.eval_len, self.band)[at] for part in
+            self.forward(inputs, part.expand_as(rows).contiguous(), place, self.cfg.eval_len)[at] for part in
             entries.split(self.stride)])[:vocab].cpu()
 
     def lesson(self, positions: Tensor, who: Tensor | None = None) -> Tensor:
@@ -2235,13 +2078,11 @@ class Evaluator:
     def books(self, shared: bool) -> dict[str, Tensor]:
         """What has been scored so far, to be kept: by all ranks when `shared`, else by this one."""
         mine = {"nats": self.nats, "count": self.count, "early": self.early}
-        summed = {name: self.process.sum_(t.clone()) for name, t in mine.items()} if shared else mine
-        return {**summed, "learnt": self.learnt}
+        return {n: self.process.sum_(t.clone()) if shared else t for n, t in mine.items()} | {"learnt": self.learnt}
 
     def restore(self, books: dict[str, Tensor], seconds: float, shared: bool):
         """Go on with these books; shared ones are rank 0's."""
-        self.learnt.copy_(books["learnt"])
-        for name in ("nats", "count", "early") if self.process.main or not shared else ():
+        for name in ("learnt", "nats", "count", "early") if self.process.main or not shared else ("learnt",):
             getattr(self, name).copy_(books[name])
         self.started = time.perf_counter() - seconds
 
@@ -2265,7 +2106,7 @@ class Evaluator:
 def evaluate(cfg: Config, process: Process, log: Log, forward, stream: Stream, stride: int, label: str,
              probe=()) -> Evaluator:
     """Score the whole stream, or until a signal that is held; stride = EVAL_SEQ_LEN gives non-overlapping windows."""
-    evaluator = Evaluator(cfg, process, forward, stream, stride, probe, cfg.eval_window if stride < cfg.eval_len else 0)
+    evaluator = Evaluator(cfg, process, forward, stream, stride, probe)
     evaluator.score(0, stream.targets, lambda done: log.live(label, done, time.perf_counter() - evaluator.started) or
                     process.signals.caught)
     return evaluator
@@ -2273,13 +2114,14 @@ def evaluate(cfg: Config, process: Process, log: Log, forward, stream: Stream, s
 
 # ==== Test-time training: score a chunk for good, only then learn from it =============================================
 
+LORA_CONTEXT = 64  # tokens before a chunk that go in when it is learnt: whole windows taught 0.001 BPB more, at 3x
+
 
 class Budget:
     """EVAL_MAX_SECONDS: for reading the artifact, compiling, and the evaluation that gives val_bpb; 0 is no limit."""
 
     def __init__(self, cfg: Config, process: Process, spent: float = 0.0):
-        self.limit = cfg.eval_max_seconds
-        self.cuda, self.started = process.cuda, time.perf_counter() - spent
+        self.limit, self.cuda, self.started = cfg.eval_max_seconds, process.cuda, time.perf_counter() - spent
 
     def spent(self) -> float:
         """Seconds so far, this rank's queued work included."""
@@ -2288,21 +2130,31 @@ class Budget:
         return time.perf_counter() - self.started
 
 
+def ttt_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
+    """The rate at a step within a chunk, as a share of the chunk's."""
+    warm, total = cfg.ttt_warmup_epochs * steps_per_epoch, cfg.ttt_epochs * steps_per_epoch
+    if not cfg.ttt_cosine or cfg.ttt_lr == 0:
+        return 1.0
+    if step < warm:
+        return (step + 1) / warm
+    least = cfg.ttt_lr_min / cfg.ttt_lr
+    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+
+
 class Walk:
     """One walk of test-time training over a stream: its clock, its lines, when it must stop learning, and with
     `checkpoints` its states. In lora mode ranks walk apart and each keeps its own; else they walk in step and rank 0
     keeps one. `saved` is the state to go on from: facts and tensors."""
 
-    counters = ("scoring", "work", "stopped", "chunks", "adapted", "undone", "_said", "lesson")
+    counters = ("scoring", "work", "stopped", "chunks", "adapted", "undone", "said", "lesson")
 
     def __init__(self, cfg: Config, process: Process, log: Log, evaluator: Evaluator, budget: Budget,
                  checkpoints: Checkpoints | None = None):
         self.cfg, self.process, self.log, self.evaluator, self.budget = cfg, process, log, evaluator, budget
-        self.scoring, self.work, self.total, self.stopped = 0.0, 0.0, 0.0, False
-        self.chunks, self.adapted, self.undone, self._said = 0, 0, 0, 0
-        self.begun, self.lesson_began, self.lesson = budget.spent(), None, 0.0
-        self.checkpoints, self.kept, self.shared = checkpoints, 0.0, cfg.ttt_mode == "full"
-        self.saved = self.latest = None
+        self.scoring, self.work, self.lesson, self.lesson_began = 0.0, 0, 0.0, None
+        self.stopped, self.chunks, self.adapted, self.undone, self.said, self.total = False, 0, 0, 0, 0, 0
+        self.checkpoints, self.shared, self.saved, self.latest = checkpoints, cfg.ttt_mode == "full", None, None
+        self.begun = budget.spent()
         if checkpoints:
             self._restore()
             self.kept = self._clock()[0]
@@ -2312,10 +2164,6 @@ class Walk:
         now = self.budget.spent()
         return self.process.heard(now) if self.shared else (now, self.process.signals.caught)
 
-    @property
-    def state_name(self) -> str:
-        return f"ttt_rank{0 if self.shared else self.process.rank}.npz"
-
     def _key(self) -> str:
         """What a state must have been made with for this walk to go on from it."""
         settings = {n: v for n, v in self.cfg.settings().items() if n.startswith(("ttt_", "eval_s", "val_b", "comp"))}
@@ -2323,7 +2171,8 @@ class Walk:
                            self.evaluator.stream.targets])
 
     def _restore(self):
-        path, saved = self.checkpoints.folder / self.state_name, None
+        self.state = f"ttt_rank{0 if self.shared else self.process.rank}.npz"
+        path, saved = self.checkpoints.folder / self.state, None
         try:
             if path.exists() and (self.process.main or not self.shared):
                 saved = read_state(path)
@@ -2340,7 +2189,6 @@ class Walk:
             for name in self.counters:
                 setattr(self, name, facts[name])
             self.budget.started -= facts["seconds"]
-            self.begun = self.budget.spent() - facts["seconds"]
             self.log(f"ttt: goes on from {facts['file']}, after {facts['chunks']} chunks and {facts['seconds']:.1f} s")
 
     def keep(self, tensors, **facts):
@@ -2360,14 +2208,13 @@ class Walk:
         """Write the latest state that `keep` was given."""
         if not self.latest:
             return
-        (tensors, facts), now = self.latest, self.now()
+        (tensors, facts), now, books = self.latest, self.now(), self.evaluator.books(self.shared)
         facts |= {name: getattr(self, name) for name in self.counters} | {
             "key": self._key(), "seconds": now - self.begun, "batch": self.evaluator.batch}
-        books = self.evaluator.books(self.shared)
         if wait:
             self.checkpoints.wait()
         if self.process.main or not self.shared:
-            self.checkpoints.save(self.state_name, books | tensors(), facts)
+            self.checkpoints.save(self.state, books | tensors(), facts)
         if wait:
             self.checkpoints.wait()
             if self.shared:  # no rank leaves before rank 0 has written
@@ -2381,46 +2228,30 @@ class Walk:
         return now
 
     @contextlib.contextmanager
-    def scored(self, work: float):
+    def scored(self, work: int):
         """Time a piece of scoring of `work` units."""
         begin = self.now()
         yield
         self.scoring, self.work = self.scoring + self.now() - begin, self.work + work
 
-    def may_learn(self, rest: float, shared: bool) -> bool:
-        """Whether there is time for a lesson, with `rest` units left to score after it and a quarter for unevenness.
-        When `shared` all ranks ask at the same place and hear rank 0's answer."""
-        now, need = self.now(), self.lesson + 1.25 * rest * self.scoring / max(self.work, 1e-9)
+    def may_learn(self) -> bool:
+        """Whether there is time for a lesson, with the rest left to score after it and a quarter for unevenness. Ranks
+        that walk in step ask at the same place and hear rank 0's answer."""
+        now, rest = self.now(), self.total - self.work
+        need = self.lesson + 1.25 * rest * self.scoring / max(self.work, 1)
         stop = self.stopped or 0 < self.budget.limit <= now + need
-        stop = self.process.agree(stop) if shared and self.budget.limit else stop
+        stop = self.process.agree(stop) if self.shared and self.budget.limit else stop
         if stop and not self.stopped:
             self.log(f"EVAL_MAX_SECONDS={self.budget.limit:g}: adaptation stops, the time left is for scoring")
         self.stopped, self.lesson_began = stop, now
         return not stop
 
-    def line(self, i: int, n: int, rate: float, bpb: float):
-        """Chunk i of n is done."""
-        seconds = self.budget.spent() - self.begun
+    def line(self, i: int, n: int, rate: float):
+        """Chunk i of n is done; in lora mode, where the BPB is of this rank's share, the i-th twentieth."""
+        seconds, bpb = self.budget.spent() - self.begun, self.evaluator.running_bpb(self.shared)
         self.log(f"ttt_chunk [{i}/{n}] bpb={bpb:.6f} rate={rate:.3g} time={seconds:.1f}s "
                  f"eta={seconds / i * (n - i):.1f}s")
         self.log.metric(ttt_chunk=i, chunks=n, running_bpb=bpb, rate=rate, ttt_seconds=seconds)
-
-    def document_line(self):
-        """A line for each twentieth of this rank's documents, with the BPB of its own share."""
-        if self.log.main and (part := int(20 * self.work / self.total)) > self._said:
-            self._said = part
-            self.line(part, 20, self.cfg.ttt_lora_lr, self.evaluator.running_bpb(shared=False))
-
-
-def ttt_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
-    """The rate at a step within a chunk, as a share of the chunk's."""
-    warm, total = cfg.ttt_warmup_epochs * steps_per_epoch, cfg.ttt_epochs * steps_per_epoch
-    if not cfg.ttt_cosine or cfg.ttt_lr == 0:
-        return 1.0
-    if step < warm:
-        return (step + 1) / warm
-    least = cfg.ttt_lr_min / cfg.ttt_lr
-    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
 
 
 class FullAdapter:
@@ -2446,14 +2277,13 @@ class FullAdapter:
         cfg, flat, world, rank = self.cfg, self.flat, self.process.world, self.process.rank
         length = min(cfg.train_seq_len, end)
         starts = torch.arange(begin, end, length, device=flat.weights.device).clamp(max=end - length)
-        group, size = cfg.ttt_batch_seqs * world or len(starts), max(
-            tokens_per_pass(cfg, self.process, True) // length, 1)
+        group, size = cfg.ttt_batch_seqs * world or len(starts), tokens_per_pass(cfg, self.process, True) // length
         per_epoch, before, bad, step = -(-len(starts) // group), flat.weights.clone(), flat.loss.new_zeros(()), 0
         while step < cfg.ttt_epochs * per_epoch and may_go_on():
             self.optimizer.param_groups[0]["lr"] = rate * ttt_factor(cfg, step, per_epoch)
             batch = starts[step % per_epoch * group :][:group]
             tokens = self.evaluator.lesson(batch[:, None] + torch.arange(length + 1, device=batch.device))
-            flat.gather_gradients(self.evaluator.forward, tokens[rank::world], size, len(tokens), self.process)
+            flat.gather_gradients(self.evaluator.forward, tokens[rank::world], max(size, 1), len(tokens), self.process)
             bad += ~flat.clip_(cfg.ttt_grad_clip)
             self.optimizer.step()
             step += 1
@@ -2467,32 +2297,27 @@ class FullAdapter:
         return step, undone
 
 
-def walk_full(walk: Walk, model: GPT) -> int:
-    """Score and learn chunk by chunk. Returns the number of chunks."""
+def walk_full(walk: Walk, model: GPT):
+    """Score and learn chunk by chunk."""
     cfg, evaluator, n = walk.cfg, walk.evaluator, walk.evaluator.stream.targets
-    adapter, chunks, first = FullAdapter(cfg, walk.process, model, evaluator), -(-n // cfg.ttt_chunk_tokens), 0
+    adapter, chunks, walk.total = FullAdapter(cfg, walk.process, model, evaluator), -(-n // cfg.ttt_chunk_tokens), n
     if walk.saved:
-        first = walk.saved[0]["chunks"]
         adapter.flat.weights.copy_(walk.saved[1]["weights"])
         restore_optimizer(adapter.optimizer, walk.saved[1])
-    for i in range(first, chunks):
+    for i in range(walk.chunks, chunks):
         begin, end = i * cfg.ttt_chunk_tokens, min((i + 1) * cfg.ttt_chunk_tokens, n)
         with walk.scored(end - begin):
             evaluator.score(begin, end)
         fall = 0.5 * (1 + math.cos(math.pi * i / max(chunks - 1, 1)))  # a cosine across chunks, to a share of the rate
         rate = cfg.ttt_lr * (cfg.ttt_lr_end + (1 - cfg.ttt_lr_end) * fall)
         if end < n and cfg.ttt_epochs and not walk.stopped:
-            steps, undone = adapter.learn(begin, end, rate, lambda rest=n - end: walk.may_learn(rest, True))
+            steps, undone = adapter.learn(begin, end, rate, walk.may_learn)
             walk.adapted, walk.undone = walk.adapted + (steps > 0), walk.undone + undone
             if undone:
                 walk.log(f"ttt_chunk {i + 1}: its adaptation was not finite and is undone")
-        walk.line(i + 1, chunks, rate, evaluator.running_bpb())
         walk.chunks = i + 1
+        walk.line(walk.chunks, chunks, rate)
         walk.keep(lambda: {"weights": adapter.flat.weights} | optimizer_tensors(adapter.optimizer))
-    return chunks
-
-
-LORA_CONTEXT = 64  # tokens before a chunk that go in when it is learnt
 
 
 class LoraAdapters:
@@ -2566,14 +2391,12 @@ def document_groups(cfg: Config, process: Process, stream: Stream, weights: int)
     # a document's length must not show before its end: in the shorter windows all its blocks see its first token
     longest = {w: w if w % stride == chunk % stride == 0 else w - stride + 1 for w in windows[1:]}
     for window, shorter in zip(windows, [*windows[1:], None], strict=True):
-        fits = (lengths <= longest.get(window, math.inf)) & (lengths > longest.get(shorter, 0))
-        chosen = documents[fits]
+        chosen = documents[(lengths <= longest.get(window, math.inf)) & (lengths > longest.get(shorter, 0))]
         chosen = chosen[np.argsort(chosen[:, 0] - chosen[:, 1], kind="stable")]
         room = min(tokens_per_pass(cfg, process, True), cfg.val_batch_size // process.world) // window
         room = max(min(room, process.memory()[0] // 8 // (32 * weights)), 1)
         if len(chosen):
-            places = min(room, -(-len(chosen) // process.world))
-            groups.append((window, places, chosen[process.rank :: process.world]))
+            groups.append((window, min(room, -(-len(chosen) // process.world)), chosen[process.rank :: process.world]))
     return groups
 
 
@@ -2590,11 +2413,11 @@ def walk_documents(walk: Walk, adapters: LoraAdapters, group: int, window: int, 
         adapters.weights.copy_(walk.saved[1]["adapters"])
         restore_optimizer(adapters.adam, walk.saved[1])
     while True:
-        free = np.flatnonzero(at >= end)
-        for place in free[: len(queue)].tolist():
-            begin[place], end[place] = document = queue.popleft()
-            at[place] = document[0]
-        adapters.renew(free.tolist())
+        free = np.flatnonzero(at >= end).tolist()
+        for place in free[: len(queue)]:
+            begin[place], end[place] = queue.popleft()
+            at[place] = begin[place]
+        adapters.renew(free)
         if not (left := end - at).any():
             return
         active = np.arange(places) if fixed else np.flatnonzero(left)
@@ -2607,35 +2430,36 @@ def walk_documents(walk: Walk, adapters: LoraAdapters, group: int, window: int, 
                 starts = (begins + stride - window).maximum(first)  # a window ends where its block does
                 evaluator.record(begins.flatten(), ends.flatten(), starts.flatten(), window)
         walk.chunks += int((left > 0).sum())
-        if (left > chunk).any() and walk.may_learn(walk.total - walk.work, False):
+        if (left > chunk).any() and walk.may_learn():
             kept = torch.from_numpy(np.flatnonzero(fixed | (left > chunk)[active])).to(device)
-            learn_documents(walk, adapters, window, *(x[kept] for x in (rows, first, low, stop)))
+            learn_documents(walk, adapters, window, chunk, *(x[kept] for x in (rows, first, low, stop)))
             walk.adapted += int((left > chunk).sum())
-        walk.document_line()
+        if walk.log.main and (part := int(20 * walk.work / walk.total)) > walk.said:
+            walk.said = part
+            walk.line(part, 20, walk.cfg.ttt_lora_lr)
         np.minimum(at + chunk, end, out=at)
         walk.keep(lambda: {"adapters": adapters.weights, "places": torch.from_numpy(table),
                            **optimizer_tensors(adapters.adam)}, group=group, queue=list(queue))
 
 
-def learn_documents(walk: Walk, adapters: LoraAdapters, window: int, rows: Tensor, first: Tensor, low: Tensor,
-                    stop: Tensor):
+def learn_documents(walk: Walk, adapters: LoraAdapters, window: int, chunk: int, rows: Tensor, first: Tensor,
+                    low: Tensor, stop: Tensor):
     """A step of each document on the chunk from `low` on, if that is not its last; no later token goes in, and of the
-    earlier ones LORA_CONTEXT, since whole windows taught hardly more (0.001 BPB) at several times the cost."""
-    evaluator, chunk = walk.evaluator, min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len)
-    window = min(window, chunk + LORA_CONTEXT)
+    earlier ones LORA_CONTEXT."""
+    evaluator, window = walk.evaluator, min(window, chunk + LORA_CONTEXT)
     learns, start = low + chunk < stop, (low + chunk - window).maximum(first)[:, None]
     inputs = (start + torch.arange(window, device=low.device)).minimum(low[:, None] + chunk - 1)
-    targets, last = low[:, None] + torch.arange(chunk, device=low.device), evaluator.stream.targets
+    targets = low[:, None] + torch.arange(chunk, device=low.device)
     tokens = evaluator.lesson(targets + 1, learns)
     adapters.attach(rows)
-    inputs = evaluator.stream.tokens[inputs.clamp(max=last)]
+    inputs = evaluator.stream.tokens[inputs.clamp(max=evaluator.stream.targets)]
     nats = evaluator.forward(inputs, tokens, targets - start, walk.cfg.eval_len)
     walk.undone += adapters.step(nats, rows, learns)
 
 
-def walk_lora(walk: Walk, model: GPT) -> int:
+def walk_lora(walk: Walk, model: GPT):
     """Each document from fresh adapters: score a chunk of it, learn from it, go on to its next one. Nothing carries
-    over between documents, so they share batches and are shared out over the ranks. Returns the number of chunks."""
+    over between documents, so they share batches and are shared out over the ranks."""
     process, adapters = walk.process, LoraAdapters(walk.cfg, walk.process, model)
     groups = document_groups(walk.cfg, process, walk.evaluator.stream, len(adapters.initial))
     walk.total = sum(window * int((documents[:, 1] - documents[:, 0]).sum()) for window, _, documents in groups)
@@ -2650,7 +2474,6 @@ def walk_lora(walk: Walk, model: GPT) -> int:
         raise
     counts = torch.tensor((walk.adapted, walk.undone, walk.chunks, walk.stopped), device=process.device)
     walk.adapted, walk.undone, walk.chunks, walk.stopped = process.sum_(counts).tolist()
-    return walk.chunks
 
 
 def prime(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream, tokenizer: Tokenizer):
@@ -2679,10 +2502,10 @@ def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream:
     evaluator = Evaluator(cfg, process, compiled(model, cfg, process), stream, stride, probe)
     with process.signals.hold() if checkpoints else contextlib.nullcontext():
         walk = Walk(cfg, process, log, evaluator, budget or Budget(cfg, process), checkpoints)
-        chunks = (walk_lora if lora else walk_full)(walk, model)
+        (walk_lora if lora else walk_full)(walk, model)
     if walk.undone:
         log(f"ttt: the adaptation of {walk.undone} chunks was not finite and is undone")
-    return evaluator, {"chunks": chunks, "mode": cfg.ttt_mode, "adapted_chunks": walk.adapted - walk.undone,
+    return evaluator, {"chunks": walk.chunks, "mode": cfg.ttt_mode, "adapted_chunks": walk.adapted - walk.undone,
                        "undone_chunks": walk.undone, "stopped_by_budget": bool(walk.stopped)}
 
 
@@ -2708,86 +2531,69 @@ def exact_audit(cfg: Config, process: Process) -> bool:
 
 def audit_length(cfg: Config) -> int:
     """Targets of the excerpt that the audit evaluates."""
-    windows = 8 if cfg.eval_window and not cfg.ttt_enabled else 4  # with EVAL_WINDOW a span is four
-    return max(cfg.audit_tokens, cfg.eval_len) if cfg.audit_tokens else windows * cfg.eval_len
-
-
-class Audit:
-    """AUDIT=1. `trial(ids, probe, **changes)` evaluates any tokens with the evaluation under test, a black box, and
-    returns its Evaluator; `changes` are settings to change for the trial."""
-
-    def __init__(self, cfg: Config, process: Process, trial, ids: np.ndarray):
-        self.cfg, self.process, self.trial, self.rng = cfg, process, trial, np.random.default_rng(cfg.seed)
-        self.ids = ids[: audit_length(cfg) + 1].copy()
-        n = len(self.ids) - 1
-        if n >= 16:  # several documents, to be kept apart
-            self.ids[self.rng.integers(1, n, 4)] = BOS_ID
-        starts = np.flatnonzero(self.ids[1:] == BOS_ID) + 1  # their ends are places worth cheating at
-        chosen = self.rng.choice(starts, min(2, len(starts)), replace=False)
-        self.cuts = sorted({*self.rng.integers(max(n // 3, 1), n + 1, 4).tolist(), *chosen.tolist()})
-        probe = sorted({cut - 1 for cut in self.cuts} | set(self.rng.integers(0, n, 4).tolist()))
-        made = Evaluator.made
-        self.honest = trial(self.ids, probe)
-        self.walks = Evaluator.made - made
-        self.score, self.distributions = self.honest.result(), self.merge(self.honest)
-
-    def merge(self, evaluator: Evaluator) -> dict[int, Tensor]:
-        """The probed distributions of all ranks."""
-        return {at: nats for part in self.process.gather(evaluator.distributions) for at, nats in part.items()}
-
-    def causal(self) -> tuple[bool, str]:
-        """Random tokens from a cut on must leave every loss before it as it was, and the distribution at it."""
-        worst, noise, tolerance, learnt = 0.0, 0.0, 0.0, []
-        if not exact_audit(self.cfg, self.process):  # how far honest runs differ whose batches have other shapes
-            again = self.trial(self.ids, val_batch_size=self.cfg.eval_len * self.process.world).result()
-            noise = float(np.abs(again.nats - self.score.nats).max())
-            tolerance = min(1e-3, 1e-5 + 4 * noise)
-        for cut in self.cuts:  # tokens before position `cut` stay, so the losses of targets 0 to cut-2
-            ids = self.ids.copy()
-            ids[cut:] = self.rng.integers(0, self.cfg.vocab_size, len(ids) - cut)
-            other = self.trial(ids, [cut - 1])
-            losses = np.abs(other.result().nats - self.score.nats)[: cut - 1]
-            at_cut = (self.merge(other)[cut - 1].neg().exp() - self.distributions[cut - 1].neg().exp()).abs().numpy()
-            worst = max(worst, float(np.nan_to_num(np.concatenate((losses, at_cut)), nan=np.inf).max()))
-            learnt.append(int((self.process.sum_(other.learnt)[:cut] > 0).sum()))
-        peek = max(self.process.gather(self.honest.peek))
-        return worst <= tolerance and peek <= max(tolerance, 1e-5) and noise <= 1e-3, (
-            f"cuts at {self.cuts} of {self.score.tokens}: what comes before differs by {worst:.3g}, allowed "
-            f"{tolerance:.3g} (a re-run: {noise:.3g}); other inputs after a place change its loss by {peek:.3g}; "
-            f"tokens learnt from before the cuts: {learnt}")
-
-    def normalised(self) -> tuple[bool, str]:
-        """At sampled places the distribution sums to 1, and its entry for the target is what was recorded."""
-        sums = [abs(float(nats.double().neg().exp().sum()) - 1) for nats in self.distributions.values()]
-        gaps = [abs(float(nats[int(self.ids[at + 1])]) - float(self.score.nats[at]))
-                for at, nats in self.distributions.items()]
-        ok = all(x <= 1e-4 for x in sums) and all(x <= 1e-4 for x in gaps) and len(sums) > 0
-        return ok, (f"at {len(sums)} places the sum is off 1 by at most {max(sums):.2g}, the loss off -log of its "
-                    f"entry by at most {max(gaps):.2g}")
-
-    def one_pass(self) -> tuple[bool, str]:
-        count = self.honest.count
-        return bool((count == 1).all()) and self.walks == 1, (
-            f"{len(count)} targets, scored {int(count.min())} to {int(count.max())} times in {self.walks} walk(s)")
-
-    def score_before_update(self) -> tuple[bool, str]:
-        return int(self.honest.early) == 0, (f"{int(self.honest.early)} optimizer steps had seen a target before its "
-                                             f"score; {int((self.honest.learnt > 0).sum())} tokens were learnt from")
+    return max(cfg.audit_tokens, cfg.eval_len) if cfg.audit_tokens else 4 * cfg.eval_len
 
 
 def audit(cfg: Config, process: Process, log: Log, trial, stream: Stream, sp) -> dict:
-    """Run the five checks; `sp` is the SentencePiece model. Returns the summary's `audit` entry."""
-    ids = stream.tokens.cpu().numpy()
-    proof, counted = Audit(cfg, process, trial, ids), decoded_bytes(sp, ids)
-    checks = {name: getattr(proof, name)() for name in ("causal", "normalised", "one_pass", "score_before_update")}
+    """AUDIT=1: five checks of an evaluation, a black box: `trial(ids, probe, **changes)` evaluates any tokens with it
+    and returns its Evaluator; `changes` are settings to change. `sp`: the SentencePiece model. Returns the summary's
+    entry: ok, and for each check ok and detail."""
+    rng, ids = np.random.default_rng(cfg.seed), stream.tokens.cpu().numpy()
+    counted, ids = decoded_bytes(sp, ids), ids[: audit_length(cfg) + 1].copy()
+    n = len(ids) - 1
+    if n >= 16:  # several documents, to be kept apart
+        ids[rng.integers(1, n, 4)] = BOS_ID
+    starts = np.flatnonzero(ids[1:] == BOS_ID) + 1  # their ends are places worth cheating at
+    cuts = sorted({*rng.integers(max(n // 3, 1), n + 1, 4).tolist(),
+                   *rng.choice(starts, min(2, len(starts)), replace=False).tolist()})
+    made = Evaluator.made
+    honest = trial(ids, sorted({cut - 1 for cut in cuts} | set(rng.integers(0, n, 4).tolist())))
+    walks, score, full = Evaluator.made - made, honest.result(), probed(process, honest)
+    checks = {"causal": causal(cfg, process, trial, ids, cuts, honest, score, full, rng)}
+    sums = [abs(float(nats.double().neg().exp().sum()) - 1) for nats in full.values()]
+    gaps = [abs(float(nats[int(ids[at + 1])]) - float(score.nats[at])) for at, nats in full.items()]
+    checks["normalised"] = bool(sums) and all(x <= 1e-4 for x in sums + gaps), (
+        f"at {len(sums)} places the sum is off 1 by at most {max(sums):.2g}, the loss off -log of its entry by at most "
+        f"{max(gaps):.2g}")
+    least, most, early = int(honest.count.min()), int(honest.count.max()), int(honest.early)
+    checks["one_pass"] = least == most == walks == 1, f"{n} targets, scored {least} to {most} times in {walks} walk(s)"
+    checks["score_before_update"] = early == 0, (f"{early} optimizer steps had seen a target before its score; "
+                                                 f"{int((honest.learnt > 0).sum())} tokens were learnt from")
     checks["bytes"] = counted == stream.bytes, f"{stream.bytes} by the table, {counted} by the decoded pieces"
     for name, (ok, detail) in checks.items():
         log(f"audit {name}: {'ok' if ok else 'FAILED'}, {detail}")
-    result = {name: {"ok": ok, "detail": detail} for name, (ok, detail) in checks.items()}
-    return {"ok": all(ok for ok, _ in checks.values()), "seconds": 0.0} | result
+    return {"ok": all(ok for ok, _ in checks.values()), "seconds": 0.0,
+            **{name: {"ok": ok, "detail": detail} for name, (ok, detail) in checks.items()}}
+
+
+def probed(process: Process, evaluator: Evaluator) -> dict[int, Tensor]:
+    """The probed distributions of all ranks, as nats by target."""
+    return {at: nats for part in process.gather(evaluator.distributions) for at, nats in part.items()}
+
+
+def causal(cfg: Config, process: Process, trial, ids: np.ndarray, cuts: list[int], honest: Evaluator, score: Score,
+           full: dict[int, Tensor], rng) -> tuple[bool, str]:
+    """Random tokens from a cut on must leave every loss before it as it was, and the distribution at it."""
+    worst, noise, tolerance, learnt, peek = 0.0, 0.0, 0.0, [], max(process.gather(honest.peek))
+    if not exact_audit(cfg, process):  # how far honest runs differ whose batches have other shapes
+        noise = float(np.abs(trial(ids, val_batch_size=cfg.eval_len * process.world).result().nats - score.nats).max())
+        tolerance = min(1e-3, 1e-5 + 4 * noise)
+    for cut in cuts:  # tokens before position `cut` stay, so the losses of targets 0 to cut-2
+        after = rng.integers(0, cfg.vocab_size, len(ids) - cut).astype(ids.dtype)
+        other = trial(np.append(ids[:cut], after), [cut - 1])
+        losses = np.abs(other.result().nats - score.nats)[: cut - 1]
+        at_cut = (probed(process, other)[cut - 1].neg().exp() - full[cut - 1].neg().exp()).abs().numpy()
+        worst = max(worst, float(np.nan_to_num(np.concatenate((losses, at_cut)), nan=np.inf).max()))
+        learnt.append(int((process.sum_(other.learnt)[:cut] > 0).sum()))
+    return worst <= tolerance and peek <= max(tolerance, 1e-5) and noise <= 1e-3, (
+        f"cuts at {cuts} of {score.tokens}: what comes before differs by {worst:.3g}, allowed {tolerance:.3g} (a re-run"
+        f": {noise:.3g}); other inputs after a place change its loss by {peek:.3g}; tokens learnt from before the cuts"
+        f": {learnt}")
 
 
 # ==== Training ========================================================================================================
+
+NAN_MOST = 3  # steps in a row that NAN_POLICY=skip drops
 
 
 def rate_factor(cfg: Config, step: int, seconds: float) -> float:
@@ -2821,7 +2627,6 @@ class Trainer:
         in `bad`, `dropped` and `fault` what was dropped (on a GPU up to the step before, which is known by then)."""
         self.flat.gather_gradients(self.forward, tokens, self.micro, self.share * self.process.world, self.process)
         self.optimizers.step(step, factor)
-        self.optimizers.track_average()
         event = torch.cuda.Event() if self.process.cuda else None
         self._marks.append((self.optimizers.bad.to("cpu", non_blocking=True), event, step + 1, factor))
         if event:
@@ -2886,21 +2691,27 @@ class Trainer:
         self.synchronize()
         self.started += time.perf_counter() - begin
 
+    def keep(self, checkpoints: Checkpoints, step: int, seconds: float, last: bool):
+        """Begin to write the state after `step` steps; the `last` one after waiting for the one before."""
+        began, state = time.perf_counter(), self.state()
+        if self.process.main:
+            if last:
+                checkpoints.wait()
+            kept = checkpoints.save(f"step_{step:07d}.npz", state, {"step": step, "seconds": seconds,
+                                                                    "dropped": self.dropped})
+            said = "is being written" if kept else "left out, the one before is still being written"
+            checkpoints.log(f"checkpoint of step {step} {said}; training waited "
+                            f"{1000 * (time.perf_counter() - began):.0f} ms", console=False)
 
-NAN_MOST = 3  # steps in a row that NAN_POLICY=skip drops
-
-
-def keep_state(trainer: Trainer, checkpoints: Checkpoints, step: int, seconds: float, last: bool):
-    """Begin to write the state after `step` steps; `last`: after waiting for the one before, wherever there is room."""
-    began = time.perf_counter()
-    state, facts = trainer.state(), {"step": step, "seconds": seconds, "dropped": trainer.dropped, "last": last}
-    if trainer.process.main:
-        if last:
-            checkpoints.wait()
-        kept = checkpoints.save(f"step_{step:07d}.npz", state, facts)
-        said = "is being written" if kept else "left out, the one before is still being written"
-        waited = 1000 * (time.perf_counter() - began)
-        checkpoints.log(f"checkpoint of step {step} {said}; training waited {waited:.0f} ms", console=False)
+    def drop(self, ends: bool, checkpoints: Checkpoints, log: Log):
+        """Say that a step was dropped. UserError where it `ends` the run."""
+        if not ends:
+            return log(f"{self.fault}; the step is dropped, {max(self.bad, 1)} in a row")
+        newest = self.process.agree(self.process.main and (checkpoints.wait() or checkpoints.newest))
+        skips = self.cfg.nan_policy == "skip"
+        advice = f"see why {NAN_MOST} in a row were not enough" if skips else "set NAN_POLICY=skip"
+        raise UserError(f"{self.fault}; the step is dropped and the run ends; lower the rates or {advice}; last good "
+                        f"checkpoint: {newest or 'none'}", shared=True)
 
 
 def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, stream: Stream,
@@ -2921,23 +2732,17 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
     loader, step, kept, caught, dropped = Loader(cfg, tokens, process, first), first, seconds, 0, trainer.dropped
     with process.signals.hold():
         while True:
-            capped = 0 < cfg.max_wallclock_seconds <= seconds
-            stop = "wallclock_cap" if capped else "iterations" if step >= cfg.iterations else ""
+            stop = ("wallclock_cap" if 0 < cfg.max_wallclock_seconds <= seconds else
+                    "iterations" if step >= cfg.iterations else "")
             if stop:
                 trainer.synchronize()
             failed = trainer.dropped > dropped and (cfg.nan_policy == "stop" or trainer.bad > NAN_MOST)
-            due = 0 < cfg.ckpt_every_seconds <= seconds - kept
-            if step > first and (stop or caught or failed or due):
-                keep_state(trainer, checkpoints, step, seconds, bool(stop or caught or failed))
+            last = bool(stop or caught or failed)
+            if step > first and (last or 0 < cfg.ckpt_every_seconds <= seconds - kept):
+                trainer.keep(checkpoints, step, seconds, last)
                 kept = seconds
-            if failed:
-                newest = process.agree(process.main and (checkpoints.wait() or checkpoints.newest))
-                advice = f"see why {NAN_MOST} in a row were not enough" if cfg.nan_policy == "skip" else (
-                    "set NAN_POLICY=skip")
-                raise UserError(f"{trainer.fault}; the step is dropped and the run ends; lower the rates or {advice}; "
-                                f"last good checkpoint: {newest or 'none'}", shared=True)
             if trainer.dropped > dropped:
-                log(f"{trainer.fault}; the step is dropped, {max(trainer.bad, 1)} in a row")
+                trainer.drop(failed, checkpoints, log)
             dropped = trainer.dropped
             if caught:
                 process.agree(process.main and checkpoints.wait())  # no rank leaves before it is written
@@ -2969,7 +2774,8 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
     if stop == "wallclock_cap":
         log(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{cfg.iterations}")
     log(f"peak memory allocated: {process.memory()[1] // 2**20} MiB")
-    trainer.optimizers.apply_average()
+    if trainer.optimizers.average is not None:
+        trainer.flat.weights.copy_(trainer.optimizers.average)
     if not bool(torch.isfinite(trainer.flat.weights).all()):
         raise UserError("training ended with weights that are not finite; lower the learning rates", shared=True)
     return {"steps": step, "tokens": step * cfg.train_batch_tokens, "seconds": seconds, "dropped_steps": dropped,
@@ -2979,11 +2785,9 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
 # ==== Main: find a run to go on with, open and check, run the stages, leave a record ==================================
 
 # What a run's continuation may change without a word; and what it may not, since the state hangs on it.
-UNBOUND = ("run_id", "log_dir", "resume", "preset", "strict_env", "env_extra", "train_log_every", "nll_dump",
-           "ckpt_every_seconds", "keep_ckpts", "nan_policy")
+UNBOUND = {"run_id", "log_dir", "resume", "preset", "strict_env", "env_extra", "train_log_every", "nll_dump",
+           "ckpt_every_seconds", "keep_ckpts", "nan_policy"}
 BOUND = {f.name for f in MODEL_FIELDS} | {"seed", "shuffle", "train_batch_tokens", "train_enabled", "model_path"}
-
-
 NO_ROOM_SECONDS = 900.0  # how long a run waits for room on the disk before it gives up what is kept nowhere else
 
 
@@ -3004,18 +2808,20 @@ def lock(folder: Path, patience: float = 0.0):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            if time.monotonic() - began > patience:
-                file.seek(0)
-                raise UserError(f"RUN_ID={folder.name}: a live run writes into {folder} ({file.read(80).strip()}); "
-                                "wait for it or choose another RUN_ID") from None
+            require(time.monotonic() - began <= patience, f"RUN_ID={folder.name}: a live run writes into {folder}; "
+                    "wait for it or choose another RUN_ID")
             time.sleep(0.2)
         except OSError:  # a file system without locks
             break
-    with contextlib.suppress(OSError):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
     return file
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, empty where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def read_progress(folder: Path) -> dict:
@@ -3030,37 +2836,23 @@ def read_progress(folder: Path) -> dict:
         return {}
 
 
-def search_runs(cfg: Config, restart: bool) -> Path | None:
-    """The newest unfinished run under LOG_DIR that this launch began before its restart; or, told to resume without a
-    RUN_ID, one of the same settings that no process is at."""
-    found = [(p.stat().st_mtime, p.parent) for p in Path(cfg.log_dir).glob("*/progress.json")]
-    mine = {name: value for name, value in cfg.settings().items() if name not in UNBOUND}
-    for _, folder in sorted(found, reverse=True):
-        record = read_progress(folder)
-        if restart and launcher() in record.get("launchers", ()):
-            return folder
-        if not restart and record and mine == {name: record["settings"].get(name) for name in mine}:
-            with contextlib.suppress(UserError, OSError):
-                lock(folder).close()
-                return folder
-    return None
-
-
 def place_to_resume(cfg: Config, restart: bool) -> tuple[Path | None, dict, dict[str, Tensor]]:
     """The folder that RESUME or a restart means, None for a new one; and what the checkpoint holds that RESUME names.
 
     Raises UserError for a path that is no checkpoint and no run's folder.
     """
-    path = Path(cfg.resume)
-    if cfg.resume in ("0", "1"):
-        return Path(cfg.log_dir, cfg.run_id) if cfg.run_id else search_runs(cfg, restart), {}, {}
+    path, folder = Path(cfg.resume), Path(cfg.log_dir, cfg.run_id) if cfg.run_id else None
+    if cfg.resume == "0":  # a restart: the run that this launch began, refused where it began none
+        runs = [folder] if folder else [p.parent for p in Path(cfg.log_dir).glob("*/progress.json")]
+        return next((f for f in runs if launcher() in read_progress(f).get("launchers", ())), None), {}, {}
+    if cfg.resume == "1":
+        return folder, {}, {}
     if path.is_dir():
-        if not any((path / name).exists() for name in ("progress.json", "summary.json", "checkpoints")):
-            raise UserError(f"RESUME={path}: no run's folder; give LOG_DIR/RUN_ID or a file of its checkpoints")
+        require(any((path / name).exists() for name in ("progress.json", "summary.json", "checkpoints")),
+                f"RESUME={path}: no run's folder; give LOG_DIR/RUN_ID or a file of its checkpoints")
         return path, {}, {}
     facts, tensors = read_state(path)
-    if "step" not in facts:
-        raise UserError(f"RESUME={path}: a state of test-time training, which only RESUME=1 goes on from")
+    require("step" in facts, f"RESUME={path}: a state of test-time training, which only RESUME=1 goes on from")
     around = path.absolute().parents  # LOG_DIR/RUN_ID/checkpoints, unless the file was moved
     inside = around[0].name == "checkpoints" and around[1].name == facts["run_id"] and "log_dir" not in cfg.explicit
     home = around[2] if inside else Path(cfg.log_dir)
@@ -3076,74 +2868,59 @@ def find_run(cfg: Config, process: Process) -> tuple[dict | None, dict[str, Tens
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if cfg.resume == "0" and not restart:
         return None, {}
-    why, notes = "restart" if restart else f"RESUME={cfg.resume}", []
+    why, notes, later = "restart" if restart else f"RESUME={cfg.resume}", [], []
     folder, facts, tensors = place_to_resume(cfg, restart)
-    if cfg.resume == "0" and folder and launcher() not in read_progress(folder).get("launchers", ()):
-        return None, {}  # not this launch's: refused, as at first
     if folder is None or not folder.is_dir():
         notes.append(f"{why}: " + ("a new run starts from it" if facts else "nothing to resume, starting afresh"))
         return {"folder": None, "facts": facts, "notes": notes, "summary": None, "nats": None}, tensors
     if (folder / "summary.json").exists() and not (folder / "progress.json").exists():
-        if facts:
-            raise UserError(f"{why}: the run in {folder} is finished; give a new RUN_ID to start from this checkpoint")
+        require(not facts, f"{why}: the run in {folder} is finished; give a new RUN_ID to start from this checkpoint")
         return {"finished": str(folder / "summary.json")}, {}
-    process.lock, progress = lock(folder, 10.0 * restart), read_progress(folder)
-    states, later = step_files(folder / "checkpoints"), []
+    process.lock, states = lock(folder, 10.0 * restart), step_files(folder / "checkpoints")
+    progress = read_progress(folder)
     if facts:  # that state and no later one; what was done after it is to be done again
-        progress = progress | {"summary": None, "nats": None}
-        later = [str(state) for state in states if int(state.stem[5:]) > facts["step"]]
-    for state in () if facts else reversed(states):
+        progress |= {"summary": None, "nats": None}
+        later, states = [str(state) for state in states if int(state.stem[5:]) > facts["step"]], []
+    while states and not facts:
         try:
-            facts, tensors = read_state(state)
-            break
+            facts, tensors = read_state(states.pop())
         except UserError as error:
             notes.append(f"{why}: {error}; falling back to the one before")
-    artifact = (progress.get("summary") or {}).get("artifact")
-    own = folder / ARTIFACT_NAME
-    given = artifact and progress["settings"]["model_path"] and not own.exists()
-    scored = Path(artifact["path"]) if given else own
-    if artifact and artifact["sha256"] != file_hash(scored):
-        notes.append(f"{why}: {scored} is not the artifact that this run scored; that is done again")
-        progress["summary"]["artifact"] = None
-        progress["summary"]["eval"] |= {"int6": None, "sliding": None, "ttt": None}
-    if not facts and not (progress.get("summary") or {}).get("artifact"):
+    summary = progress.get("summary") or {}
+    if artifact := summary.get("artifact"):
+        scored = folder / ARTIFACT_NAME
+        scored = scored if scored.exists() or not progress["settings"]["model_path"] else Path(artifact["path"])
+        if artifact["sha256"] != file_hash(scored):
+            notes.append(f"{why}: {scored} is not the artifact that this run scored; that is done again")
+            summary["artifact"] = None
+            summary["eval"] |= {"int6": None, "sliding": None, "ttt": None}
+    if not facts and not summary.get("artifact"):
         notes.append(f"{why}: nothing to resume in {folder}, starting afresh there")
     found = {"folder": str(folder), "facts": facts, "notes": notes, "summary": None, "nats": None, "later": later}
     return found | progress, tensors
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file, empty where it cannot be read."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return ""
-
-
 def continued(cfg: Config, found: dict, ranks: int) -> Config:
     """The settings of the run that was found, with what the environment sets anew. Raises UserError for a setting that
     its state cannot go on with; others that change are noted."""
-    source = found if "settings" in found else found["facts"]
+    source, notes, summary = found if "settings" in found else found["facts"], found["notes"], found["summary"]
     stored = {f.name: source["settings"][f.name] for f in VARIABLES if f.name in source.get("settings", {})}
-    changed = [n for n in sorted(cfg.explicit & stored.keys() - set(UNBOUND)) if getattr(cfg, n) != stored[n]]
+    changed = [n for n in sorted(cfg.explicit & stored.keys() - UNBOUND) if getattr(cfg, n) != stored[n]]
     for name in changed:
-        if name in BOUND:
-            raise UserError(f"{name.upper()}={getattr(cfg, name)}: the run to go on with has {stored[name]}; unset it, "
-                            "or start another run")
-        found["notes"].append(f"resumed with {name.upper()}={getattr(cfg, name)}, before {stored[name]}")
-    if changed and found["summary"]:  # what hung on them is done again
+        require(name not in BOUND, f"{name.upper()}={getattr(cfg, name)}: the run to go on with has {stored[name]}; "
+                "unset it, or start another run")
+        notes.append(f"resumed with {name.upper()}={getattr(cfg, name)}, before {stored[name]}")
+    if changed and summary:  # what hung on them is done again
         scores = all(n.startswith(("eval_", "val_", "final_", "ttt_", "audit")) for n in changed)
-        found["summary"] |= {"eval": dict.fromkeys(found["summary"]["eval"]), "audit": None, "reasons": []}
-        found["summary"]["artifact"] = found["summary"]["artifact"] if scores else None
+        summary |= {"eval": dict.fromkeys(summary["eval"]), "audit": None, "reasons": []}
+        summary["artifact"] = summary["artifact"] if scores else None
     if stored.get("nll_dump") and "nll_dump" not in cfg.explicit:  # no file chooses where this process writes
-        found["notes"].append(f"NLL_DUMP={stored['nll_dump']} of the run so far is not taken over; give it again")
-    given = {*cfg.explicit, "run_id", "log_dir", "resume", "nll_dump"}
-    kept = {n: v for n, v in stored.items() if n not in given}
+        notes.append(f"NLL_DUMP={stored['nll_dump']} of the run so far is not taken over; give it again")
+    kept = {n: v for n, v in stored.items() if n not in {*cfg.explicit, "run_id", "log_dir", "resume", "nll_dump"}}
     if found["folder"]:
         kept |= {"run_id": Path(found["folder"]).name, "log_dir": str(Path(found["folder"]).parent)}
     cfg = dataclasses.replace(cfg, **kept, explicit=cfg.explicit | set(source.get("explicit", ())) - {"nll_dump"})
-    if lines := conflicts(cfg, ranks):
-        raise UserError(lines[0])
+    require(not (lines := conflicts(cfg, ranks)), "; ".join(lines))
     return cfg
 
 
@@ -3156,39 +2933,26 @@ class Run:
         self.process, self.code, self.artifact, self.train_tokens = process, SCRIPT.read_bytes(), None, None
         self.read_seconds, self.nats, self.float, self.settings = 0.0, None, False, cfg.settings()
         self.found, self.tensors = found or {"folder": None, "facts": {}, "notes": [], "summary": None}, tensors or {}
-        self.checkpoints = None
-        self.cfg = cfg = cfg if cfg.train_enabled else self.open_artifact(cfg)
+        cfg, self.checkpoints = cfg if cfg.train_enabled else self.open_artifact(cfg), None
         if cfg.eval_max_seconds < 0:
-            self.cfg = cfg = dataclasses.replace(cfg, eval_max_seconds=600.0 if process.cuda else 0.0)
-        folder = find_path(cfg.data_path)
-        if not folder.is_dir():
-            raise UserError(f"DATA_PATH={folder}: no such folder; run ./run.sh data, data/prepare.py, or set DATA_PATH")
-        path = Path(cfg.tokenizer_path or folder / "tokenizer.model")
-        self.tokenizer_path = path if cfg.tokenizer_path or path.exists() else find_path(DEFAULT_TOKENIZER)
-        self.tokenizer = Tokenizer(self.tokenizer_path, cfg.vocab_size)
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # data/prepare.py says what it cut with
-            cut_with = json.loads((folder / "manifest.json").read_bytes())["tokenizer"]["sha256"]
-            if cut_with != hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest():
-                raise UserError(f"TOKENIZER_PATH={self.tokenizer_path}: not the tokenizer that cut the data, by "
-                                f"{folder / 'manifest.json'}; give that one")
-        if cfg.train_enabled or (self.float and cfg.export_enabled):
-            self.train_tokens = Tokens(folder, "train", cfg.vocab_size)
-        tokens = Tokens(folder, "val", cfg.vocab_size)
-        self.stream = open_stream(tokens, self.tokenizer, cfg.val_token_limit, process.device)
-        count = len(self.train_tokens) if self.train_tokens else 0
-        if count != (before := self.found["facts"].get("train_tokens", count)):
-            raise UserError(f"DATA_PATH={folder}: {count} training tokens where the run to go on with had {before}; "
-                            "give the same data")
+            cfg = dataclasses.replace(cfg, eval_max_seconds=600.0 if process.cuda else 0.0)
+        self.cfg = cfg
+        self.open_data(find_path(cfg.data_path))
         run_folder, dump = Path(cfg.log_dir, cfg.run_id).absolute(), Path(cfg.nll_dump).absolute()
-        if cfg.run_id and run_folder.exists() and not self.found["folder"]:
-            raise UserError(f"RUN_ID={cfg.run_id}: {run_folder} exists and no run is overwritten; choose another "
-                            "RUN_ID, or RESUME=1 if that run is to go on")
+        require(not cfg.run_id or not run_folder.exists() or self.found["folder"], f"RUN_ID={cfg.run_id}: {run_folder} "
+                "exists and no run is overwritten; choose another RUN_ID, or RESUME=1 if that run is to go on")
         here = next(p for p in (run_folder, *run_folder.parents) if p.exists())
-        if not here.is_dir() or not os.access(here, os.W_OK):
-            raise UserError(f"LOG_DIR={cfg.log_dir}: {here} is not a folder that can be written to")
+        require(here.is_dir() and os.access(here, os.W_OK),
+                f"LOG_DIR={cfg.log_dir}: {here} is not a folder that can be written to")
         replaceable = dump.is_file() or not dump.exists()  # a device or a folder is not
-        if cfg.nll_dump and not (replaceable and dump.parent.is_dir() and os.access(dump.parent, os.W_OK)):
-            raise UserError(f"NLL_DUMP={cfg.nll_dump}: not a file in a folder that can be written to")
+        require(not cfg.nll_dump or replaceable and dump.parent.is_dir() and os.access(dump.parent, os.W_OK),
+                f"NLL_DUMP={cfg.nll_dump}: not a file in a folder that can be written to")
+        weights, memory = sum(map(math.prod, shapes_of(cfg).values())), process.memory()[0]
+        need = 4 * weights if not cfg.train_enabled else (
+            20 * weights + 4 * cfg.train_batch_tokens // process.world + cfg.train_seq_len * activation_bytes(cfg))
+        require(need <= memory, f"MODEL_DIM={cfg.model_dim}, NUM_LAYERS={cfg.num_layers}, TRAIN_SEQ_LEN="
+                f"{cfg.train_seq_len}, TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: need about {need / 2**30:,.0f} GiB"
+                f", this machine has {memory / 2**30:,.0f}; make them smaller")
         self.summary = {
             "run_id": cfg.run_id, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
             "overrides": cfg.overrides(), "hardware": process.hardware(), "train": None, "export": None,
@@ -3200,20 +2964,26 @@ class Run:
             self.summary |= {name: record[name] for name in done}
             self.summary["seconds"]["read"] += self.read_seconds
             self.nats = np.array(self.found["nats"], np.float32) if self.found["nats"] else None
-        self.refuse_too_large()
 
-    def refuse_too_large(self):
-        """UserError for a model or a batch that this machine's memory cannot hold, before anything is tried."""
-        cfg, memory = self.cfg, self.process.memory()[0]
-        with torch.device("meta"):
-            weights = sum(p.numel() for p in GPT(cfg).parameters())
-        share = cfg.train_batch_tokens // self.process.world
-        need = 20 * weights + 4 * share + cfg.train_seq_len * activation_bytes(cfg)
-        need = need if cfg.train_enabled else 4 * weights
-        if need > memory:
-            raise UserError(f"MODEL_DIM={cfg.model_dim}, NUM_LAYERS={cfg.num_layers}, TRAIN_SEQ_LEN="
-                            f"{cfg.train_seq_len}, TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: need about "
-                            f"{need / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}; make them smaller")
+    def open_data(self, folder: Path):
+        """Open the tokenizer and the splits in `folder`. UserError for what is missing or does not fit."""
+        cfg = self.cfg
+        require(folder.is_dir(), f"DATA_PATH={folder}: no such folder; run ./run.sh data, or set DATA_PATH")
+        path = Path(cfg.tokenizer_path or folder / "tokenizer.model")
+        self.tokenizer_path = path if cfg.tokenizer_path or path.exists() else find_path(DEFAULT_TOKENIZER)
+        self.tokenizer, cut_with = Tokenizer(self.tokenizer_path, cfg.vocab_size), None
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # data/prepare.py says what it cut with
+            cut_with = json.loads((folder / "manifest.json").read_bytes())["tokenizer"]["sha256"]
+        require(cut_with in (None, file_hash(self.tokenizer_path)), f"TOKENIZER_PATH={self.tokenizer_path}: not the "
+                f"tokenizer that cut the data, by {folder / 'manifest.json'}; give that one")
+        if cfg.train_enabled or (self.float and cfg.export_enabled):
+            self.train_tokens = Tokens(folder, "train", cfg.vocab_size)
+        self.stream = open_stream(Tokens(folder, "val", cfg.vocab_size), self.tokenizer, cfg.val_token_limit,
+                                  self.process.device)
+        count = len(self.train_tokens) if self.train_tokens else 0
+        before = self.found["facts"].get("train_tokens", count)
+        require(count == before, f"DATA_PATH={folder}: {count} training tokens where the run to go on with had {before}"
+                "; give the same data")
 
     def open_artifact(self, cfg: Config) -> Config:
         """Read MODEL_PATH; returns the configuration with the artifact's model in it. Raises UserError."""
@@ -3223,30 +2993,25 @@ class Run:
         stored = header["config"]
         self.float = any(s.kind == "fp32" for s in tensors.values())  # weights to export, not an artifact to score
         for name in cfg.explicit & stored.keys():
-            if getattr(cfg, name) != stored[name]:
-                raise UserError(f"{name.upper()}={getattr(cfg, name)}: the artifact {cfg.model_path} was made with "
-                                f"{stored[name]}; unset it")
+            require(getattr(cfg, name) == stored[name], f"{name.upper()}={getattr(cfg, name)}: the artifact "
+                    f"{cfg.model_path} was made with {stored[name]}; unset it")
         cfg = dataclasses.replace(cfg, **stored)
         self.artifact = blob, {name: s.tensor() for name, s in tensors.items()}
         self.read_seconds = time.perf_counter() - began
-        if lines := conflicts(cfg, 1):
-            raise UserError(lines[0])
+        require(not (lines := conflicts(cfg, 1)), "; ".join(lines))
         return cfg
 
     def check(self, ranks: int, step_ms: float) -> str:
         """What a run would do; UserError for more ranks than GPUs. The bytes are a guess before any search: a value
         takes about 1.6 bits less than its grid has, as in the run of record; other training will differ."""
         cfg, counts, (memory, _) = self.cfg, dict.fromkeys((*GROUPS, "fp16"), 0), self.process.memory()
-        if self.process.cuda and ranks > torch.cuda.device_count():
-            raise UserError(f"{ranks} ranks: this machine has {torch.cuda.device_count()} GPUs; launch at most as many")
-        with torch.device("meta"):
-            model = GPT(cfg)
-        for name, p in model.named_parameters():
-            counts[group_of(name) if is_quantised(name, p, cfg.quant_min_numel) else "fp16"] += p.numel()
-        total, limit, kinds = sum(counts.values()), cfg.artifact_limit_bytes, {g: n for g, n in counts.items() if n}
-        scored = (f"test-time training, {cfg.ttt_mode}" if cfg.ttt_enabled else "windows side by side" if not (
-            cfg.final_sliding_eval_enable and cfg.eval_stride) else f"keys and values of the last {cfg.eval_window} "
-            "tokens" if cfg.eval_window else f"sliding windows, stride {cfg.eval_stride}")
+        require(not self.process.cuda or ranks <= torch.cuda.device_count(), f"{ranks} ranks: this machine has "
+                f"{torch.cuda.device_count()} GPUs; launch at most as many")
+        for name, shape in shapes_of(cfg).items():
+            counts[group_of(name) if is_quantised(name, shape, cfg.quant_min_numel) else "fp16"] += math.prod(shape)
+        total, limit = sum(counts.values()), cfg.artifact_limit_bytes
+        scored = (f"test-time training, {cfg.ttt_mode}" if cfg.ttt_enabled else f"sliding windows, stride "
+                  f"{cfg.eval_stride}" if cfg.final_sliding_eval_enable and cfg.eval_stride else "windows side by side")
         bits = {g: getattr(cfg, f"quant_bits_{g}") - 1.6 for g in GROUPS} | {"fp16": 16}
         predicted = len(self.code) + int(sum(n * bits[g] / 8 for g, n in counts.items()))
         lines = [
@@ -3256,7 +3021,7 @@ class Run:
             f"validation: {self.stream.targets:,} targets, {self.stream.bytes:,} bytes of {cfg.data_path}",
             f"evaluation: {scored}, {f'within {cfg.eval_max_seconds:g} s' if cfg.eval_max_seconds else 'no time limit'}"
             f"{', then an audit' if cfg.audit else ''}",
-            f"parameters: {total:,} ({', '.join(f'{n:,} {kind}' for kind, n in kinds.items())})",
+            f"parameters: {total:,} ({', '.join(f'{n:,} {kind}' for kind, n in counts.items() if n)})",
             f"artifact:   about {predicted:,} bytes with code at first, limit {limit:,}; "
             + ("coarser values will be sought" if predicted > limit else "to be filled" if cfg.export_fill else "fits")]
         if cfg.train_enabled:
@@ -3274,55 +3039,52 @@ class Run:
     def start(self) -> Log:
         """Make LOG_DIR/RUN_ID, or take it up again, and write into its log what someone needs who reads it a year from
         now."""
-        cfg, found = self.cfg, self.found
+        cfg, found, summary = self.cfg, self.found, self.summary
         name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"_seed{cfg.seed}"
         if not cfg.run_id and Path(cfg.log_dir, name).exists():  # another run began in the same second
             name += f"_{os.getpid()}"
-        folder = Path(cfg.log_dir) / (name := self.process.agree(name))
-        self.process.together(lambda: self.process.main and self.make(folder))
-        self.log, self.summary["run_id"] = Log(self.process, folder), name
+        self.folder = Path(cfg.log_dir) / (name := self.process.agree(name))
+        self.process.together(self.make, main=True)
+        self.log, summary["run_id"] = (log := Log(self.process, self.folder)), name
         self.launchers = sorted(set(self.process.gather(launcher())))
-        self.checkpoints = Checkpoints(self.log, cfg.keep_ckpts, {
+        self.checkpoints = Checkpoints(log, cfg.keep_ckpts, {
             "run_id": name, "settings": self.settings, "explicit": sorted(cfg.explicit),
             "train_tokens": len(self.train_tokens) if self.train_tokens else 0})
         self.checkpoints.newest = found["facts"].get("file", "")
         for note in found["notes"]:
-            self.log(note)
+            log(note)
         versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
-        code = hashlib.sha256(self.code).hexdigest()
-        if code != self.found.get("code"):
-            self.log(self.code.decode() + "=" * 100, console=False)
-        self.log(f"python {platform.python_version()} {versions}\nhardware {self.summary['hardware']}", console=False)
-        self.log(f"config {json.dumps(cfg.settings())}", console=False)
-        self.log(f"preset:{cfg.preset} seed:{cfg.seed} overrides:{json.dumps(cfg.overrides())}")
-        self.log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={self.tokenizer_path}")
+        if (code := hashlib.sha256(self.code).hexdigest()) != found.get("code"):
+            log(self.code.decode() + "=" * 100, console=False)
+        log(f"python {platform.python_version()} {versions}\nhardware {summary['hardware']}", console=False)
+        log(f"config {json.dumps(cfg.settings())}", console=False)
+        log(f"preset:{cfg.preset} seed:{cfg.seed} overrides:{json.dumps(cfg.overrides())}")
+        log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={self.tokenizer_path}")
         if self.train_tokens:
-            self.log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(self.train_tokens.paths)} "
-                     f"tokens:{len(self.train_tokens)}")
-        self.log(f"val_loader:tokens:{self.stream.targets} bytes:{self.stream.bytes}")
-        scored, facts = [key for key, value in self.summary["eval"].items() if value], found["facts"]
-        if facts or scored or self.summary["artifact"]:
-            where = f"step {facts['step']} in {facts['file']}" if facts else "its float weights"
-            where = "its artifact" if self.summary["artifact"] else where
-            other = "" if code == self.found.get("code", code) else "; by another version of the script"
-            self.summary["resumes"].append(f"resumed from {where}, scored so far: {', '.join(scored) or 'nothing'}"
-                                           f"{other}")
-            self.log(self.summary["resumes"][-1])
+            log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(self.train_tokens.paths)} "
+                f"tokens:{len(self.train_tokens)}")
+        log(f"val_loader:tokens:{self.stream.targets} bytes:{self.stream.bytes}")
+        scored, facts = [key for key, value in summary["eval"].items() if value], found["facts"]
+        if facts or scored or summary["artifact"]:
+            where = "its artifact" if summary["artifact"] else (
+                f"step {facts['step']} in {facts['file']}" if facts else "its float weights")
+            other = "" if code == found.get("code", code) else "; by another version of the script"
+            summary["resumes"].append(f"resumed from {where}, scored so far: {', '.join(scored) or 'nothing'}{other}")
+            log(summary["resumes"][-1])
         self.checkpoints.remove("*.partial")
         self.keep_progress()
-        return self.log
+        return log
 
-    def make(self, folder: Path):
+    def make(self):
         """A new run's folder, locked; in an old one what comes after the chosen checkpoint is set aside."""
         for state in map(Path, self.found.get("later", ())):
             os.replace(state, state.with_suffix(".aside"))
         if not self.found["folder"]:
             try:
-                folder.mkdir(parents=True)
+                self.folder.mkdir(parents=True)
             except FileExistsError:
-                raise UserError(f"RUN_ID={folder.name}: another launch has just begun it; choose another RUN_ID"
-                                ) from None
-            self.process.lock = lock(folder)
+                raise UserError(f"RUN_ID={self.folder.name}: another launch has just begun it; take another") from None
+            self.process.lock = lock(self.folder)
 
     def keep_progress(self):
         """Record the stages that are finished, so that they need not be repeated."""
@@ -3334,7 +3096,7 @@ class Run:
             try:
                 text = json.dumps(record).encode()
                 text += b"\n" + hashlib.sha256(text).hexdigest().encode()
-                write_atomically(self.log.folder / "progress.json", text)
+                write_atomically(self.folder / "progress.json", text)
             except UserError as error:
                 self.log(f"warning: {error}; the run goes on")
 
@@ -3344,7 +3106,7 @@ class Run:
             return "nothing was done yet, launch it again"
         newest = self.checkpoints.wait() or self.checkpoints.newest
         where = f"LOG_DIR={shlex.quote(self.cfg.log_dir)} " if self.cfg.log_dir != Config.log_dir else ""
-        if newest and self.log.folder / "checkpoints" != Path(newest).parent:
+        if newest and self.folder / "checkpoints" != Path(newest).parent:
             return f"{where}RESUME={shlex.quote(newest)} goes on"
         does = "goes on" if newest or self.summary["artifact"] else "starts again, nothing is saved yet"
         problem = f"not saved: {self.checkpoints.problem}; " if self.checkpoints.problem else ""
@@ -3353,22 +3115,22 @@ class Run:
     def stages(self):
         """Train, average, export, read back, evaluate, audit: each if its switch is on and it is not done yet."""
         cfg, summary = self.cfg, self.summary
-        folder = os.path.join(cfg.log_dir, summary["run_id"])
         if self.artifact and not self.float:
             model = self.adopt(cfg.model_path, *self.artifact)
         elif summary["artifact"]:
-            model = self.read_back(os.path.join(folder, ARTIFACT_NAME))
+            model = self.read_back()
         else:
             model = self.trained()
             if cfg.save_float:
-                self.process.together(lambda: self.process.main and self.keep_float(model, folder))
+                self.process.together(lambda: self.keep_float(model), main=True)
             if cfg.final_eval_enable:
                 self.score("float", "final_float", model, cfg.eval_len)
             if cfg.export_enabled:
                 model = self.export(model)
         self.keep_progress()
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        if cfg.ttt_enabled and not summary["eval"]["ttt"]:
+        adapts = cfg.ttt_enabled and not summary["eval"]["ttt"]
+        if adapts:
             with self.timed("compile"):
                 prime(cfg, self.process, self.log, model, self.stream, self.tokenizer)
                 model.load_state_dict(weights)
@@ -3377,20 +3139,20 @@ class Run:
         if cfg.final_sliding_eval_enable and cfg.eval_stride:
             kind = "int6" if summary["artifact"] else "float"
             self.score("sliding", f"final_{kind}_sliding_window", model, cfg.eval_stride)
-        budget = Budget(cfg, self.process, summary["seconds"]["read"] + summary["seconds"].get("compile", 0.0))
-        if cfg.ttt_enabled and not summary["eval"]["ttt"]:
+        before = summary["seconds"]["read"] + summary["seconds"].get("compile", 0.0)
+        if adapts:
             self.checkpoints.about["artifact"] = (summary["artifact"] or {}).get("sha256", "float")
-            evaluator, details = self.final(cfg, self.log, model, self.stream, budget, checkpoints=self.checkpoints)
+            evaluator, details = self.final(cfg, self.log, model, self.stream, Budget(cfg, self.process, before),
+                                            checkpoints=self.checkpoints)
             self.report("ttt", "legal_ttt", evaluator.result(), **details)
         final = next((s for s in reversed(summary["eval"].values()) if s), None)
         summary["val_bpb"] = final and final["val_bpb"]
-        if final and budget.limit:
-            spent = summary["seconds"]["read"] + summary["seconds"].get("compile", 0.0) + final["seconds"]
-            summary["reasons"] += [f"evaluation took {spent:.0f} s, EVAL_MAX_SECONDS={budget.limit:g}"] * (
-                spent > budget.limit)
+        if final and 0 < cfg.eval_max_seconds < before + final["seconds"]:
+            summary["reasons"].append(f"evaluation took {before + final['seconds']:.0f} s, EVAL_MAX_SECONDS="
+                                      f"{cfg.eval_max_seconds:g}")
         if cfg.nll_dump and self.nats is not None and len(self.nats) == self.stream.targets:
             np.save(buffer := io.BytesIO(), self.nats)
-            self.process.together(lambda: self.process.main and write_atomically(Path(cfg.nll_dump), buffer.getvalue()))
+            self.process.together(lambda: write_atomically(Path(cfg.nll_dump), buffer.getvalue()), main=True)
         if cfg.audit and not summary["audit"]:
             self.audit(weights)
 
@@ -3413,50 +3175,6 @@ class Run:
         self.keep_progress()
         return model
 
-    def final(self, cfg: Config, log: Log, model: GPT, stream: Stream, budget=None, probe=(),
-              checkpoints=None) -> tuple[Evaluator, dict]:
-        """The evaluation behind val_bpb: test-time training, else sliding windows, else windows side by side."""
-        if cfg.ttt_enabled:
-            return test_time_train(cfg, self.process, log, model, stream, budget, probe, checkpoints)
-        stride = cfg.eval_stride if cfg.final_sliding_eval_enable and cfg.eval_stride else cfg.eval_len
-        return evaluate(cfg, self.process, log, compiled(model, cfg, self.process), stream, stride, "audit", probe), {}
-
-    def audit(self, weights: dict[str, Tensor]):
-        """AUDIT=1: try the evaluation behind val_bpb, on these weights, in chunks that leave room for updates."""
-        began, tokens = time.perf_counter(), audit_length(self.cfg)
-        chunk = max(tokens // 16, 2 * self.cfg.eval_stride)
-        small = {"eval_max_seconds": 0.0, "ttt_chunk_tokens": max(tokens // 12, self.cfg.eval_stride, 1),
-                 "ttt_lora_chunk_tokens": max(min(self.cfg.ttt_lora_chunk_tokens, chunk), 1)}
-        if self.cfg.ttt_enabled and self.cfg.ttt_mode == "lora":  # two places, so that documents follow each other
-            small["val_batch_size"] = 2 * self.cfg.eval_len * self.process.world
-
-        def trial(ids: np.ndarray, probe=(), **changes) -> Evaluator:
-            cfg, exact = dataclasses.replace(self.cfg, **small | changes), exact_audit(self.cfg, self.process)
-            cfg = cfg if exact else dataclasses.replace(cfg, use_compile="0")
-            model = build_model(cfg, weights, self.process)
-            model.dtype = self.process.dtype if exact else torch.float32  # bf16 rounds more than a leak may show
-            part = Stream(ids, self.tokenizer, self.process.device)
-            return self.final(cfg, self.log.silent(), model, part, None, probe)[0]
-
-        seed = int((self.summary["artifact"] or {"sha256": f"{self.cfg.seed:x}"})["sha256"][:8], 16)  # not to be chosen
-        cfg = dataclasses.replace(self.cfg, seed=seed)
-        result = audit(cfg, self.process, self.log, trial, self.stream, self.tokenizer.sp)
-        stopped = (self.summary["eval"]["ttt"] or {}).get("stopped_by_budget")
-        if self.nats is not None and not stopped:  # and what was tried is what was run
-            ids, real = self.stream.tokens[: tokens + 1].cpu().numpy(), {name: getattr(cfg, name) for name in small}
-            same = min(len(ids) - 1, cfg.ttt_chunk_tokens if cfg.ttt_mode == "full" else tokens)
-            nats = trial(ids, **real | {"eval_max_seconds": 0.0}).result().nats[:same]
-            gap = abs(float(np.mean(nats.astype(np.float64) - self.nats[:same])))  # the mean: rounding cancels out
-            said = f"the mean of {same} losses differs by {gap:.3g} nats between the run and a trial, allowed 0.01"
-            self.log(f"audit causal: {'ok' if gap <= 0.01 else 'FAILED'}, {said}")
-            result["causal"]["detail"] += f"; {said}"
-            result["causal"]["ok"] &= gap <= 0.01
-            result["ok"] &= result["causal"]["ok"]
-        self.summary["audit"] = result
-        self.summary["reasons"] += [f"audit: {name} failed, {check['detail']}" for name, check in
-                                    self.summary["audit"].items() if isinstance(check, dict) and not check["ok"]]
-        result["seconds"] = self.summary["seconds"]["audit"] = time.perf_counter() - began
-
     @contextlib.contextmanager
     def timed(self, name: str):
         begin = time.perf_counter()
@@ -3465,34 +3183,14 @@ class Run:
 
     def export(self, model: GPT) -> GPT:
         """Write the artifact and read it back on every rank, from rank 0's disk: nodes need not share one."""
-        folder = os.path.join(self.cfg.log_dir, self.summary["run_id"])
-        if not self.process.agree(self.process.together(lambda: self.process.main and self.encode(model, folder))):
-            self.summary["reasons"].append(f"no setting fits ARTIFACT_LIMIT_BYTES={self.cfg.artifact_limit_bytes}")
-            kept = self.cfg.model_path if self.float else os.path.join(folder, FLOAT_NAME)
-            self.log(f"export: no setting fits the limit; TRAIN_ENABLED=0 MODEL_PATH={kept} exports again")
-            return model
-        return self.read_back(os.path.join(folder, ARTIFACT_NAME))
+        if self.process.agree(self.process.together(lambda: self.encode(model), main=True)):
+            return self.read_back()
+        self.summary["reasons"].append(f"no setting fits ARTIFACT_LIMIT_BYTES={self.cfg.artifact_limit_bytes}")
+        kept = self.cfg.model_path if self.float else self.folder / FLOAT_NAME
+        self.log(f"export: no setting fits the limit; TRAIN_ENABLED=0 MODEL_PATH={kept} exports again")
+        return model
 
-    def read_back(self, path: str) -> GPT:
-        """The model of the artifact that this run wrote, now or before it was stopped."""
-        with self.timed("read"):
-            blob = self.process.agree(self.process.together(lambda: self.process.main and read_file(path)))
-            return self.adopt(path, blob, {name: s.tensor() for name, s in unpack(blob, path)[1].items()})
-
-    def keep_float(self, model: GPT, folder: str):
-        """Write the weights in fp32, to be exported again. On one rank."""
-        weights = {n: Stored("fp32", 32, p.detach().float().cpu().numpy()) for n, p in model.named_parameters()}
-        write_atomically(Path(folder, FLOAT_NAME), pack(model.cfg, weights))
-
-    def calibration_text(self) -> tuple[Tensor, int]:
-        """Sequences spread evenly over the training split, [n, T + 1], and how many of them a forward pass takes."""
-        tokens, length = self.train_tokens, self.cfg.train_seq_len
-        count = min(max(self.cfg.calibration_tokens // length, 1), max(len(tokens) // length, 1))
-        starts = [max(i * (len(tokens) - length) // count, 0) for i in range(count)]
-        text = torch.from_numpy(np.stack([tokens.read(s, length + 1) for s in starts]).astype(np.int32))
-        return text.to(self.process.device), max(tokens_per_pass(self.cfg, self.process, True) // length, 1)
-
-    def encode(self, model: GPT, folder: str) -> bool:
+    def encode(self, model: GPT) -> bool:
         """Round, code and write the artifact, and say whether one fits; else keep the float weights. On one rank."""
         cfg, room = self.cfg, self.cfg.artifact_limit_bytes - len(self.code)
         text, size = self.calibration_text()
@@ -3503,20 +3201,32 @@ class Run:
             if cfg.export_seconds:
                 self.log(f"export: took {seconds:.1f} s of the {cfg.export_seconds:g} s kept for it")
         with self.timed("export"):
-            if blob is None and not self.float and not cfg.save_float:
-                self.keep_float(model, folder)
-            patience = 0.0 if self.float or self.checkpoints.wait() else NO_ROOM_SECONDS
-            while blob is not None:
-                try:
-                    write_atomically(Path(folder, ARTIFACT_NAME), blob)
-                    break
-                except UserError as error:
-                    if patience <= 0:
-                        raise
-                    self.log(f"{error}; the training is kept nowhere else: tried again for {patience:.0f} s")
-                time.sleep(5)
-                patience -= 5
+            if blob:
+                patience = 0.0 if self.float or self.checkpoints.wait() else NO_ROOM_SECONDS
+                write_atomically(self.folder / ARTIFACT_NAME, blob, patience=patience, say=self.log)
+            elif not self.float and not cfg.save_float:
+                self.keep_float(model)
         return blob is not None
+
+    def calibration_text(self) -> tuple[Tensor, int]:
+        """Sequences spread evenly over the training split, [n, T + 1], and how many of them a forward pass takes."""
+        tokens, length = self.train_tokens, self.cfg.train_seq_len
+        count = min(max(self.cfg.calibration_tokens // length, 1), max(len(tokens) // length, 1))
+        starts = [max(i * (len(tokens) - length) // count, 0) for i in range(count)]
+        text = torch.from_numpy(np.stack([tokens.read(s, length + 1) for s in starts]).astype(np.int32))
+        return text.to(self.process.device), max(tokens_per_pass(self.cfg, self.process, True) // length, 1)
+
+    def keep_float(self, model: GPT):
+        """Write the weights in fp32, to be exported again. On one rank."""
+        weights = {n: Stored("fp32", 32, p.detach().float().cpu().numpy()) for n, p in model.named_parameters()}
+        write_atomically(self.folder / FLOAT_NAME, pack(model.cfg, weights))
+
+    def read_back(self) -> GPT:
+        """The model of the artifact that this run wrote, now or before it was stopped."""
+        path = os.path.join(self.cfg.log_dir, self.summary["run_id"], ARTIFACT_NAME)
+        with self.timed("read"):
+            blob = self.process.agree(self.process.together(lambda: read_file(path), main=True))
+            return self.adopt(path, blob, {name: s.tensor() for name, s in unpack(blob, path)[1].items()})
 
     def adopt(self, path: str, blob: bytes, tensors: dict[str, Tensor]) -> GPT:
         """The model of an artifact. Its bytes are held against the limit; over it the run goes on, to end not valid."""
@@ -3533,50 +3243,88 @@ class Run:
 
     def score(self, key: str, tag: str, model: GPT, stride: int):
         """Evaluate, unless that was done before the run was stopped."""
-        if self.summary["eval"][key]:
-            return
-        forward = compiled(model, self.cfg, self.process)
-        evaluator = evaluate(self.cfg, self.process, self.log, forward, self.stream, stride, key)
-        self.report(key, tag, evaluator.result(), **({"stride": evaluator.stride} if key == "sliding" else {}),
-                    **({"eval_window": evaluator.band} if evaluator.band else {}))
+        if not self.summary["eval"][key]:
+            forward = compiled(model, self.cfg, self.process)
+            evaluator = evaluate(self.cfg, self.process, self.log, forward, self.stream, stride, key)
+            self.report(key, tag, evaluator.result(), **({"stride": stride} if key == "sliding" else {}))
 
     def report(self, key: str, tag: str, score: Score, **details):
         """Log a score in the field's form and put it into the summary. The last one is val_bpb's."""
         self.summary["eval"][key], self.nats = {**score.summary(), **details}, score.nats
         self.summary["seconds"][key] = score.seconds
-        self.summary["reasons"] += [f"{key}: {fault}" for fault in score.faults]
-        if not math.isfinite(score.val_loss):
-            self.summary["reasons"].append(f"{key}: the score is not a finite number")
+        faults = score.faults + ["the score is not a finite number"] * (not math.isfinite(score.val_loss))
+        self.summary["reasons"] += [f"{key}: {fault}" for fault in faults]
         more = "".join(f"{k}:{v} " for k, v in details.items())
         self.log(f"{tag} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} {more}"
                  f"eval_time:{1000 * score.seconds:.0f}ms")
         self.log(f"{tag}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
         self.keep_progress()
 
+    def final(self, cfg: Config, log: Log, model: GPT, stream: Stream, budget=None, probe=(),
+              checkpoints=None) -> tuple[Evaluator, dict]:
+        """The evaluation behind val_bpb: test-time training, else sliding windows, else windows side by side."""
+        if cfg.ttt_enabled:
+            return test_time_train(cfg, self.process, log, model, stream, budget, probe, checkpoints)
+        stride = cfg.eval_stride if cfg.final_sliding_eval_enable and cfg.eval_stride else cfg.eval_len
+        return evaluate(cfg, self.process, log, compiled(model, cfg, self.process), stream, stride, "audit", probe), {}
+
+    def audit(self, weights: dict[str, Tensor]):
+        """AUDIT=1: try the evaluation behind val_bpb, on these weights, in chunks that leave room for updates."""
+        began, cfg, tokens, summary = time.perf_counter(), self.cfg, audit_length(self.cfg), self.summary
+        lora, chunk = cfg.ttt_enabled and cfg.ttt_mode == "lora", max(tokens // 16, 2 * cfg.eval_stride)
+        small = {"eval_max_seconds": 0.0, "ttt_chunk_tokens": max(tokens // 12, cfg.eval_stride, 1),
+                 "ttt_lora_chunk_tokens": max(min(cfg.ttt_lora_chunk_tokens, chunk), 1)}
+        if lora:  # two places, so that documents follow each other
+            small["val_batch_size"] = 2 * cfg.eval_len * self.process.world
+
+        def trial(ids: np.ndarray, probe=(), **changes) -> Evaluator:
+            exact = exact_audit(cfg, self.process)
+            own = dataclasses.replace(cfg, **small | ({} if exact else {"use_compile": "0"}) | changes)
+            model = build_model(own, weights, self.process)
+            model.dtype = self.process.dtype if exact else torch.float32  # bf16 rounds more than a leak may show
+            return self.final(own, self.log.silent(), model, Stream(ids, self.tokenizer, self.process.device), None,
+                              probe)[0]
+
+        seed = int((summary["artifact"] or {"sha256": f"{cfg.seed:x}"})["sha256"][:8], 16)  # not to be chosen
+        result = audit(dataclasses.replace(cfg, seed=seed), self.process, self.log, trial, self.stream,
+                       self.tokenizer.sp)
+        if self.nats is not None and not (summary["eval"]["ttt"] or {}).get("stopped_by_budget"):
+            ids, real = self.stream.tokens[: tokens + 1].cpu().numpy(), {name: getattr(cfg, name) for name in small}
+            same = min(len(ids) - 1, cfg.ttt_chunk_tokens if cfg.ttt_mode == "full" else tokens)
+            nats = trial(ids, **real | {"eval_max_seconds": 0.0}).result().nats[:same]  # what was tried is what was run
+            gap = abs(float(np.mean(nats.astype(np.float64) - self.nats[:same])))  # the mean: rounding cancels out
+            said = f"the mean of {same} losses differs by {gap:.3g} nats between the run and a trial, allowed 0.01"
+            self.log(f"audit causal: {'ok' if gap <= 0.01 else 'FAILED'}, {said}")
+            result["causal"]["detail"] += f"; {said}"
+            result["causal"]["ok"] &= gap <= 0.01
+            result["ok"] &= result["causal"]["ok"]
+        summary["reasons"] += [f"audit: {name} failed, {check['detail']}" for name, check in result.items()
+                               if isinstance(check, dict) and not check["ok"]]
+        result["seconds"] = summary["seconds"]["audit"] = time.perf_counter() - began
+        summary["audit"] = result
+
     def judge(self) -> int:
         """Fill `valid`, `reasons` and `caveats`. Returns the exit code: 1 if a check failed."""
-        summary, hardware, data = self.summary, self.summary["hardware"], Path(self.cfg.data_path).name
-        summary["reasons"] = list(dict.fromkeys(summary["reasons"]))  # a resumed run may have met one twice
-        failed = bool(summary["reasons"])
-        facts = [  # (holds, where it is said, what is said)
-            (summary["artifact"] is None and not self.cfg.export_enabled, "reasons",
-             "EXPORT_ENABLED=0: no artifact, the scores are of float weights"),
-            (summary["val_bpb"] is None, "caveats", "no final evaluation ran"),
-            (bool(self.cfg.max_wallclock_seconds) and self.trained_seconds() > 1.01 * self.cfg.max_wallclock_seconds,
-             "caveats", f"training and export took {self.trained_seconds():.0f} s of MAX_WALLCLOCK_SECONDS"),
-            (not self.stream.complete, "caveats", f"partial split: its first {self.stream.targets} targets"),
-            (not data.startswith("fineweb10B"), "caveats", f"not the challenge's data: {data}"),
-            (bool(summary["resumes"]), "caveats", f"resumed {len(summary['resumes'])} times; what was lost in between "
-             "is not in its seconds"),
-            (any("resumed with" in note for note in self.found["notes"]), "caveats",
-             "; ".join(note for note in self.found["notes"] if "resumed with" in note)),
-            (bool(summary["train"] and summary["train"]["dropped_steps"]), "caveats", "steps that were not finite were "
-             "dropped"),
-            (hardware["world_size"] != 8 or "H100" not in hardware["name"], "caveats",
+        summary, hardware, data, cap = self.summary, self.summary["hardware"], Path(self.cfg.data_path).name, (
+            self.cfg.max_wallclock_seconds)
+        train, changed = summary["train"] or {}, [note for note in self.found["notes"] if "resumed with" in note]
+        spent = train["seconds"] + summary["seconds"].get("search", 0.0) if train else 0.0  # both are training time
+        reasons = summary["reasons"] = list(dict.fromkeys(summary["reasons"]))  # a resumed run may have met one twice
+        failed = bool(reasons)
+        if summary["artifact"] is None and not self.cfg.export_enabled:
+            reasons.append("EXPORT_ENABLED=0: no artifact, the scores are of float weights")
+        caveats = [  # (holds, what is said)
+            (summary["val_bpb"] is None, "no final evaluation ran"),
+            (cap and spent > 1.01 * cap, f"training and export took {spent:.0f} s of MAX_WALLCLOCK_SECONDS"),
+            (not self.stream.complete, f"partial split: its first {self.stream.targets} targets"),
+            (not data.startswith("fineweb10B"), f"not the challenge's data: {data}"),
+            (summary["resumes"], f"resumed {len(summary['resumes'])} times; what was lost in between is not in its "
+             "seconds"),
+            (changed, "; ".join(changed)),
+            (train.get("dropped_steps"), "steps that were not finite were dropped"),
+            (hardware["world_size"] != 8 or "H100" not in hardware["name"],
              f"not 8 x H100: {hardware['world_size']} x {hardware['name']}")]
-        for holds, where, text in facts:
-            summary[where] += [text] if holds else []
-        summary["valid"] = not summary["reasons"]
+        summary["caveats"], summary["valid"] = [text for holds, text in caveats if holds], not reasons
         return int(failed)
 
     def finish(self, started: float) -> int:
@@ -3585,22 +3333,16 @@ class Run:
         summary["memory_peak_bytes"] = self.process.memory()[1]
         summary["seconds"]["total"] = summary["seconds"].get("total", 0.0) + time.perf_counter() - started
         self.log(self.table())
-        text = re.sub(r"(?<=: )(NaN|-?Infinity)(?=,?\n)", "null", json.dumps(summary, indent=1))  # not JSON
-        self.process.together(lambda: self.process.main and write_atomically(self.log.folder / "summary.json",
-                                                                             (text + "\n").encode()))
+        text = re.sub(r"(?<=: )(NaN|-?Infinity)(?=,?\n)", "null", json.dumps(summary, indent=1)) + "\n"  # not JSON
+        self.process.together(lambda: write_atomically(self.folder / "summary.json", text.encode()), main=True)
         self.checkpoints.wait()
         self.checkpoints.remove("ttt_*")
         if self.process.main:
             if not self.cfg.ckpt_every_seconds:
                 self.checkpoints.remove("step_*")
             for name in ("progress.json", "lock"):
-                (self.log.folder / name).unlink(missing_ok=True)
+                (self.folder / name).unlink(missing_ok=True)
         return code
-
-    def trained_seconds(self) -> float:
-        """Training seconds and those of calibration and search, which count as training."""
-        train = self.summary["train"]
-        return train["seconds"] + self.summary["seconds"].get("search", 0.0) if train else 0.0
 
     def table(self) -> str:
         """The result in one short table."""
@@ -3628,7 +3370,7 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
         print(inspect(options.inspect, own), flush=True)  # so that a full disk is heard of here
         return 0
     process = Process(cfg.compute_dtype, signals)
-    found, tensors = process.together(lambda: find_run(cfg, process) if process.main else (None, {}))
+    found, tensors = process.together(lambda: find_run(cfg, process), main=True) or (None, {})
     found = process.agree(found)
     if found and "finished" in found:
         if process.main:
@@ -3664,26 +3406,20 @@ if __name__ == "__main__":
     try:
         leave(main(*LAUNCH, caught))
     except UserError as problem:
-        silent = problem.shared and second
-        sys.stderr.write("" if silent else f"error: {one_line(problem)}\n")
-        leave(2, silent)
+        leave(2, f"error: {one_line(problem)}", silent=problem.shared and second)
     except (Interrupted, KeyboardInterrupt) as problem:
         said = str(problem) if "interrupted" in str(problem) else f"interrupted {problem}"
-        sys.stderr.write("" if second else said + "\n")
-        leave(128 + getattr(problem, "number", signal.SIGINT))
+        leave(128 + getattr(problem, "number", signal.SIGINT), "" if second else said)
     except PeerLost as problem:  # the lost rank says why, and the launcher ends this one
         caught.held, patience = True, time.monotonic() + 10
         while not caught.caught and time.monotonic() < patience:
             time.sleep(0.1)
-        if not caught.caught:
-            sys.stderr.write(f"error: rank {os.environ['RANK']}: another rank is gone, see its message ({problem})\n")
-        leave(128 + caught.caught if caught.caught else 1)
+        said = f"error: rank {os.environ['RANK']}: another rank is gone, see its message ({problem})"
+        leave(128 + caught.caught if caught.caught else 1, "" if caught.caught else said)
     except OSError as problem:
-        sys.stderr.write(f"error: {problem.filename or 'output'}: {problem.strerror}; mend the path or make room\n")
-        leave(2)
+        leave(2, f"error: {problem.filename or 'output'}: {problem.strerror}; mend the path or make room")
     except Exception as problem:
         if "an't allocate memory" in str(problem) or isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
-            sys.stderr.write("error: out of memory; lower MICRO_BATCH_SEQS, VAL_BATCH_SIZE or the model's size\n")
-            leave(2)
+            leave(2, "error: out of memory; lower MICRO_BATCH_SEQS, VAL_BATCH_SIZE or the model's size")
         traceback.print_exc()
         leave(1)

@@ -99,8 +99,7 @@ def test_unimplemented_switches_pass_when_off():
      ({"MODEL_DIM": 36}, "MODEL_DIM"),
      ({"ROPE_DIMS": 10}, "ROPE_DIMS"), ({"ROPE_DIMS": 3}, "ROPE_DIMS"),
      ({"BIGRAM_VOCAB_SIZE": 1}, "BIGRAM_VOCAB_SIZE"),
-     ({"EVAL_STRIDE": 33}, "EVAL_STRIDE"), ({"EVAL_WINDOW": 33}, "EVAL_WINDOW"),
-     ({"EVAL_WINDOW": 8, "EVAL_STRIDE": 32}, "EVAL_WINDOW"),
+     ({"EVAL_STRIDE": 33}, "EVAL_STRIDE"), ({"RESUME": 1}, "RESUME"),
      ({"TRAIN_BATCH_TOKENS": 250}, "TRAIN_BATCH_TOKENS"),
      ({"MICRO_BATCH_SEQS": 3}, "MICRO_BATCH_SEQS"), ({"TRAIN_ENABLED": 0}, "MODEL_PATH"),
      ({"TTT_ENABLED": 1, "TTT_CHUNK_TOKENS": 4}, "TTT_CHUNK_TOKENS"), ({"RUN_ID": "a/b"}, "RUN_ID"),
@@ -145,14 +144,6 @@ def test_import_has_no_side_effects(tmp_path):
     command = [sys.executable, "-c", "import train_gpt"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
-
-
-def test_clips_without_effect_are_said():
-    def warned(**variables):
-        return train_gpt.load_config({"PRESET": "demo"} | variables)[2]
-
-    assert warned(QUANT_CLIP="9") == ["QUANT_CLIP: no effect with QUANT=balanced"]
-    assert warned(QUANT_CLIP="9", QUANT_CLIP_EMBED="9", QUANT="gptq") == []
 
 
 @pytest.mark.parametrize("name, value", [("VE_ENABLED", "1"), ("VE_LAYERS", "9,10")])

@@ -564,8 +564,9 @@ def test_an_audit_is_of_what_was_run(launch, artifact, tmp_path):
     """A copy of the script that walks twice, the second time on weights that have learnt everything."""
     from conftest import SCRIPT
 
-    line = "            evaluator, details = self.final(cfg, self.log, model, self.stream, budget, checkpoints=None)\n"
-    text = SCRIPT.read_text().replace("checkpoints=self.checkpoints)", "checkpoints=None)")
+    budget = "Budget(cfg, self.process, before)"
+    line = f"            evaluator, details = self.final(cfg, self.log, model, self.stream, {budget})\n"
+    text = SCRIPT.read_text().replace(f"{budget},\n{'':44}checkpoints=self.checkpoints)", f"{budget})")
     assert text.count(line) == 1
     cheat = tmp_path / "train_gpt.py"
     cheat.write_text(text.replace(line, line + line))

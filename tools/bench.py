@@ -117,7 +117,6 @@ class Bench:
 
         def update():
             trainer.optimizers.step(self.steps, 1.0)
-            trainer.optimizers.track_average()
 
         update()
         step = statistics.median(marks)
@@ -134,7 +133,7 @@ class Bench:
     def evaluation(self, windows: int):
         """Sliding windows over the start of the validation text."""
         stride = self.cfg.eval_stride or self.cfg.eval_len
-        cfg, stream = dataclasses.replace(self.cfg, eval_window=0), self.stream(windows * stride)
+        cfg, stream = self.cfg, self.stream(windows * stride)
         forward = t.compiled(self.model, cfg, self.process)
 
         def score():

@@ -44,21 +44,15 @@ for other in "$@"; do
   # shellcheck disable=SC2086  # words on purpose
   part "against_$number" env $short "$here/run.sh" bench --against "$(realpath "$other")" --repeats 3
 done
-read -r length fit < <("$py" -c 'import json, sys
-s = json.load(open(sys.argv[1]))
-print(s["config"]["eval_seq_len"] or s["config"]["train_seq_len"], s["train"]["steps"])' "$out/run/summary.json")
+fit=$("$py" -c 'import json, sys; print(json.load(open(sys.argv[1]))["train"]["steps"])' "$out/run/summary.json") || fit=
 if [ -n "${fit:-}" ]; then
-  for width in $((length / 4)) $((length / 2)) "$length"; do  # keys and values carried, against `run`'s sliding windows
-    part "window_$width" env RUN_ID="window_$width" TRAIN_ENABLED=0 MODEL_PATH="$out/run/final_model.int6.ptz" \
-      TTT_ENABLED=0 FINAL_EVAL_ENABLE=0 EVAL_WINDOW="$width" "$here/run.sh"
-  done
   for preset in "seed WARMDOWN_ITERS=$((fit * 53 / 100))" "frontier WARMDOWN_ITERS=$((fit * 80 / 100))"; do
     echo "PRESET=$preset MUON_MOMENTUM_WARMUP_STEPS=$((fit * 27 / 100))"
   done > "$out/presets.txt"
   part presets env -u PRESET MAX_WALLCLOCK_SECONDS="$seconds" EXPORT_FILL=1 "$here/run.sh" sweep --list "$out/presets.txt" \
     SEED=13,1337 --name presets
 else
-  failed+=("windows and presets, which need a finished run")
+  failed+=("presets, which need a finished run")
 fi
 echo "all of it: $out"
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }

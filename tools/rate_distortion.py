@@ -1,10 +1,10 @@
-"""Bytes against loss: the same weights rounded by every rule at several bit widths and clips, coded and scored.
+"""Bytes against loss: the same weights rounded by every rule at several bit widths, coded and scored.
 
     DATA_PATH=... QUANT_MIN_NUMEL=16384 python tools/rate_distortion.py RUN/final_model.float.ptz ... --out FOLDER
 
 Takes float files (SAVE_FLOAT=1) and the script's own variables; writes table.csv, a line for each file and setting, and
 plot.png and plot.svg. The loss is of windows side by side on the first --tokens validation targets, over that of the
-float weights; the bytes are those of the whole file, under each coder.
+float weights; the bytes are those of the whole file.
 """
 
 import argparse
@@ -22,21 +22,16 @@ import train_gpt as t  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-# (rule, bits, clip) of matrices; embeddings have 2 bits more, 8 at most, and 1.56 times the clip
-SETTINGS = [
-    *(("rowmax", bits, 0.0) for bits in (4, 4.5, 5, 5.5, 6, 6.5)),
-    *(("mse", bits, 0.0) for bits in (3, 4, 5, 6)),
-    *((rule, bits, clip) for rule in ("std", "gptq") for bits, clip in ((6, 16), (6, 12.85), (6, 8), (5, 5), (4, 3))),
-    *(("balanced", bits, 0.0) for bits in (3, 4, 5, 6, 7, 8)),
-]
+# (rule, bits) of matrices; embeddings have 2 bits more, 8 at most
+SETTINGS = [*(("rowmax", bits) for bits in (4, 4.5, 5, 5.5, 6, 6.5)), *(("gptq", bits) for bits in (3, 4, 5, 6)),
+            *(("balanced", bits) for bits in (3, 4, 5, 6, 7, 8))]
 
 
-def configuration(rule: str, bits: float, clip: float) -> dict:
+def configuration(rule: str, bits: float) -> dict:
     """The script's fields for a setting."""
     fine = min(bits + 2, 8)
-    fields = {"quant": rule, "quant_bits_attn": bits, "quant_bits_mlp": bits, "quant_bits_sidecar": bits,
-              "quant_bits_embed": fine, "quant_bits_bigram": fine}
-    return fields | ({"quant_clip": clip, "quant_clip_embed": 1.56 * clip} if clip else {})
+    return {"quant": rule, "quant_bits_attn": bits, "quant_bits_mlp": bits, "quant_bits_sidecar": bits,
+            "quant_bits_embed": fine, "quant_bits_bigram": fine}
 
 
 def measure(path: str, tokens: int, settings: list) -> list[dict]:
@@ -57,16 +52,14 @@ def measure(path: str, tokens: int, settings: list) -> list[dict]:
         return t.evaluate(cfg, process, log, model, run.stream, cfg.eval_len, "score").result().val_loss
 
     whole, rows = score(), []
-    for rule, bits, clip in settings:
-        exporter.cfg = dataclasses.replace(cfg, **configuration(rule, bits, clip))
+    for rule, bits in settings:
+        exporter.cfg = dataclasses.replace(cfg, **configuration(rule, bits))
         wanted = {g: getattr(exporter.cfg, f"quant_bits_{g}") for g in exporter.groups}
-        blob, stored = exporter.attempt(wanted)
+        blob, stored, _ = exporter.attempt(wanted)
         exporter.put(stored)
-        zstd = exporter.packed(stored, "zstd") if rule in ("rowmax", "balanced") else b""
-        row = {"run": Path(path).parent.name, "rule": rule, "bits": bits, "clip": clip or "", "bytes_rans": len(blob),
-               "bytes_zstd": len(zstd) or "", "loss_float": whole, "loss_added": score() - whole}
-        print(f"{row['run']}: {rule:8} {bits:3g} bits, clip {clip:5g}: {len(blob):9,} bytes, loss "
-              f"{row['loss_added']:+.5f}", flush=True)
+        row = {"run": Path(path).parent.name, "rule": rule, "bits": bits, "bytes": len(blob), "loss_float": whole,
+               "loss_added": score() - whole}
+        print(f"{row['run']}: {rule:8} {bits:3g} bits: {len(blob):9,} bytes, loss {row['loss_added']:+.5f}", flush=True)
         rows.append(row)
     return rows
 
@@ -75,15 +68,13 @@ def plot(rows: list[dict], folder: Path):
     """A panel for each file: bytes against the loss that rounding added, a line for each rule."""
     files = list(dict.fromkeys(r["run"] for r in rows))
     figure, axes = plt.subplots(1, len(files), figsize=(4.6 * len(files), 4.2), sharey=True, squeeze=False)
-    styles = {"rowmax": "ks-", "mse": "0.45", "std": "0.6", "gptq": "0.45", "balanced": "ko-"}
-    marks = {"mse": "^:", "std": "x--", "gptq": "d-."}
+    styles = {"rowmax": "ks-", "gptq": "kd:", "balanced": "ko-"}
     for axis, file in zip(axes[0], files, strict=True):
         for rule in styles:
-            line = sorted((float(r["bytes_rans"]) / 1e6, max(float(r["loss_added"]), 5e-5)) for r in rows
+            line = sorted((float(r["bytes"]) / 1e6, max(float(r["loss_added"]), 5e-5)) for r in rows
                           if r["run"] == file and r["rule"] == rule)
-            style = {"color": styles[rule]} if rule in marks else {}
-            axis.plot(*zip(*line, strict=True), marks.get(rule, styles[rule]), label=rule, markersize=5,
-                      markerfacecolor="white" if rule == "rowmax" else None, **style)
+            axis.plot(*zip(*line, strict=True), styles[rule], label=rule, markersize=5,
+                      markerfacecolor="white" if rule == "rowmax" else None)
         axis.set(yscale="log", xlabel="file, MB", title=file)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("loss added, nats a token")

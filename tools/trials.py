@@ -30,7 +30,7 @@ import torch.nn.functional as F  # noqa: E402
 import train_gpt as t  # noqa: E402
 
 
-def fused_attention(q, k, v, band=0):
+def fused_attention(q, k, v):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
@@ -40,8 +40,8 @@ def gain_on_activations(self, x, gain=1.0):
     return y * (gain.flatten().to(y.dtype) if isinstance(gain, torch.Tensor) else gain)
 
 
-def loss_with_maximum(self, ids, targets=None, rows=None, window=0, band=0, forward=t.GPT.forward):
-    logits = forward(self, ids, None, rows, window, band)
+def loss_with_maximum(self, ids, targets=None, rows=None, window=0, forward=t.GPT.forward):
+    logits = forward(self, ids, None, rows, window)
     if targets is None:
         return logits
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none").view(targets.shape)
