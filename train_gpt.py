@@ -70,7 +70,8 @@ def var(default, accepts: str, text: str, stage: str = ""):
 class Config:
     """One run's settings. Each field is set by the environment variable of its name in capitals."""
 
-    preset: str = var("auto", "auto|seed|frontier|demo", "where defaults come from; auto: seed on GPUs or demo", "Run")
+    preset: str = var("auto", "auto|seed|frontier|demo", "where defaults come from; auto: seed with a GPU, else demo",
+                      "Run")
     run_id: str = var("", "name", "folder of this run under LOG_DIR; empty: time and seed")
     seed: int = var(1337, "0..4294967295", "random seed of weights and, with SHUFFLE=1, of the data order")
     log_dir: str = var("logs", "path", "where runs are kept")
@@ -151,7 +152,7 @@ class Config:
     export_max_seconds: float = var(-1.0, ">=-1", "of MAX_WALLCLOCK_SECONDS, for search; 0 no limit; -1: 2%, >=10 s")
     calibration_tokens: int = var(65536, ">=1", "training tokens on which rounding is calibrated and judged")
     save_float: bool = var(False, "0|1", "1: also keep the averaged weights, to export again with MODEL_PATH")
-    quant: str = var("balanced", "balanced|gptq|rowmax", "rounding; by what errors cost; to their feedback; published")
+    quant: str = var("balanced", "balanced|gptq|rowmax", "rounding; balanced: by what errors cost, rowmax: published")
     quant_bits_attn: float = var(6.0, "2..8", "bits of attention matrices, one more halves steps; a search starts here")
     quant_bits_mlp: float = var(6.0, "2..8", "the same for MLP matrices")
     quant_bits_embed: float = var(8.0, "2..8", "for the token embedding and an untied output layer")
@@ -359,8 +360,8 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
         (cfg.resume != "1" or cfg.run_id, "resume", "needs the RUN_ID of the run to go on with, or to start"),
         (not trains or cfg.train_batch_tokens % cfg.train_seq_len == 0, "train_batch_tokens",
          f"must be a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}"),
-        (not trains or seqs % ranks == 0, "world_size", f"must divide the {seqs} sequences of a step (TRAIN_BATCH_TOKENS"
-         "/TRAIN_SEQ_LEN); launch another number of ranks or change the batch"),
+        (not trains or seqs % ranks == 0, "world_size", f"must divide the {seqs} sequences of a step (TRAIN_BATCH"
+         "_TOKENS/TRAIN_SEQ_LEN); launch another number of ranks or change the batch"),
         (not trains or seqs % ranks or seqs // ranks % (cfg.micro_batch_seqs or 1) == 0, "micro_batch_seqs",
          f"must divide the {seqs // ranks} sequences of a rank's step"),
     ]
