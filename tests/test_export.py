@@ -192,7 +192,8 @@ def test_float_files_are_exact(tiny):
 @pytest.mark.parametrize("rule", ["balanced", "rowmax", "gptq"])
 def test_the_search_keeps_the_limit_and_spends_it(tiny, rule):
     low = {"QUANT_BITS_ATTN": 2, "QUANT_BITS_MLP": 2, "QUANT_BITS_EMBED": 4, "QUANT_BITS_BIGRAM": 4}
-    low = low if rule == "balanced" else low | {"QUANT": rule, "QUANT_BITS_ATTN": 3, "QUANT_BITS_MLP": 3}
+    fine = {"QUANT_BITS_ATTN": 4, "QUANT_BITS_MLP": 4, "QUANT_BITS_EMBED": 5, "QUANT_BITS_BIGRAM": 5}
+    low = {"balanced": low, "rowmax": {"QUANT": "rowmax"}, "gptq": {"QUANT": "gptq"} | fine}[rule]
     cfg = tiny(MODEL_DIM=64, EXPORT_FILL=1, **low)  # far from the 8 bits where nothing is left to gain
     nominal = len(file_of(cfg))
     sizes, losses = {}, {}
