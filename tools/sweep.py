@@ -20,6 +20,7 @@ Exit codes: 0 all runs finished; 1 one failed, or failed a check; 2 something to
 
 import argparse
 import contextlib
+import difflib
 import hashlib
 import itertools
 import json
@@ -163,7 +164,7 @@ def assignment(word: str, where: str) -> tuple[str, str]:
     if name in OURS:
         fail(f"{where}{name}: the sweep sets it for each run; give --name, and LOG_DIR in the environment")
     if name not in FIELDS:
-        near = min(FIELDS, key=lambda real: t.edit_distance(name.upper(), real))
+        near = difflib.get_close_matches(name.upper(), FIELDS, 1, 0.0)[0]
         fail(f"{where}{name}: no such variable; did you mean {near}? python train_gpt.py --help lists them")
     return name, value
 
