@@ -351,7 +351,7 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
         (not slides or cfg.eval_stride <= cfg.eval_len, "eval_stride", f"must not exceed the window's {cfg.eval_len}"),
         (not ttt or cfg.eval_stride > 0, "eval_stride", "TTT_ENABLED=1 scores in windows; give a stride"),
         (not full or cfg.ttt_chunk_tokens >= cfg.eval_stride, "ttt_chunk_tokens", "must be at least EVAL_STRIDE"),
-        (not full or cfg.ttt_freeze_blocks <= cfg.num_layers, "ttt_freeze_blocks", f"of {cfg.num_layers} blocks"),
+        (not full or cfg.ttt_freeze_blocks <= cfg.num_layers, "ttt_freeze_blocks", f"only {cfg.num_layers} blocks"),
         (cfg.ttt_lora_rank <= dim or "ttt_lora_rank" not in cfg.explicit, "ttt_lora_rank",
          f"must not exceed the width MODEL_DIM={dim}"),
         (not cfg.export_enabled or not trains or not cap or 0 < cfg.export_seconds < cap, "export_max_seconds",
@@ -2115,7 +2115,7 @@ def evaluate(cfg: Config, process: Process, log: Log, forward, stream: Stream, s
 
 # ==== Test-time training: score a chunk for good, only then learn from it =============================================
 
-LORA_CONTEXT = 64  # tokens before a chunk that go in when it is learnt: whole windows taught 0.001 BPB more, at 3x
+LORA_CONTEXT = 64  # tokens before a chunk that go in when it is learnt: whole windows taught 0.001 BPB more, far slower
 
 
 class Budget:
