@@ -69,7 +69,10 @@ need "$here/requirements.txt" torch numpy sentencepiece zstandard
 
 # What a run needs that nobody has set: a preset for this machine, and data.
 choose() {
-  gpus=$("$py" -c 'import torch; print(torch.cuda.device_count())')
+  gpus=0  # to ask torch takes seconds
+  if [ -e /dev/nvidiactl ] || [ -e /dev/dxg ] || [ -e /dev/kfd ]; then
+    gpus=$("$py" -c 'import torch; print(torch.cuda.device_count())')
+  fi
   [ "$gpus" -gt 0 ] || export PRESET=${PRESET:-demo}
   if [ -n "${DATA_PATH:-}" ]; then
     [ -d "$DATA_PATH" ] || fail "DATA_PATH=$DATA_PATH: no such folder; unset it or make it with data/prepare.py"

@@ -996,6 +996,14 @@ class Linear(nn.Linear):
         return y
 
 
+class Embedding(nn.Embedding):
+    """Rows by id, drawn where they have a place only: to draw on the meta device would import the compiler."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 def rope_tables(length: int, dims: int, base: float, like: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
     """Cosines and sines [length, 1, dims/2] of rotary embeddings (https://arxiv.org/abs/2104.09864); beyond 1024
     tokens the base grows with the window (NTK-aware scaling), which is `length` unless given."""
@@ -1086,7 +1094,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn, self.mlp = Attention(cfg, layer), MLP(cfg)
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(cfg.model_dim)) for _ in range(2))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
+        self.resid_mix = nn.Parameter(torch.tensor(([1.0] * cfg.model_dim, [0.0] * cfg.model_dim)))
         self.input_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
 
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, extra: Tensor | None) -> Tensor:
@@ -1107,7 +1115,7 @@ class Bigram(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.buckets = cfg.bigram_vocab_size
-        self.embed = nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
+        self.embed = Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
         self.proj = Linear(cfg.bigram_dim, cfg.model_dim) if cfg.bigram_dim != cfg.model_dim else nn.Identity()
         self.scale = nn.Parameter(torch.tensor(0.05))
 
@@ -1152,12 +1160,12 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.dtype, self.skips = cfg, dtype, cfg.num_layers // 2
         self.watch_output = None  # set by `calibrate`, which hooks the other layers
-        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
+        self.tok_emb = Embedding(cfg.vocab_size, cfg.model_dim)
         self.bigram = Bigram(cfg) if cfg.bigram_vocab_size else None
         self.smear = nn.Parameter(torch.zeros(cfg.model_dim))
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(self.skips, cfg.model_dim))
-        self.value_emb = nn.Embedding(cfg.vocab_size, cfg.ve_dim) if cfg.ve_last_n else None
+        self.value_emb = Embedding(cfg.vocab_size, cfg.ve_dim) if cfg.ve_last_n else None
         if cfg.ve_last_n:  # ResFormer's idea (https://arxiv.org/abs/2410.17897), from the token and not from a layer
             self.value_proj = Linear(cfg.ve_dim, cfg.model_dim // cfg.num_heads * cfg.num_kv_heads)
             self.value_scale = nn.Parameter(torch.full((cfg.ve_last_n,), 0.1))
@@ -1165,7 +1173,8 @@ class GPT(nn.Module):
             self.sidecar = Sidecar(cfg)
             self.sidecar_scale = nn.Parameter(torch.zeros(len(cfg.sparse_sites), cfg.model_dim))
         self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size)
-        self._initialise()
+        if not self.smear.is_meta:
+            self._initialise()
 
     @torch.no_grad()
     def _initialise(self):

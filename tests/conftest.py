@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from forks import Launched, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
@@ -58,6 +60,11 @@ class Outcome:
         return lines[0]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forks():
+    prepare()
+
+
 @pytest.fixture
 def launch(tmp_path, corpus):
     """launch(ranks=1, options=(), script=SCRIPT, run_id="run", **variables): run the script on the tiny corpus."""
@@ -66,12 +73,11 @@ def launch(tmp_path, corpus):
         env = clean_environment() | TINY | {"DATA_PATH": str(corpus), "LOG_DIR": str(tmp_path / "logs")}
         env |= {"RUN_ID": run_id} | {k: str(v) for k, v in variables.items()}
         env = {k: v for k, v in env.items() if v != "UNSET"}
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        done = subprocess.run([*command, str(script), *options], env=env, cwd=cwd or tmp_path, capture_output=True,
-                              text=True, timeout=300)
-        return Outcome(done.returncode, done.stdout, done.stderr, tmp_path / "logs" / run_id)
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        done = Launched([*command, str(script), *options], env, cwd or tmp_path)
+        with ThreadPoolExecutor(2) as pool:
+            out, err = (pool.submit(pipe.read) for pipe in (done.stdout, done.stderr))
+        return Outcome(done.wait(300), out.result(), err.result(), tmp_path / "logs" / run_id)
 
     return go
 

@@ -126,6 +126,27 @@ def test_switches(launch):
     assert run.summary["eval"]["sliding"] is None and run.summary["val_bpb"] == run.summary["eval"]["int6"]["val_bpb"]
 
 
+UNCOMPILED = """
+import runpy, sys
+sys.argv = [{script!r}, *{options!r}]
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+except SystemExit as end:
+    print("compiler imported:", "torch._dynamo" in sys.modules, end.code)
+"""
+
+
+def test_what_neither_trains_nor_compiles_does_not_import_the_compiler(launch, corpus, tmp_path):
+    """It takes as long to import as the rest of torch."""
+    path = launch(FINAL_EVAL_ENABLE=0, FINAL_SLIDING_EVAL_ENABLE=0).summary["artifact"]["path"]
+    env = clean_environment() | TINY | {"DATA_PATH": str(corpus), "LOG_DIR": str(tmp_path), "RUN_ID": "score"}
+    for options, more in ((["--check"], {}), ([], {"TRAIN_ENABLED": "0", "MODEL_PATH": path}),
+                          (["--inspect", path], {})):
+        code = UNCOMPILED.format(script=str(SCRIPT), options=options)
+        done = subprocess.run([sys.executable, "-c", code], env=env | more, capture_output=True, text=True)
+        assert done.stdout.endswith("compiler imported: False 0\n"), (options, done.stdout, done.stderr)
+
+
 def test_wallclock_cap(launch):
     run = launch(ITERATIONS=100000, MAX_WALLCLOCK_SECONDS=2, WARMDOWN_ITERS=20)
     train = run.summary["train"]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPT, TINY, clean_environment
+from forks import Launched
 
 import train_gpt as t
 
@@ -29,12 +30,13 @@ class Launch:
     def __init__(self, tmp_path, corpus, ranks=1, script=SCRIPT, torchrun=(), prefix=(), options=(), **variables):
         env = clean_environment() | TINY | {"DATA_PATH": str(corpus), "LOG_DIR": str(tmp_path / "logs")}
         env |= {"RUN_ID": "run"} | {k: str(v) for k, v in variables.items()}
-        command = [*prefix, sys.executable]
+        command, env = [str(script), *options], {k: v for k, v in env.items() if v != "UNSET"}
         if ranks > 1 or torchrun:
-            command += ["-m", "torch.distributed.run", *(torchrun or ["--standalone"]), f"--nproc_per_node={ranks}"]
-        env = {k: v for k, v in env.items() if v != "UNSET"}
-        self.process = subprocess.Popen([*command, str(script), *options], env=env, cwd=tmp_path, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            command = ["-m", "torch.distributed.run", *(torchrun or ["--standalone"]), f"--nproc_per_node={ranks}",
+                       *command]
+        self.process = Launched(command, env, tmp_path) if not prefix else subprocess.Popen(
+            [*prefix, sys.executable, *command], env=env, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE)
         self.lines = {"out": [], "err": []}
         self.readers = [threading.Thread(target=self._read, args=(name, pipe)) for name, pipe in
                         (("out", self.process.stdout), ("err", self.process.stderr))]
