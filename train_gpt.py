@@ -239,7 +239,10 @@ PRESETS = {
 
 # Switches of this field's other scripts that are not implemented here: harmless when off, an error when on.
 NOT_IMPLEMENTED = ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS", "LAWA_ENABLED", "DTG_ENABLED",
-                   "VE_ENABLED", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM")
+                   "VE_ENABLED", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM", "NUM_LOOPS", "PARALLEL_START_LAYER",
+                   "SKIP_GATES_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED", "SPARSE_ATTN_GATE_ENABLED",
+                   "MIN_LR", "MUON_ROW_NORMALIZE", "EMBEDDING_DIM", "CASEOPS_ENABLED", "LQER_ENABLED", "EMBED_BITS",
+                   "MATRIX_BITS", "EMBED_CLIP_SIGMAS", "MATRIX_CLIP_SIGMAS", "COMPRESSOR", "PHASED_TTT_NUM_PHASES")
 # A name with a prefix of the first group was meant for us; one of the second never was, or is a setting of the above.
 FAMILIES = ("ADAM_", "AUDIT_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "RESUME_",
             "ROPE_", "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_")

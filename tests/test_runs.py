@@ -329,23 +329,38 @@ def test_the_readme_has_commands():
     assert len(readme_commands()) >= 4
 
 
+@pytest.fixture(scope="module")
+def projects(corpus, tmp_path_factory):
+    """projects(name) -> a copy of the project, with a finished run of that name, and a tiny run's variables."""
+    made, path = {}, f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+
+    def make(name: str):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("project")
+            for file in ("train_gpt.py", "run.sh", "requirements.txt"):
+                shutil.copy(ROOT / file, folder)
+            shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("datasets", "tokenizers"))
+            shutil.copytree(ROOT / "tools", folder / "tools")
+            tiny = TINY | {"DATA_PATH": str(corpus), "CUDA_VISIBLE_DEVICES": "", "SAVE_FLOAT": "1", "PATH": path}
+            made[name] = folder, tiny
+            if name:
+                assert shell("./run.sh", folder, **tiny, RUN_ID=name).returncode == 0
+        return made[name]
+
+    return make
+
+
 @pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands_run(command, corpus, tmp_path):
+def test_readme_commands_run(command, projects, tmp_path):
     """Each in a copy of the project, on the tiny corpus and with the tiny model."""
-    for name in ("train_gpt.py", "run.sh", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("datasets", "tokenizers"))
-    shutil.copytree(ROOT / "tools", tmp_path / "tools")
-    tiny = TINY | {"DATA_PATH": str(corpus), "RUN_ID": "first", "CUDA_VISIBLE_DEVICES": "", "SAVE_FLOAT": "1"}
-    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    project, tiny = projects("first" if "first" in command else "")
+    shutil.copytree(project, tmp_path, dirs_exist_ok=True)
     documents = [json.dumps({"text": f"Document {i} of mine. " * 40}) for i in range(60)]
     (tmp_path / "my.jsonl").write_text("\n".join(documents))
-    if "MODEL_PATH" in command or "first" in command:
-        assert shell("./run.sh", tmp_path, PATH=path, **tiny).returncode == 0
-        tiny["RUN_ID"] = "second"
     names = re.findall(r"\b([A-Z][A-Z_]+)=", command)
     tiny = {k: v for k, v in tiny.items() if k not in names and not (k == "DATA_PATH" and "prepare" in command)}
-    done = shell(command.replace("python ", f"{sys.executable} ", 1), tmp_path, PATH=path, **tiny)
+    tiny |= {} if "RUN_ID" in names else {"RUN_ID": "second"}
+    done = shell(command.replace("python ", f"{sys.executable} ", 1), tmp_path, **tiny)
     assert done.returncode == 0, (command, done.stdout, done.stderr)
 
 
