@@ -359,7 +359,7 @@ def test_a_signal_before_anything_is_saved_and_in_a_long_validation(start, tmp_p
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_an_interrupt_while_torch_is_imported_prints_no_traceback(start):
-    cut = start()
+    cut = start(prefix=["env"])  # a start of its own, no fork
     while "libtorch" not in Path(f"/proc/{cut.process.pid}/maps").read_text():
         time.sleep(0.001)
     cut.process.send_signal(signal.SIGINT)
