@@ -127,7 +127,7 @@ class Config:
     compute_dtype: str = var("auto", "auto|bf16|fp32", "auto: bf16 on GPUs and CPUs with bf16 instructions")
 
     matrix_lr: float = var(0.025, ">=0", "Muon's rate, for matrices", "Optimizers")
-    tied_embed_lr: float = var(0.035, ">=0", "AdamW's rate for token and bigram embeddings when tied")
+    tied_embed_lr: float = var(0.035, ">=0", "AdamW's rate for all embeddings when the output layer is tied")
     embed_lr: float = var(0.6, ">=0", "the same when untied")
     head_lr: float = var(0.008, ">=0", "Adam's rate for the untied output layer")
     scalar_lr: float = var(0.025, ">=0", "AdamW's rate for vectors, scalars and the sidecar's kernel")
@@ -148,14 +148,14 @@ class Config:
 
     export_enabled: bool = var(True, "0|1", "0: evaluate the averaged weights without an artifact", "Export")
     artifact_limit_bytes: int = var(16_000_000, ">=1", "code + model bytes at most")
-    export_fill: bool = var(True, "0|1", "1: finer values, up to 8 bits each, in the room that is left (seed: 0)")
+    export_fill: bool = var(True, "0|1", "1: finer values, up to 8 bits each, in the room that is left")
     export_max_seconds: float = var(-1.0, ">=-1", "of MAX_WALLCLOCK_SECONDS, for search; 0 no limit; -1: 2%, >=10 s")
     calibration_tokens: int = var(65536, ">=1", "training tokens on which rounding is calibrated and judged")
     save_float: bool = var(False, "0|1", "1: also keep the averaged weights, to export again with MODEL_PATH")
     quant: str = var("balanced", "balanced|gptq|rowmax", "rounding; balanced: by what errors cost, rowmax: published")
     quant_bits_attn: float = var(6.0, "2..8", "bits of attention matrices, one more halves steps; a search starts here")
     quant_bits_mlp: float = var(6.0, "2..8", "the same for MLP matrices")
-    quant_bits_embed: float = var(8.0, "2..8", "for the token embedding and an untied output layer")
+    quant_bits_embed: float = var(8.0, "2..8", "for token and value embeddings and an untied output layer")
     quant_bits_bigram: float = var(8.0, "2..8", "for the bigram embedding and its projection")
     quant_bits_sidecar: float = var(6.0, "2..8", "for the sidecar")
     quant_min_numel: int = var(65536, ">=0", "tensors up to this many elements are kept in fp16")
@@ -226,7 +226,7 @@ PRESETS = {
     "seed": {"export_fill": False},  # the defaults above are the published ones, but for QUANT, which is better
     "frontier": {  # what won against it at CPU size, see records/ablations; nothing of it was measured at full size
         "mlp_slope": 0.5, "logit_softcap": 15.0, "ve_last_n": 4, "sparse_hidden_dim": 0, "muon_beta2": 0.95,
-        "warmdown_iters": 4500,
+        "warmdown_iters": 4500, "ttt_lora_chunk_tokens": 64, "quant_min_numel": 32768,
     },
     "demo": {  # a few minutes on two CPU cores, on the embedded corpus; as many bytes a parameter as the seed has
         "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "sparse_start_layer": 2,
@@ -240,9 +240,10 @@ PRESETS = {
 # Switches of this field's other scripts that are not implemented here: harmless when off, an error when on.
 NOT_IMPLEMENTED = ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS", "LAWA_ENABLED", "DTG_ENABLED",
                    "VE_ENABLED", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM", "NUM_LOOPS", "PARALLEL_START_LAYER",
-                   "SKIP_GATES_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED", "SPARSE_ATTN_GATE_ENABLED",
-                   "MIN_LR", "MUON_ROW_NORMALIZE", "EMBEDDING_DIM", "CASEOPS_ENABLED", "LQER_ENABLED", "EMBED_BITS",
-                   "MATRIX_BITS", "EMBED_CLIP_SIGMAS", "MATRIX_CLIP_SIGMAS", "COMPRESSOR", "PHASED_TTT_NUM_PHASES")
+                   "SKIP_GATES", "SKIP_GATES_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED", "MIN_LR",
+                   "SPARSE_ATTN_GATE_ENABLED", "MUON_ROW_NORMALIZE", "EMBEDDING_DIM", "CASEOPS_ENABLED", "COMPRESSOR",
+                   "LQER_ENABLED", "EMBED_BITS", "MATRIX_BITS", "EMBED_CLIP_SIGMAS", "MATRIX_CLIP_SIGMAS",
+                   "PHASED_TTT_NUM_PHASES")
 # A name with a prefix of the first group was meant for us; one of the second never was, or is a setting of the above.
 FAMILIES = ("ADAM_", "AUDIT_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "RESUME_",
             "ROPE_", "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_")
@@ -334,7 +335,8 @@ def load_config(environ, ranks: int = 1) -> tuple[Config, list[str], list[str]]:
         cfg = dataclasses.replace(cfg, ttt_mode="full" if full else "lora")
         if full and lora:
             problems.append(f"TTT_MODE: {full[0]} belongs to full and {lora[0]} to lora; say which")
-    problems += [] if problems else conflicts(cfg, ranks)
+    later = cfg.resume != "0" or not cfg.train_enabled and cfg.model_path  # the run or the artifact brings the rest
+    problems += [] if problems else [s for s in conflicts(cfg, ranks) if not later or s.startswith("RESUME=")]
     typos = misspelt(environ, {n.strip() for n in cfg.env_extra.split(",")})
     return (cfg, problems + typos, warnings) if cfg.strict_env else (cfg, problems, typos + warnings)
 
@@ -360,6 +362,7 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
         (not cfg.export_enabled or not trains or not cap or 0 < cfg.export_seconds < cap, "export_max_seconds",
          "must be above 0 and below MAX_WALLCLOCK_SECONDS"),
         (trains or cfg.model_path, "model_path", "TRAIN_ENABLED=0 needs the artifact to start from"),
+        (not trains or not cfg.model_path, "model_path", "only TRAIN_ENABLED=0 starts from it; set that or unset this"),
         (cfg.resume != "1" or cfg.run_id, "resume", "needs the RUN_ID of the run to go on with, or to start"),
         (not trains or cfg.train_batch_tokens % cfg.train_seq_len == 0, "train_batch_tokens",
          f"must be a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}"),
@@ -372,12 +375,13 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
 
 
 def help_text() -> str:
-    """All variables by stage: name, default (and the demo preset's where it differs), accepted values, meaning."""
+    """All variables by stage: name, default (and the presets' where they differ), accepted values, meaning."""
     lines = [__doc__.strip(), "", "Options: --help; --check [--step-ms MS] [--ranks N]: for N ranks at MS a step; "
              "--inspect FILE: an artifact's contents"]
     for f in VARIABLES:
-        demo = PRESETS["demo"].get(f.name)
-        default = str(int(f.default) if f.type is bool else f.default) + (f" (demo: {demo})" if demo else "")
+        others = [f"{p}: {int(v) if f.type is bool else v}" for p, v in ((p, of.get(f.name)) for p, of in
+                  PRESETS.items()) if v is not None]
+        default = str(int(f.default) if f.type is bool else f.default) + (f" ({', '.join(others)})" if others else "")
         lines += ["", f.metadata["stage"]] if f.metadata["stage"] else []
         lines.append(f"  {f.name.upper():26} {default or 'empty'}; {f.metadata['accepts']}\n{'':31}"
                      f"{f.metadata['text']}")
@@ -427,7 +431,7 @@ def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
         options.ranks = 1 if odd else int(os.environ.get("WORLD_SIZE", "1"))
     cfg, problems, warnings = load_config(os.environ, max(options.ranks, 1))
     problems += odd + ["--ranks and --step-ms: must be above 0"] * (options.ranks < 1 or not options.step_ms > 0)
-    silent = os.environ.get("RANK", "0") != "0"
+    silent = not odd and os.environ.get("RANK", "0") != "0"
     lines = [f"error: {one_line(p)}" for p in problems] + [f"warning: {one_line(w)}" for w in warnings]
     if problems:
         leave(2, "\n".join(lines), silent)
@@ -437,6 +441,7 @@ def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
 
 if __name__ == "__main__":  # here, so that a typo is answered before the seconds that importing torch takes
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save yet, and no traceback
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # None where it was closed
     LAUNCH = read_launch(sys.argv[1:])
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a busy machine many times slower
 
@@ -526,7 +531,10 @@ class Process:
         torch.cuda.set_device(self.device) if self.cuda else keep_freed_memory()
         if self.world > 1:
             with self._exchange():
-                store, *_ = next(rendezvous("env://", self.rank, self.world))
+                try:
+                    store, *_ = next(rendezvous("env://", self.rank, self.world))
+                except ValueError as error:  # MASTER_ADDR, MASTER_PORT
+                    raise UserError(f"WORLD_SIZE={self.world}: {error}; launch with torchrun") from None
                 if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world):  # else restarts are not counted alike
                     # torchrun keeps one store over restarts: without this a rank may meet a dead one's address
                     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -1171,7 +1179,7 @@ class GPT(nn.Module):
         self.value_emb = Embedding(cfg.vocab_size, cfg.ve_dim) if cfg.ve_last_n else None
         if cfg.ve_last_n:  # ResFormer's idea (https://arxiv.org/abs/2410.17897), from the token and not from a layer
             self.value_proj = Linear(cfg.ve_dim, cfg.model_dim // cfg.num_heads * cfg.num_kv_heads)
-            self.value_scale = nn.Parameter(torch.full((cfg.ve_last_n,), 0.1))
+            self.value_scale = nn.Parameter(torch.full((min(cfg.ve_last_n, cfg.num_layers),), 0.1))
         if cfg.sparse_sites:
             self.sidecar = Sidecar(cfg)
             self.sidecar_scale = nn.Parameter(torch.zeros(len(cfg.sparse_sites), cfg.model_dim))
@@ -1221,7 +1229,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if i >= self.skips and stack:
                 x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
-            late = i - cfg.num_layers + cfg.ve_last_n
+            late = i - cfg.num_layers + min(cfg.ve_last_n, cfg.num_layers)
             x = block(x, x0, cos, sin, self.value_scale[late].to(x.dtype) * values if late >= 0 else None)
             if i in cfg.sparse_sites:
                 site = cfg.sparse_sites.index(i)
@@ -1686,7 +1694,7 @@ def entropy(values: np.ndarray) -> float:
     """Order-0 entropy in bits a value of int8 `values`."""
     counts = np.bincount(values.ravel().view(np.uint8), minlength=256)
     shares = counts[counts > 0] / max(values.size, 1)
-    return float(-(shares * np.log2(shares)).sum())
+    return float(-(shares * np.log2(shares)).sum()) + 0.0  # no -0
 
 
 def inspect(path: str, limit: int) -> str:
@@ -2284,6 +2292,10 @@ class FullAdapter:
                           if cfg.ttt_optimizer == "sgd" else
                           torch.optim.AdamW(adapted, cfg.ttt_lr, weight_decay=cfg.ttt_wd))
 
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """The nats of whole sequences, with RoPE as in the windows that are scored."""
+        return self.evaluator.forward(ids, targets, None, self.cfg.eval_len)
+
     def learn(self, begin: int, end: int, rate: float, may_go_on) -> tuple[int, bool]:
         """TTT_EPOCHS passes over targets [begin, end), all of them scored. Returns the steps taken, and whether they
         had to be undone for a loss or weights that were not finite."""
@@ -2296,14 +2308,14 @@ class FullAdapter:
             self.optimizer.param_groups[0]["lr"] = rate * ttt_factor(cfg, step, per_epoch)
             batch = starts[step % per_epoch * group :][:group]
             tokens = self.evaluator.lesson(batch[:, None] + torch.arange(length + 1, device=batch.device))
-            flat.gather_gradients(self.evaluator.forward, tokens[rank::world], max(size, 1), len(tokens), self.process)
+            flat.gather_gradients(self.forward, tokens[rank::world], max(size, 1), len(tokens), self.process)
             bad += ~flat.clip_(cfg.ttt_grad_clip)
             self.optimizer.step()
             step += 1
         with torch.no_grad():
             flat.weights.lerp_(self.origin, cfg.ttt_pull)
             last = self.evaluator.stream.tokens[None, end - length : end + 1]  # scored above; proves the weights usable
-            bad += ~torch.isfinite(self.evaluator.forward(last[:, :-1], last[:, 1:]).sum() + flat.weights.sum())
+            bad += ~torch.isfinite(self.forward(last[:, :-1], last[:, 1:]).sum() + flat.weights.sum())
         if undone := bool(bad):
             flat.weights.copy_(before)
             self.optimizer.state.clear()
@@ -2800,7 +2812,8 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
 # What a run's continuation may change without a word; and what it may not, since the state hangs on it.
 UNBOUND = {"run_id", "log_dir", "resume", "preset", "strict_env", "env_extra", "train_log_every", "nll_dump",
            "ckpt_every_seconds", "keep_ckpts", "nan_policy"}
-BOUND = {f.name for f in MODEL_FIELDS} | {"seed", "shuffle", "train_batch_tokens", "train_enabled", "model_path"}
+BOUND = {f.name for f in MODEL_FIELDS} | {"muon_beta2", "seed", "shuffle", "train_batch_tokens", "train_enabled",
+                                          "model_path"}
 NO_ROOM_SECONDS = 900.0  # how long a run waits for room on the disk before it gives up what is kept nowhere else
 
 
@@ -2929,7 +2942,10 @@ def continued(cfg: Config, found: dict, ranks: int) -> Config:
         summary["artifact"] = summary["artifact"] if scores else None
     if stored.get("nll_dump") and "nll_dump" not in cfg.explicit:  # no file chooses where this process writes
         notes.append(f"NLL_DUMP={stored['nll_dump']} of the run so far is not taken over; give it again")
-    kept = {n: v for n, v in stored.items() if n not in {*cfg.explicit, "run_id", "log_dir", "resume", "nll_dump"}}
+    if stored.get("preset", cfg.preset) != cfg.preset and "preset" in cfg.explicit:
+        notes.append(f"PRESET={cfg.preset} is not taken over: the run was made with {stored['preset']}")
+    own = {*cfg.explicit, "run_id", "log_dir", "resume", "nll_dump"} - {"preset"}
+    kept = {n: v for n, v in stored.items() if n not in own}
     if found["folder"]:
         kept |= {"run_id": Path(found["folder"]).name, "log_dir": str(Path(found["folder"]).parent)}
     cfg = dataclasses.replace(cfg, **kept, explicit=cfg.explicit | set(source.get("explicit", ())) - {"nll_dump"})
@@ -3166,6 +3182,8 @@ class Run:
         if cfg.nll_dump and self.nats is not None and len(self.nats) == self.stream.targets:
             np.save(buffer := io.BytesIO(), self.nats)
             self.process.together(lambda: write_atomically(Path(cfg.nll_dump), buffer.getvalue()), main=True)
+        elif cfg.nll_dump:
+            self.log(f"warning: NLL_DUMP={cfg.nll_dump} is not written, no evaluation of this launch has the losses")
         if cfg.audit and not summary["audit"]:
             self.audit(weights)
 
@@ -3244,6 +3262,8 @@ class Run:
     def adopt(self, path: str, blob: bytes, tensors: dict[str, Tensor]) -> GPT:
         """The model of an artifact. Its bytes are held against the limit; over it the run goes on, to end not valid."""
         code, limit = len(self.code), self.cfg.artifact_limit_bytes
+        if self.artifact and not self.float and "artifact_limit_bytes" not in self.cfg.explicit:
+            limit = Config.artifact_limit_bytes  # another run made it, maybe with another preset
         total = len(blob) + code
         self.log(f"Code size: {code} bytes\nSerialized model int6+zstd: {len(blob)} bytes")
         self.log(f"Total submission size int6+zstd: {total} bytes")

@@ -62,6 +62,8 @@ def test_plan_and_table(planned):
         assert rows["slope"][7].startswith("-0.1500 ± 0.0707") and rows["slope"][8].startswith("kept")
         assert rows["both"][7].startswith("+0.5000") and list(rows) == ["base", "slope", "both"]
         (folder / "logs").rename(folder / "gone") if (folder / "logs").exists() else None
+    again = ablations(folder, "plan", "mine.txt", "--rounds", "1", **TINY)
+    assert again.returncode == 2 and "mine.json holds runs of the costs beside it" in again.stderr
 
 
 @pytest.mark.parametrize("text, words", [

@@ -48,6 +48,8 @@ def test_all_bad_values_are_reported_at_once():
 @pytest.mark.parametrize("variables, options, word", [
     ({"WORLD_SIZE": "abc"}, [], "WORLD_SIZE"), ({"RANK": "0", "LOCAL_RANK": ""}, [], "LOCAL_RANK"),
     ({}, ["--check", "--ranks", "0"], "--ranks"), ({}, ["--check", "--step-ms", "nan"], "--step-ms"),
+    ({"RANK": "x"}, ["--check"], "RANK='x'"), ({"WORLD_SIZE": "2"}, ["--check"], "launch with torchrun"),
+    ({"MODEL_PATH": "x.ptz"}, [], "only TRAIN_ENABLED=0 starts from it"),
 ])
 def test_odd_launches_are_one_line(variables, options, word):
     env = clean_environment() | variables
@@ -138,6 +140,19 @@ def test_help_lists_every_variable_without_importing_torch(tmp_path):
     assert done.returncode == 0, done.stderr
     for f in train_gpt.VARIABLES:
         assert f"  {f.name.upper()} " in done.stdout and f.metadata["text"] in done.stdout
+    for line in ("MLP_SLOPE                  0.0 (frontier: 0.5);", "EXPORT_FILL                1 (seed: 0);",
+                 "WARMUP_STEPS               20 (demo: 0);", "3000 (frontier: 4500, demo: 400);"):
+        assert line in done.stdout, line
+
+
+@pytest.mark.parametrize("later", [{"TRAIN_ENABLED": "0", "MODEL_PATH": "a.ptz"}, {"RESUME": "1", "RUN_ID": "a"},
+                                   {"RESUME": "logs/a"}])
+def test_what_the_artifact_or_the_run_brings_is_not_judged_by_the_preset(later):
+    for given in ({"EVAL_STRIDE": "500"}, {"TTT_MODE": "full", "TTT_FREEZE_BLOCKS": "6"}, {"TTT_LORA_RANK": "200"}):
+        assert problems(**given | {"TTT_ENABLED": "1"}) != []
+        assert problems(**given | {"TTT_ENABLED": "1"} | later) == []
+    (line,) = problems(RESUME="1", EVAL_STRIDE="500")
+    assert line.startswith("RESUME=1: needs the RUN_ID")
 
 
 def test_import_has_no_side_effects(tmp_path):

@@ -72,7 +72,11 @@ def test_artifact_scores_the_same_in_a_fresh_process(launch):
         assert a["eval"][key]["val_loss"] == b["eval"][key]["val_loss"]
     assert a["val_bpb"] == b["val_bpb"] == a["eval"]["ttt"]["val_bpb"] and b["train"] is None
     assert a["artifact"]["sha256"] == b["artifact"]["sha256"]
+    assert b["artifact"]["limit"] == 16_000_000
     launch(run_id="other", **fresh, MODEL_DIM=64).refused("MODEL_DIM=64", "was made with 32")
+    launch(run_id="other", **fresh, EVAL_STRIDE=33).refused("EVAL_STRIDE=33: must not exceed the window's 32")
+    other = launch(run_id="other", **fresh | {"PRESET": "demo", "TTT_ENABLED": 0}, **dict.fromkeys(model, "UNSET"))
+    assert other.code == 0 and other.summary["artifact"]["limit"] == 16_000_000, "the demo's limit is not the file's"
 
 
 def test_same_seed_same_run_and_other_seed_other_run(launch):

@@ -190,8 +190,9 @@ def test_killed_in_test_time_training_it_goes_on_with_the_same_losses(start, tmp
     assert stages["train"]["steps"] == 12 and stages["eval"]["float"] and stages["eval"]["int6"]
     # the settings come with the run, but for where to write
     again = start(ranks=ranks, RUN_ID="cut", RESUME=1, NLL_DUMP=tmp_path / "cut.npy",
-                  **dict.fromkeys(set(TINY) - {"PRESET"}, "UNSET")).end()
+                  **dict.fromkeys(TINY, "UNSET") | {"PRESET": "frontier"}).end()
     assert again.code == 0, again.err
+    assert again.summary["preset"] == "demo" and "PRESET=frontier is not taken over" in again.out
     assert "ttt: goes on from" in again.out and "train_loss" not in again.out and "final_int6" not in again.out
     assert np.array_equal(np.load(tmp_path / "whole.npy"), np.load(tmp_path / "cut.npy"))
     a, b = whole.summary, again.summary
@@ -293,6 +294,7 @@ def test_resume_takes_a_checkpoint_a_folder_or_starts_a_new_run_from_one(start, 
     checked = start(**LONG, RUN_ID="run", RESUME=states[-2], options=["--check"]).end()
     assert checked.code == 0, checked.err
     start(**LONG, RUN_ID="run", RESUME=states[-2], SEED=9).end().refused("SEED=9")
+    start(**LONG, RUN_ID="run", RESUME=states[-2], MUON_BETA2=0.9).end().refused("MUON_BETA2=0.9")
     assert t.step_files(cut.folder / "checkpoints") == states, "neither has touched anything"
     branch = start(**LONG | {"ITERATIONS": 3000}, RUN_ID="branch", RESUME=states[-2], MATRIX_LR=0.01)
     branch.until(f"resumed from step {step} ")

@@ -36,6 +36,17 @@ def walk(cfg, ids, budget=None, probe=(), process=None):
 # ---- the walk ----
 
 
+def test_full_mode_learns_with_the_rope_of_the_windows_that_it_scores(tiny):
+    cfg = tiny(**SMALL | MODES[1] | {"EVAL_SEQ_LEN": 2048})
+    model = model_of(cfg, noise=0.05)
+    evaluator = t.Evaluator(cfg, Lone(), model, stream_of(tokens(40)), cfg.eval_stride)
+    ids = torch.tensor([tokens(33, 2)])
+    with torch.no_grad():
+        nats = t.FullAdapter(cfg, Lone(), model, evaluator).forward(ids[:, :-1], ids[:, 1:])
+        assert torch.equal(nats, model(ids[:, :-1], ids[:, 1:], None, 2048))
+        assert not torch.allclose(nats, model(ids[:, :-1], ids[:, 1:]), atol=1e-4)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("length, documents, changes", [
     (2, [0], {}), (17, [0], {}), (41, [0, 20], {}), (131, [0, 1, 2, 60, 130], {}), (100, [], {}),

@@ -109,6 +109,8 @@ def configuration(given: dict[str, str]) -> t.Config:
 
 def plan(ideas: list[Idea], path: Path, rounds: int):
     """Time each idea against the base, keep what it costs, print the runs."""
+    if path.with_suffix(".json").exists():
+        fail(f"{path.with_suffix('.json')} holds runs of the costs beside it; copy {path.name} to a folder of its own")
     varied = sorted({n for idea in ideas for n in idea.given} & os.environ.keys() - {"ITERATIONS", "WARMDOWN_ITERS"})
     if varied:
         fail(f"{varied[0]} is set, and {path} varies it; unset it and give it in each line, the base's too")

@@ -163,6 +163,8 @@ def assignment(word: str, where: str) -> tuple[str, str]:
         fail(f"{where}{word!r}: not of the form VAR=value")
     if name in OURS:
         fail(f"{where}{name}: the sweep sets it for each run; give --name, and LOG_DIR in the environment")
+    if name in t.NOT_IMPLEMENTED:
+        fail(f"{where}{name}: not implemented in this script")
     if name not in FIELDS:
         near = difflib.get_close_matches(name.upper(), FIELDS, 1, 0.0)[0]
         fail(f"{where}{name}: no such variable; did you mean {near}? python train_gpt.py --help lists them")
