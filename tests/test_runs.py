@@ -302,7 +302,7 @@ def shell(command: str, cwd, **variables) -> subprocess.CompletedProcess:
 
 def test_the_demo_runs_end_to_end(tmp_path):
     """./run.sh on the embedded corpus, cut short."""
-    done = shell(f"{ROOT}/run.sh", tmp_path, ITERATIONS="30", VAL_TOKEN_LIMIT="8192", MAX_WALLCLOCK_SECONDS="20",
+    done = shell(f"{ROOT}/run.sh", tmp_path, ITERATIONS="8", VAL_TOKEN_LIMIT="8192", MAX_WALLCLOCK_SECONDS="20",
                  RUN_ID="demo", LOG_DIR=str(tmp_path / "logs"), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "logs" / "demo" / "summary.json").read_text())
