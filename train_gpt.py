@@ -233,7 +233,7 @@ PRESETS = {
         "train_seq_len": 256, "train_batch_tokens": 4096, "iterations": 3000, "max_wallclock_seconds": 180.0,
         "warmdown_iters": 400, "warmup_steps": 0, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 100,
         "ema_decay": 0.97, "train_log_every": 50, "val_token_limit": 131072, "quant_min_numel": 4096,
-        "calibration_tokens": 32768, "artifact_limit_bytes": 750_000,
+        "calibration_tokens": 32768, "artifact_limit_bytes": 750_000, "ttt_lora_chunk_tokens": 64,
     },
 }
 
