@@ -393,6 +393,16 @@ def one_line(problem) -> str:
     return " ".join(str(problem).splitlines())
 
 
+def show(text: str):
+    """Print what was asked for; who reads its head only is served. Ends the process where it cannot be written."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        leave(2, f"error: output: {error.strerror}; mend the path or make room")
+
+
 def leave(code: int, said: str = "", silent: bool = False):
     """End this rank with what it has to say. A silent one waits: a launcher kills all ranks once one has failed."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -422,8 +432,7 @@ def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--ranks", type=int)
     options = parser.parse_args(argv)
     if options.help:
-        with contextlib.suppress(BrokenPipeError):
-            print(help_text())
+        show(help_text())
         leave(0)
     odd = [f"{name}={os.environ[name]!r}: is the launcher's to set; unset it or launch with torchrun" for name in
            ("RANK", "WORLD_SIZE", "LOCAL_RANK") if not re.fullmatch(r"[0-9]{1,6}", os.environ.get(name, "0"), re.A)]
@@ -3400,14 +3409,14 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode must not end a run
     if options.inspect is not None:
         own = cfg.artifact_limit_bytes if "artifact_limit_bytes" in cfg.explicit else Config.artifact_limit_bytes
-        print(inspect(options.inspect, own), flush=True)  # so that a full disk is heard of here
+        show(inspect(options.inspect, own))
         return 0
     process = Process(cfg.compute_dtype, signals)
     found, tensors = process.together(lambda: find_run(cfg, process), main=True) or (None, {})
     found = process.agree(found)
     if found and "finished" in found:
         if process.main:
-            print(f"nothing to do: the run is finished, see {found['finished']}", flush=True)
+            show(f"nothing to do: the run is finished, see {found['finished']}")
         return 0
     if found:
         cfg = process.together(lambda: continued(cfg, found, process.world))
@@ -3415,7 +3424,7 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
     run = process.together(lambda: Run(cfg, process, found, tensors))
     if options.check:
         if process.main:
-            print(run.check(options.ranks, options.step_ms), flush=True)
+            show(run.check(options.ranks, options.step_ms))
         return 0
     try:
         log = run.start()

@@ -664,6 +664,9 @@ def test_a_folder_that_goes_away_and_output_that_nobody_takes(start, corpus, tmp
     env = clean_environment() | TINY | {"DATA_PATH": str(corpus), "LOG_DIR": str(tmp_path / "logs"), "RUN_ID": "head"}
     done = subprocess.run(f"{sys.executable} {SCRIPT} | head -1", shell=True, capture_output=True, text=True, env=env)
     assert done.stderr == "" and (tmp_path / "logs" / "head" / "summary.json").exists()
+    done = subprocess.run(f"set -o pipefail; {sys.executable} {SCRIPT} --check | true", shell=True, capture_output=True,
+                          text=True, env=env | {"RUN_ID": "x"}, executable="/bin/bash")
+    assert (done.returncode, done.stderr) == (0, "")
     done = subprocess.run(f"{sys.executable} {SCRIPT} --check >/dev/full", shell=True, capture_output=True, text=True,
                           env=env | {"RUN_ID": "x"})
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
