@@ -525,7 +525,7 @@ def keep_freed_memory():
 class Process:
     """This rank, its device and the few ways it talks to the other ranks; with one rank nothing is sent.
 
-    Raises UserError when the machine has fewer GPUs than ranks, PeerLost when another rank is gone.
+    Raises UserError when the machine has fewer GPUs than ranks or ranks have no launcher, PeerLost when one is gone.
     """
 
     def __init__(self, compute_dtype: str = "auto", signals: Signals | None = None):
@@ -1186,9 +1186,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(self.skips, cfg.model_dim))
         self.value_emb = Embedding(cfg.vocab_size, cfg.ve_dim) if cfg.ve_last_n else None
+        self.late = cfg.num_layers - min(cfg.ve_last_n, cfg.num_layers)  # the first layer that is given them
         if cfg.ve_last_n:  # ResFormer's idea (https://arxiv.org/abs/2410.17897), from the token and not from a layer
             self.value_proj = Linear(cfg.ve_dim, cfg.model_dim // cfg.num_heads * cfg.num_kv_heads)
-            self.value_scale = nn.Parameter(torch.full((min(cfg.ve_last_n, cfg.num_layers),), 0.1))
+            self.value_scale = nn.Parameter(torch.full((cfg.num_layers - self.late,), 0.1))
         if cfg.sparse_sites:
             self.sidecar = Sidecar(cfg)
             self.sidecar_scale = nn.Parameter(torch.zeros(len(cfg.sparse_sites), cfg.model_dim))
@@ -1238,8 +1239,8 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if i >= self.skips and stack:
                 x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
-            late = i - cfg.num_layers + min(cfg.ve_last_n, cfg.num_layers)
-            x = block(x, x0, cos, sin, self.value_scale[late].to(x.dtype) * values if late >= 0 else None)
+            extra = self.value_scale[i - self.late].to(x.dtype) * values if i >= self.late else None
+            x = block(x, x0, cos, sin, extra)
             if i in cfg.sparse_sites:
                 site = cfg.sparse_sites.index(i)
                 x = x + self.sidecar(norm(x), site, keep, self.sidecar_scale[site][:, None])

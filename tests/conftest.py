@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,9 +75,15 @@ def launch(tmp_path, corpus):
         env = {k: v for k, v in env.items() if v != "UNSET"}
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         done = Launched([*command, str(script), *options], env, cwd or tmp_path)
-        with ThreadPoolExecutor(2) as pool:
-            out, err = (pool.submit(pipe.read) for pipe in (done.stdout, done.stderr))
-        return Outcome(done.wait(300), out.result(), err.result(), tmp_path / "logs" / run_id)
+        said = {}
+        readers = [threading.Thread(target=lambda pipe=pipe: said.update({pipe: pipe.read()}), daemon=True)
+                   for pipe in (done.stdout, done.stderr)]
+        for reader in readers:
+            reader.start()
+        code = done.wait(300)
+        for reader in readers:
+            reader.join(20)
+        return Outcome(code, said[done.stdout], said[done.stderr], tmp_path / "logs" / run_id)
 
     return go
 

@@ -117,7 +117,7 @@ def test_bad_world_size_is_one_line(launch):
     assert run.code != 0 and len(run.error_lines()) == 1 and "WORLD_SIZE=3" in run.err and "Error:" not in run.out
 
 
-def test_switches(launch):
+def test_switches(launch, tmp_path):
     run = launch(EXPORT_ENABLED=0, EMA_ENABLED=0, SAVE_FLOAT=1)
     assert (run.folder / "final_model.float.ptz").exists()
     s = run.summary
@@ -128,6 +128,8 @@ def test_switches(launch):
     assert run.summary["eval"]["int6"] is None and run.summary["val_bpb"] == run.summary["eval"]["sliding"]["val_bpb"]
     run = launch(run_id="three", EVAL_STRIDE=0)
     assert run.summary["eval"]["sliding"] is None and run.summary["val_bpb"] == run.summary["eval"]["int6"]["val_bpb"]
+    run = launch(run_id="four", FINAL_EVAL_ENABLE=0, FINAL_SLIDING_EVAL_ENABLE=0, NLL_DUMP=tmp_path / "nats.npy")
+    assert run.code == 0 and "nats.npy is not written" in run.out and not (tmp_path / "nats.npy").exists()
 
 
 UNCOMPILED = """

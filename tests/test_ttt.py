@@ -40,11 +40,17 @@ def test_full_mode_learns_with_the_rope_of_the_windows_that_it_scores(tiny):
     cfg = tiny(**SMALL | MODES[1] | {"EVAL_SEQ_LEN": 2048})
     model = model_of(cfg, noise=0.05)
     evaluator = t.Evaluator(cfg, Lone(), model, stream_of(tokens(40)), cfg.eval_stride)
-    ids = torch.tensor([tokens(33, 2)])
-    with torch.no_grad():
-        nats = t.FullAdapter(cfg, Lone(), model, evaluator).forward(ids[:, :-1], ids[:, 1:])
-        assert torch.equal(nats, model(ids[:, :-1], ids[:, 1:], None, 2048))
-        assert not torch.allclose(nats, model(ids[:, :-1], ids[:, 1:]), atol=1e-4)
+    ids, windows = torch.tensor([tokens(33, 2)]), []
+    nats, plain = model(ids[:, :-1], ids[:, 1:], None, 2048), model(ids[:, :-1], ids[:, 1:])
+    assert not torch.allclose(nats, plain, atol=1e-4)
+
+    def forward(ids, targets, rows=None, window=0):
+        windows.append(window)
+        return model(ids, targets, rows, window)
+
+    evaluator.forward = forward
+    steps, undone = t.FullAdapter(cfg, Lone(), model, evaluator).learn(0, 32, 0.01, lambda: True)
+    assert steps == cfg.ttt_epochs and not undone and len(windows) > steps and set(windows) == {2048}
 
 
 @pytest.mark.parametrize("mode", MODES)
