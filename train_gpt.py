@@ -39,6 +39,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve()
@@ -311,6 +312,13 @@ def has_gpu() -> bool:
     return not hidden and any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
 
 
+def inductor_defaults(torch_version: str) -> dict[str, str]:
+    """Variables that torch's compiler should find on a GPU unless they are set."""
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    # torch 2.10 to 2.12 fuse reductions over rows with those over columns, and the backward pass takes 9% longer
+    return {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"} if (2, 10) <= (major, minor) <= (2, 12) else {}
+
+
 def load_config(environ, ranks: int = 1) -> tuple[Config, list[str], list[str]]:
     """The configuration that the environment asks for, all problems and all warnings, a line each."""
     problems, values = [], {}
@@ -453,6 +461,9 @@ if __name__ == "__main__":  # here, so that a typo is answered before the second
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # None where it was closed
     LAUNCH = read_launch(sys.argv[1:])
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a busy machine many times slower
+if has_gpu():
+    for name, value in inductor_defaults(metadata.version("torch")).items():
+        os.environ.setdefault(name, value)
 
 import numpy as np  # noqa: E402
 import sentencepiece  # noqa: E402
@@ -515,6 +526,13 @@ class Signals:
             raise Interrupted(self.caught)
 
 
+def wait_until(ready):
+    """Wait until ready() holds, in short sleeps: a signal's handler runs between them, where a wait inside the driver
+    or a library for what another rank never sends would hold it up for good."""
+    while not ready():
+        time.sleep(1e-4)
+
+
 def keep_freed_memory():
     """Let glibc reuse large blocks: by default each activation is mapped, and zeroed by the kernel, page by page."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -530,6 +548,7 @@ class Process:
 
     def __init__(self, compute_dtype: str = "auto", signals: Signals | None = None):
         self.signals, self.lock = signals or Signals(), None
+        self.graphs: list[dict] = []  # that torch has compiled in this process
         self.rank, self.world, local = (int(os.environ.get(n, d)) for n, d in
                                         (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
         self.main, self.cuda = self.rank == 0, torch.cuda.is_available()
@@ -581,6 +600,8 @@ class Process:
 
         def wait():
             with self._exchange():
+                if not tensor.is_cuda:
+                    wait_until(work.is_completed)
                 work.wait()  # on a GPU the stream waits, not the host
 
         return wait
@@ -590,7 +611,9 @@ class Process:
         both = torch.tensor((seconds if self.main else 0.0, self.signals.caught), dtype=torch.float64)
         if self.world > 1:
             with self._exchange():
-                dist.all_reduce(both, dist.ReduceOp.MAX)
+                work = dist.all_reduce(both, dist.ReduceOp.MAX, async_op=True)
+                wait_until(work.is_completed)
+                work.wait()  # which raises what went wrong
         return float(both[0]), int(both[1])
 
     def agree(self, value):
@@ -622,6 +645,37 @@ class Process:
         if any(messages := self.gather(message)):
             raise UserError(next(filter(None, messages)), shared=True)
         return result
+
+    def mark(self):
+        """A place in this rank's queue of work, with a clock: None on a CPU, which has none."""
+        if not self.cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def reached(self, mark):
+        """Wait until the device has come to `mark`."""
+        if mark is not None:
+            wait_until(mark.query)
+
+    def synchronize(self):
+        """Wait until the device has done all that was asked of it."""
+        self.reached(self.mark())
+
+    def thread(self) -> ThreadPoolExecutor:
+        """A thread that works on this rank's device; by itself it would open a context of half a GB on the first."""
+        return ThreadPoolExecutor(1, initializer=torch.cuda.set_device if self.cuda else None,
+                                  initargs=(self.device,) if self.cuda else ())
+
+    def note_graphs(self, shape: str):
+        """Add to `graphs` what torch has compiled since the last call, by the shape that made it necessary."""
+        compiler = torch._dynamo.utils
+        met = compiler.get_compilation_metrics()
+        compiler.clear_compilation_metrics()
+        for graph in met:
+            seconds = (graph.duration_us or 0) / 1e6
+            self.graphs.append({"graph": graph.co_name or "backward", "shape": shape, "seconds": seconds})
 
     def memory(self) -> tuple[int, int]:
         """Bytes of memory of the device, and the most held so far (on a GPU by torch, on a CPU by the process)."""
@@ -765,9 +819,9 @@ class Checkpoints:
     """A run's states in `folder`: .npz files (no pickle), each written whole or not at all by a background thread, so
     that training waits for a copy in the device's memory only."""
 
-    def __init__(self, log: Log, keep: int, about: dict):
+    def __init__(self, log: Log, keep: int, about: dict, thread: ThreadPoolExecutor):
         self.log, self.folder, self.keep, self.about = log, log.folder / "checkpoints", keep, about
-        self._pool, self._writing, self.newest, self.problem = ThreadPoolExecutor(1), None, "", ""
+        self._pool, self._writing, self.newest, self.problem = thread, None, "", ""
 
     def save(self, name: str, tensors: dict[str, Tensor], facts: dict) -> bool:
         """Begin to write a state; False if the one before is still being written."""
@@ -961,7 +1015,7 @@ class Loader:
         self.cfg, self.tokens, self.process, self.seq_len = cfg, tokens, process, cfg.train_seq_len
         self.batch_seqs, self.epoch_seqs = cfg.train_batch_tokens // self.seq_len, max(len(tokens) // self.seq_len, 1)
         self._epoch, self._order = -1, np.empty(0)
-        self._pool, self._steps = ThreadPoolExecutor(1), itertools.count(first)
+        self._pool, self._steps = process.thread(), itertools.count(first)
         self._ahead = collections.deque(self._pool.submit(self.batch, next(self._steps)) for _ in range(2))
 
     def start_of(self, g: int) -> int:
@@ -1024,14 +1078,15 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
-def rope_tables(length: int, dims: int, base: float, like: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
+def rope_tables(length: int, dims: int, base: float, device: torch.device, dtype: torch.dtype,
+                window: int = 0) -> tuple[Tensor, Tensor]:
     """Cosines and sines [length, 1, dims/2] of rotary embeddings (https://arxiv.org/abs/2104.09864); beyond 1024
     tokens the base grows with the window (NTK-aware scaling), which is `length` unless given."""
     if (window or length) > 1024 and dims > 2:
         base = base * ((window or length) / 1024) ** (dims / (dims - 2))
-    speed = base ** (-torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / dims)
-    angle = torch.outer(torch.arange(length, device=like.device, dtype=torch.float32), speed)[:, None, :]
-    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+    speed = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), speed)[:, None, :]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1044,11 +1099,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention, scale 1/sqrt(D). q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]"""
     if flash_attn_func is not None and q.is_cuda and q.dtype == torch.bfloat16:
-        return flash_attn_func(q, k, v, causal=True)
+        return flash_attention_3(q, k, v)
     if not q.is_cuda and q.dtype == torch.bfloat16:
         return attend_in_blocks(q, k, v)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if q.dtype == torch.float32:  # a GPU's only fp32 kernel that does not write all scores out takes no grouped keys
+        group = q.size(2) // k.size(2)
+        k, v = (x[:, :, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` by FlashAttention-3, of which some builds return the log-sums of the scores beside the result."""
+    result = flash_attn_func(q, k, v, causal=True)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def attention_advice(device: torch.device) -> str:
+    """What the log should say where the fastest attention of a GPU is not installed, else nothing."""
+    if device.type != "cuda" or flash_attn_func is not None or torch.cuda.get_device_capability(device)[0] != 9:
+        return ""
+    return ("attention: PyTorch's own; FlashAttention-3, made for this GPU, is not installed (package flash-attn-3, "
+            "module flash_attn_interface)")
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -1089,10 +1161,10 @@ class Attention(nn.Module):
         v = v if extra is None else v + extra.view(v.shape)
         y = attend(rotate(q, cos, sin) * self.q_gain.to(x.dtype)[:, None], rotate(norm(k), cos, sin), v)
         if self.exclusive:  # XSA: take out what the token's own value says
-            own, y = v[:, :, :, None], y.view(b, t, self.kv_heads, -1, self.head_dim)  # [B, T, H_kv, 1, D]
+            own, y = v[:, :, :, None], y.reshape(b, t, self.kv_heads, -1, self.head_dim)  # [B, T, H_kv, 1, D]
             share = (y * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp(min=1e-24)
             y = torch.addcmul(y, share, own, value=-1)
-        return self.proj(y.view(b, t, c), gain_out)
+        return self.proj(y.reshape(b, t, c), gain_out)  # not every kernel lays its result out as [B, T, H, D]
 
 
 class MLP(nn.Module):
@@ -1219,12 +1291,17 @@ class GPT(nn.Module):
                    "lm_head.weight": "head", "sidecar.site": "matrix"}
         return special.get(name, "matrix" if name.endswith(".weight") else "vector")
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, rows: Tensor | None = None,
-                window: int = 0) -> Tensor:
+    def rope(self, length: int, window: int = 0) -> tuple[Tensor, Tensor]:
+        """RoPE's tables for `length` tokens of a window, which is of that length unless given."""
+        dims = self.cfg.rope_dims or self.cfg.model_dim // self.cfg.num_heads
+        return rope_tables(length, dims, self.cfg.rope_base, self.smear.device, self.dtype, window)
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, rows: Tensor | None = None, window: int = 0,
+                tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """ids int [B, T] -> fp32 nats of `targets` [B, S], or without targets fp32 logits [B, S, V].
 
         `rows` int64 [B, S] picks the positions that go through the output layer; without it all T do. `window`: the
-        length that RoPE is scaled for, where ids are of another.
+        length that RoPE is scaled for, where ids are of another. `tables`: what `rope` gives for it, where it is kept.
         """
         cfg, starts = self.cfg, (ids == BOS_ID) & self.cfg.bos_mask
         keep = (~starts)[:, :, None].to(self.dtype)
@@ -1234,7 +1311,7 @@ class GPT(nn.Module):
         x, g = norm(x), torch.sigmoid(self.smear.to(x.dtype))
         x = x0 = (1 - g) * x + g * shift(x, keep)  # SmearGate
         values = self.value_proj(self.value_emb(ids).to(x.dtype)) if self.value_emb is not None else None
-        cos, sin = rope_tables(ids.size(1), cfg.rope_dims or cfg.model_dim // cfg.num_heads, cfg.rope_base, x, window)
+        cos, sin = tables or self.rope(ids.size(1), window)
         stack = []  # U-Net: the first half of the layers hands its outputs to the second, last to first
         for i, block in enumerate(self.blocks):
             if i >= self.skips and stack:
@@ -1277,12 +1354,30 @@ def tokens_per_pass(cfg: Config, process: Process, training: bool) -> int:
     return room if process.cuda else min(room, 4096 if training else 8192)
 
 
+def compiles(cfg: Config, process: Process) -> bool:
+    """Whether forward passes are compiled."""
+    return process.cuda if cfg.use_compile == "auto" else cfg.use_compile == "1"
+
+
 def compiled(model: GPT, cfg: Config, process: Process):
     """The model's forward pass, compiled without graph breaks where that is wanted."""
-    if not (process.cuda if cfg.use_compile == "auto" else cfg.use_compile == "1"):
+    if not compiles(cfg, process):
         return model
     torch._dynamo.config.cache_size_limit = 64  # one entry each for training, scoring, and their last batches
-    return torch.compile(model, dynamic=False, fullgraph=True)
+    graph, tables, last = torch.compile(model, dynamic=False, fullgraph=True), {}, ""
+
+    def forward(ids: Tensor, targets: Tensor | None = None, rows: Tensor | None = None, window: int = 0) -> Tensor:
+        nonlocal last
+        key = ids.size(1), window
+        if key not in tables:  # RoPE's, once for a length and outside the graph, where each layer would make them anew
+            tables[key] = model.rope(*key)
+        process.note_graphs(last)  # a backward pass is compiled when it first runs, so after this function
+        result = graph(ids, targets, rows, 0, tables[key])
+        last = f"{list(ids.shape)} -> {list(result.shape)}"
+        process.note_graphs(last)
+        return result
+
+    return forward
 
 
 # ==== Optimizers: one flat vector of weights, Muon for matrices, AdamW for the rest, EMA ==============================
@@ -1369,8 +1464,8 @@ class Optimizers:
 
     def __init__(self, cfg: Config, flat: FlatWeights, process: Process):
         self.cfg, self.flat, self.process = cfg, flat, process
-        compiles = process.cuda and cfg.use_compile != "0"
-        self.orthogonalise = torch.compile(newton_schulz, dynamic=False) if compiles else newton_schulz
+        own_kernels = process.cuda and compiles(cfg, process)
+        self.orthogonalise = torch.compile(newton_schulz, dynamic=False) if own_kernels else newton_schulz
         self.average = flat.weights.clone() if cfg.ema_enabled else None
         self.update = torch.zeros(flat.extent("matrix").stop, device=process.device, dtype=process.dtype)
         self.reset()
@@ -2151,13 +2246,11 @@ LORA_CONTEXT = 64  # tokens before a chunk that go in when it is learnt: whole w
 class Budget:
     """EVAL_MAX_SECONDS: for reading the artifact, compiling, and the evaluation that gives val_bpb; 0 is no limit."""
 
-    def __init__(self, cfg: Config, process: Process, spent: float = 0.0):
-        self.limit, self.cuda, self.started = cfg.eval_max_seconds, process.cuda, time.perf_counter() - spent
+    def __init__(self, cfg: Config, spent: float = 0.0):
+        self.limit, self.started = cfg.eval_max_seconds, time.perf_counter() - spent
 
     def spent(self) -> float:
-        """Seconds so far, this rank's queued work included."""
-        if self.cuda:
-            torch.cuda.synchronize()
+        """Seconds so far."""
         return time.perf_counter() - self.started
 
 
@@ -2182,8 +2275,10 @@ class Walk:
     def __init__(self, cfg: Config, process: Process, log: Log, evaluator: Evaluator, budget: Budget,
                  checkpoints: Checkpoints | None = None):
         self.cfg, self.process, self.log, self.evaluator, self.budget = cfg, process, log, evaluator, budget
-        self.scoring, self.work, self.lesson, self.lesson_began = 0.0, 0, 0.0, None
-        self.stopped, self.chunks, self.adapted, self.undone, self.said, self.total = False, 0, 0, 0, 0, 0
+        self.scoring, self.work, self.total = 0.0, 0, 0  # seconds of the scoring that is done, its units, and all units
+        self.lesson, self.lesson_began = 0.0, None  # seconds of the longest lesson; where one that goes on began
+        self.pieces: collections.deque = collections.deque()  # of work, whose seconds are not known yet
+        self.stopped, self.chunks, self.adapted, self.undone, self.said = False, 0, 0, 0, 0
         self.checkpoints, self.shared, self.saved, self.latest = checkpoints, cfg.ttt_mode == "full", None, None
         self.begun = budget.spent()
         if checkpoints:
@@ -2239,7 +2334,9 @@ class Walk:
         """Write the latest state that `keep` was given."""
         if not self.latest:
             return
-        (tensors, facts), now, books = self.latest, self.now(), self.evaluator.books(self.shared)
+        self.end_lesson()
+        self.settle(0)
+        (tensors, facts), now, books = self.latest, self.budget.spent(), self.evaluator.books(self.shared)
         facts |= {name: getattr(self, name) for name in self.counters} | {
             "key": self._key(), "seconds": now - self.begun, "batch": self.evaluator.batch}
         if wait:
@@ -2251,38 +2348,67 @@ class Walk:
             if self.shared:  # no rank leaves before rank 0 has written
                 self.process.agree(None)
 
-    def now(self) -> float:
-        """Seconds of the budget spent; a lesson that may have been going on is over, its seconds noted."""
-        now = self.budget.spent()
+    def place(self):
+        """Where the work is: the budget's seconds, or on a GPU a mark whose time is known once the device is there."""
+        return self.process.mark() if self.process.cuda else self.budget.spent()
+
+    def settle(self, most: int):
+        """Count the seconds of the pieces of work, but for the newest `most`. On a GPU the others are waited for, so
+        that the host is never more than a turn ahead of it."""
+        while len(self.pieces) > most:
+            begin, end, work = self.pieces.popleft()
+            if self.process.cuda:
+                self.process.reached(end)
+            seconds = begin.elapsed_time(end) / 1000 if self.process.cuda else end - begin
+            if work:
+                self.scoring, self.work = self.scoring + seconds, self.work + work
+            else:
+                self.lesson = max(self.lesson, seconds)
+
+    def end_lesson(self):
+        """A lesson that has been going on is over."""
         if self.lesson_began is not None:
-            self.lesson, self.lesson_began = max(self.lesson, now - self.lesson_began), None
-        return now
+            self.pieces.append((self.lesson_began, self.place(), 0))
+            self.lesson_began = None
 
     @contextlib.contextmanager
     def scored(self, work: int):
-        """Time a piece of scoring of `work` units."""
-        begin = self.now()
+        """A piece of scoring of `work` units. The turn before it is waited for, this one only on a CPU."""
+        self.end_lesson()
+        begin = self.place()
         yield
-        self.scoring, self.work = self.scoring + self.now() - begin, self.work + work
+        self.pieces.append((begin, self.place(), work))
+        self.settle(1 if self.process.cuda else 0)
 
     def may_learn(self) -> bool:
         """Whether there is time for a lesson, with the rest left to score after it and a quarter for unevenness. Ranks
         that walk in step ask at the same place and hear rank 0's answer."""
-        now, rest = self.now(), self.total - self.work
+        self.end_lesson()
+        if self.shared:  # lessons follow each other
+            self.settle(1 if self.process.cuda else 0)
+        rest = self.total - self.work
         need = self.lesson + 1.25 * rest * self.scoring / max(self.work, 1)
-        stop = self.stopped or 0 < self.budget.limit <= now + need
+        stop = self.stopped or 0 < self.budget.limit <= self.budget.spent() + need
         stop = self.process.agree(stop) if self.shared and self.budget.limit else stop
         if stop and not self.stopped:
             self.log(f"EVAL_MAX_SECONDS={self.budget.limit:g}: adaptation stops, the time left is for scoring")
-        self.stopped, self.lesson_began = stop, now
+        self.stopped, self.lesson_began = stop, None if stop else self.place()
         return not stop
 
     def line(self, i: int, n: int, rate: float):
         """Chunk i of n is done; in lora mode, where the BPB is of this rank's share, the i-th twentieth."""
-        seconds, bpb = self.budget.spent() - self.begun, self.evaluator.running_bpb(self.shared)
+        bpb = self.evaluator.running_bpb(self.shared)  # which waits for the device
+        seconds = self.budget.spent() - self.begun
         self.log(f"ttt_chunk [{i}/{n}] bpb={bpb:.6f} rate={rate:.3g} time={seconds:.1f}s "
                  f"eta={seconds / i * (n - i):.1f}s")
         self.log.metric(ttt_chunk=i, chunks=n, running_bpb=bpb, rate=rate, ttt_seconds=seconds)
+
+    def twentieths(self):
+        """Say so where another twentieth of the work is done."""
+        part = int(20 * self.work / self.total)
+        if self.log.main and part > self.said:
+            self.said = part
+            self.line(part, 20, self.cfg.ttt_lora_lr)
 
 
 class FullAdapter:
@@ -2358,7 +2484,7 @@ def walk_full(walk: Walk, model: GPT):
 class LoraAdapters:
     """TTT_MODE=lora: low-rank adapters (https://arxiv.org/abs/2106.09685) on the matrices of the blocks, one set a
     document. A document's are one row of `weights` [documents, n], and so are their gradient and Adam's state: what
-    is done row by row couples nothing."""
+    is done row by row couples nothing. Nothing here waits for the device."""
 
     def __init__(self, cfg: Config, process: Process, model: GPT):
         rank, generator = min(cfg.ttt_lora_rank, cfg.model_dim), torch.Generator().manual_seed(0)
@@ -2370,17 +2496,33 @@ class LoraAdapters:
             parts += [torch.randn(self.shapes[-2], generator=generator) / math.sqrt(layer.in_features),
                       torch.zeros(self.shapes[-1])]
         self.initial = torch.cat([p.flatten() for p in parts]).to(process.device)
+        own_kernels = process.cuda and compiles(cfg, process)
+        self.update = torch.compile(adam_rows, dynamic=False) if own_kernels else adam_rows
+        self.undone = torch.zeros((), dtype=torch.int64, device=process.device)
 
     def reset(self, places: int):
-        """Room for the adapters of this many documents at a time; each place is a parameter of its own to Adam."""
+        """Room for the adapters of this many documents at a time, and for Adam's state of each."""
         self.weights = self.initial.repeat(places, 1)
-        self.adam = torch.optim.Adam(self.weights.unbind(), self.cfg.ttt_lora_lr, betas=(0.9, 0.99), fused=True)
+        self.first, self.second = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        self.steps = self.weights.new_zeros(places, 1)
 
-    def renew(self, places: list[int]):
+    def renew(self, places: np.ndarray):
         """Fresh adapters and optimizer state in these places."""
-        for place in places:
-            self.weights[place] = self.initial
-            self.adam.state.pop(self.adam.param_groups[0]["params"][place], None)
+        if len(places):
+            places = to_device(places, self.weights.device)
+            self.weights.index_copy_(0, places, self.initial.expand(len(places), -1))
+            for state in (self.first, self.second, self.steps):
+                state.index_fill_(0, places, 0.0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on."""
+        return {"adapters": self.weights, "first": self.first, "second": self.second, "steps": self.steps,
+                "undone": self.undone}
+
+    def restore(self, tensors: dict[str, Tensor]):
+        """Put back what `tensors` gave."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
 
     def attach(self, places: Tensor, times: int = 1):
         """Give the layers the adapters in `places`, a row of the next batch each, the whole repeated so many times."""
@@ -2396,27 +2538,46 @@ class LoraAdapters:
         for layer in self.layers:
             layer.adapter = None
 
-    def step(self, nats: Tensor, places: Tensor, learns: Tensor) -> int:
+    def step(self, nats: Tensor, places: Tensor, learns: Tensor):
         """An Adam step on the mean of each row of nats [rows, targets], for the attached `places` where `learns`
-        [rows]. Returns how many had to be left as they were, for a loss or gradient that was not finite."""
+        [rows]. `undone` counts those that are left as they were, for a loss or gradient that was not finite."""
         grad, = torch.autograd.grad((nats.mean(1) * learns).sum(), self.leaf)
-        norm, loss = torch.linalg.vector_norm(grad, dim=1), nats.detach().sum(1)
-        fit = (torch.isfinite(norm + loss) & learns).tolist()
+        norm = torch.linalg.vector_norm(grad, dim=1)
+        finite = torch.isfinite(norm + nats.detach().sum(1))
+        self.undone += (learns & ~finite).sum()
         if self.cfg.ttt_grad_clip:
             grad = grad * (self.cfg.ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0)[:, None]
-        for place, row, ok in zip(places.tolist(), grad, fit, strict=True):
-            self.adam.param_groups[0]["params"][place].grad = row if ok else None
-        self.adam.step()
-        self.adam.zero_grad()
-        return int(learns.sum()) - sum(fit)
+        whole = self.weights, self.first, self.second, self.steps
+        everyone = len(places) == len(self.weights)
+        mine = whole if everyone else [state[places] for state in whole]
+        with torch.no_grad():
+            self.update(*mine, grad, (learns & finite)[:, None], self.cfg.ttt_lora_lr)
+        if not everyone:
+            for state, rows in zip(whole, mine, strict=True):
+                state.index_copy_(0, places, rows)
+
+
+def adam_rows(weights: Tensor, first: Tensor, second: Tensor, steps: Tensor, grad: Tensor, learns: Tensor, rate: float):
+    """An Adam step, in place, on the rows of weights [rows, n] where `learns` [rows, 1]; each row has its own moments
+    and its own count of `steps` [rows, 1]. (https://arxiv.org/abs/1412.6980)"""
+    beta1, beta2, epsilon = 0.9, 0.99, 1e-8
+    grad = torch.where(learns, grad, 0.0)  # which may not be finite where a row does not learn
+    steps.add_(learns)
+    taken = steps.clamp(min=1.0)
+    first.lerp_(grad, torch.where(learns, 1 - beta1, 0.0))
+    second.lerp_(grad.square_(), torch.where(learns, 1 - beta2, 0.0))
+    size = torch.where(learns, rate / (1 - beta1**taken), 0.0)
+    scale = second.sqrt().mul_((1 - beta2**taken).rsqrt()).add_(epsilon)
+    weights.addcdiv_(size * first, scale, value=-1)
 
 
 def document_groups(cfg: Config, process: Process, stream: Stream, weights: int) -> list[tuple[int, int, np.ndarray]]:
     """This rank's documents by length: (window, places, documents [n, 2] as first target and end, longest first).
 
     A document is the targets from its BOS to the next; what comes before the first BOS is one too. A short one gets
-    a shorter window: half or a quarter. `places` go through the model side by side, as many as activations and, with
-    all that Adam needs, adapters of `weights` numbers leave room for.
+    a shorter window: half or a quarter. `places` go through the model side by side, as many as the activations of the
+    longest window and, with all that Adam needs, adapters of `weights` numbers leave room for; they are as many for
+    every window, so that a compiled model learns in one shape.
     """
     starts = np.union1d([0], torch.nonzero(stream.tokens[:-1] == BOS_ID)[:, 0].cpu().numpy())
     documents = np.stack((starts, np.append(starts[1:], stream.targets)), axis=1)
@@ -2427,69 +2588,88 @@ def document_groups(cfg: Config, process: Process, stream: Stream, weights: int)
     longest = {w: w if w % stride == chunk % stride == 0 else w - stride + 1 for w in windows[1:]}
     for window, shorter in zip(windows, [*windows[1:], None], strict=True):
         chosen = documents[(lengths <= longest.get(window, math.inf)) & (lengths > longest.get(shorter, 0))]
-        chosen = chosen[np.argsort(chosen[:, 0] - chosen[:, 1], kind="stable")]
-        room = min(tokens_per_pass(cfg, process, True), cfg.val_batch_size // process.world) // window
-        room = max(min(room, process.memory()[0] // 8 // (32 * weights)), 1)
         if len(chosen):
-            groups.append((window, min(room, -(-len(chosen) // process.world)), chosen[process.rank :: process.world]))
-    return groups
+            groups.append((window, chosen[np.argsort(chosen[:, 0] - chosen[:, 1], kind="stable")]))
+    room = min(tokens_per_pass(cfg, process, True), cfg.val_batch_size // process.world) // cfg.eval_len
+    room = min(room, process.memory()[0] // 8 // (32 * weights))
+    most = max(-(-len(chosen) // process.world) for _, chosen in groups)
+    return [(window, max(min(room, most), 1), chosen[process.rank :: process.world]) for window, chosen in groups]
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of an array, for which the host does not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def walk_documents(walk: Walk, adapters: LoraAdapters, group: int, window: int, places: int, documents: np.ndarray,
                    fixed: bool):
     """Score and learn a group's documents chunk by chunk, `places` at a time; one that ends gives its place to the
-    next. `fixed`: places without a document stay in the batch, so that a compiled model sees one shape."""
-    evaluator, device, stride = walk.evaluator, walk.process.device, walk.evaluator.stride
-    chunk, queue = min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len), collections.deque(documents.tolist())
+    next. `fixed`: places without a document stay in the batch, so that a compiled model sees one shape.
+
+    Which document is in which place, where it is and whether it learns is known on the host, which tells the device.
+    """
+    device, chunk = walk.process.device, min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len)
+    queue = collections.deque(documents.tolist())
     begin, end, at = table = np.zeros((3, places), np.int64)  # of each place's document; its next target
     adapters.reset(places)
     if walk.saved and walk.saved[0]["group"] == group:
         table[:], queue = walk.saved[1]["places"].numpy(), collections.deque(walk.saved[0]["queue"])
-        adapters.weights.copy_(walk.saved[1]["adapters"])
-        restore_optimizer(adapters.adam, walk.saved[1])
+        adapters.restore(walk.saved[1])
     while True:
-        free = np.flatnonzero(at >= end).tolist()
-        for place in free[: len(queue)]:
+        free = np.flatnonzero(at >= end)[: len(queue)]
+        for place in free:
             begin[place], end[place] = queue.popleft()
             at[place] = begin[place]
         adapters.renew(free)
-        if not (left := end - at).any():
+        left = end - at
+        if not left.any():
             return
         active = np.arange(places) if fixed else np.flatnonzero(left)
-        rows, first, low, stop = (torch.from_numpy(x[active]).to(device) for x in (np.arange(places), begin, at, end))
-        offsets = torch.arange(0, chunk if fixed else min(chunk, int(left.max())), stride, device=device)[:, None]
+        learners = active[fixed | (left[active] > chunk)]
+        rows = to_device(np.stack((active, begin[active], at[active], end[active])), device)
         with walk.scored(window * int(np.minimum(left, chunk).sum())):
-            for some in offsets.split(max(tokens_per_pass(walk.cfg, walk.process, False) // (window * len(rows)), 1)):
-                adapters.attach(rows, len(some))
-                begins, ends = low + some, (low + (some + stride).clamp(max=chunk)).minimum(stop)
-                starts = (begins + stride - window).maximum(first)  # a window ends where its block does
-                evaluator.record(begins.flatten(), ends.flatten(), starts.flatten(), window)
+            reach = chunk if fixed else min(chunk, int(left.max()))
+            score_documents(walk, adapters, window, chunk, reach, *rows)
         walk.chunks += int((left > 0).sum())
         if (left > chunk).any() and walk.may_learn():
-            kept = torch.from_numpy(np.flatnonzero(fixed | (left > chunk)[active])).to(device)
-            learn_documents(walk, adapters, window, chunk, *(x[kept] for x in (rows, first, low, stop)))
+            if len(learners) < len(active):
+                rows = to_device(np.stack((learners, begin[learners], at[learners], end[learners])), device)
+            learn_documents(walk, adapters, chunk, *rows)
             walk.adapted += int((left > chunk).sum())
-        if walk.log.main and (part := int(20 * walk.work / walk.total)) > walk.said:
-            walk.said = part
-            walk.line(part, 20, walk.cfg.ttt_lora_lr)
+        walk.twentieths()
         np.minimum(at + chunk, end, out=at)
-        walk.keep(lambda: {"adapters": adapters.weights, "places": torch.from_numpy(table),
-                           **optimizer_tensors(adapters.adam)}, group=group, queue=list(queue))
+        walk.keep(lambda: {"places": torch.from_numpy(table), **adapters.tensors()}, group=group, queue=list(queue))
 
 
-def learn_documents(walk: Walk, adapters: LoraAdapters, window: int, chunk: int, rows: Tensor, first: Tensor,
-                    low: Tensor, stop: Tensor):
+def score_documents(walk: Walk, adapters: LoraAdapters, window: int, chunk: int, reach: int, places: Tensor,
+                    first: Tensor, low: Tensor, end: Tensor):
+    """Score the next `chunk` targets, from `low` on, of the documents [first, end) in `places`, a stride in each row
+    of the batch; a window ends where its stride does and does not begin before the document. None of them has more
+    than `reach` targets left in its chunk."""
+    evaluator, stride = walk.evaluator, walk.evaluator.stride
+    offsets = torch.arange(0, reach, stride, device=low.device)[:, None]
+    strides = max(tokens_per_pass(walk.cfg, walk.process, False) // (window * len(places)), 1)
+    for some in offsets.split(strides):
+        adapters.attach(places, len(some))
+        begins, ends = low + some, (low + (some + stride).clamp(max=chunk)).minimum(end)
+        starts = (begins + stride - window).maximum(first)
+        evaluator.record(begins.flatten(), ends.flatten(), starts.flatten(), window)
+
+
+def learn_documents(walk: Walk, adapters: LoraAdapters, chunk: int, places: Tensor, first: Tensor, low: Tensor,
+                    end: Tensor):
     """A step of each document on the chunk from `low` on, if that is not its last; no later token goes in, and of the
     earlier ones LORA_CONTEXT."""
-    evaluator, window = walk.evaluator, min(window, chunk + LORA_CONTEXT)
-    learns, start = low + chunk < stop, (low + chunk - window).maximum(first)[:, None]
-    inputs = (start + torch.arange(window, device=low.device)).minimum(low[:, None] + chunk - 1)
+    evaluator, length = walk.evaluator, min(walk.cfg.eval_len, chunk + LORA_CONTEXT)
+    learns, start = low + chunk < end, (low + chunk - length).maximum(first)[:, None]
+    inputs = (start + torch.arange(length, device=low.device)).minimum(low[:, None] + chunk - 1)
     targets = low[:, None] + torch.arange(chunk, device=low.device)
     tokens = evaluator.lesson(targets + 1, learns)
-    adapters.attach(rows)
+    adapters.attach(places)
     inputs = evaluator.stream.tokens[inputs.clamp(max=evaluator.stream.targets)]
     nats = evaluator.forward(inputs, tokens, targets - start, walk.cfg.eval_len)
-    walk.undone += adapters.step(nats, rows, learns)
+    adapters.step(nats, places, learns)
 
 
 def walk_lora(walk: Walk, model: GPT):
@@ -2502,6 +2682,10 @@ def walk_lora(walk: Walk, model: GPT):
         if not walk.saved or walk.saved[0]["group"] <= i:
             walk_documents(walk, adapters, i, *group, walk.evaluator.forward is not model)
     adapters.detach()
+    walk.end_lesson()
+    walk.settle(0)
+    walk.twentieths()
+    walk.undone += int(adapters.undone)
     try:
         process.heard(0.0)  # ranks that are done wait here for the others
     except PeerLost:  # which were interrupted
@@ -2511,11 +2695,13 @@ def walk_lora(walk: Walk, model: GPT):
     walk.adapted, walk.undone, walk.chunks, walk.stopped = process.sum_(counts).tolist()
 
 
-def prime(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream, tokenizer: Tokenizer):
-    """Where forward passes are compiled, walk over random tokens, never validation text, in the shapes that `stream`
-    will need, so that the walk that counts meets none for the first time. Changes `model`."""
-    if compiled(model, cfg, process) is model:
+def prime(cfg: Config, process: Process, log: Log, stream: Stream, tokenizer: Tokenizer):
+    """Where forward passes are compiled, let an untrained model walk over random tokens, never validation text, in the
+    shapes that `stream` will need: the walk that counts then meets no graph for the first time. Torch keeps compiled
+    code for all models of one form, so this can be done before there is an artifact, and before training's clock."""
+    if not compiles(cfg, process):
         return
+    model = GPT(cfg, process.dtype).to(process.device)
     rng, starts, n = np.random.default_rng(0), [], min(2 * cfg.ttt_chunk_tokens, stream.targets)
     if cfg.ttt_mode == "lora":  # a whole batch for each length of window
         groups = document_groups(cfg, process, stream, len(LoraAdapters(cfg, process, model).initial))
@@ -2526,6 +2712,9 @@ def prime(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream, t
     ids[starts] = BOS_ID
     cfg = dataclasses.replace(cfg, eval_max_seconds=0.0)
     test_time_train(cfg, process, log.silent(), model, Stream(ids, tokenizer, process.device))
+    process.note_graphs("")
+    for graph in process.graphs:
+        log(f"compile: {graph['graph']} {graph['shape']} {graph['seconds']:.1f} s")
 
 
 def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream, budget: Budget | None = None,
@@ -2536,7 +2725,7 @@ def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream:
     stride = min(cfg.eval_stride, cfg.ttt_lora_chunk_tokens, cfg.eval_len) if lora else cfg.eval_stride
     evaluator = Evaluator(cfg, process, compiled(model, cfg, process), stream, stride, probe)
     with process.signals.hold() if checkpoints else contextlib.nullcontext():
-        walk = Walk(cfg, process, log, evaluator, budget or Budget(cfg, process), checkpoints)
+        walk = Walk(cfg, process, log, evaluator, budget or Budget(cfg), checkpoints)
         (walk_lora if lora else walk_full)(walk, model)
     if walk.undone:
         log(f"ttt: the adaptation of {walk.undone} chunks was not finite and is undone")
@@ -2662,18 +2851,15 @@ class Trainer:
         in `bad`, `dropped` and `fault` what was dropped (on a GPU up to the step before, which is known by then)."""
         self.flat.gather_gradients(self.forward, tokens, self.micro, self.share * self.process.world, self.process)
         self.optimizers.step(step, factor)
-        event = torch.cuda.Event() if self.process.cuda else None
-        self._marks.append((self.optimizers.bad.to("cpu", non_blocking=True), event, step + 1, factor))
-        if event:
-            event.record()
-        if not event or len(self._marks) > 1:
+        bad = self.optimizers.bad.to("cpu", non_blocking=True)
+        self._marks.append((bad, self.process.mark(), step + 1, factor))
+        if not self.process.cuda or len(self._marks) > 1:
             self._settle()
 
     def _settle(self):
         """Wait for the oldest step not waited for: the clock stays true and the device, one step ahead, never idles."""
-        bad, event, step, factor = self._marks.popleft()
-        if event:
-            event.synchronize()
+        bad, mark, step, factor = self._marks.popleft()
+        self.process.reached(mark)
         self.bad = int(bad)
         if self.bad:
             self.dropped += 1
@@ -2691,8 +2877,8 @@ class Trainer:
         self.started, self.bad, self.dropped = time.perf_counter(), 0, 0
 
     def synchronize(self):
-        if self.process.cuda:
-            torch.cuda.synchronize()
+        """Wait for all steps so far."""
+        self.process.synchronize()
         while self._marks:
             self._settle()
 
@@ -2799,6 +2985,7 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
             speed, done = step * cfg.train_batch_tokens / seconds, step / cfg.iterations
             done = max(done, seconds / (cfg.max_wallclock_seconds or math.inf))
             if cfg.train_log_every and (step <= first + 10 or step % cfg.train_log_every == 0 or done >= 1):
+                process.synchronize()
                 loss = trainer.flat.loss.item()
                 log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
                     f"step_avg:{1000 * seconds / step:.2f}ms")
@@ -3086,9 +3273,9 @@ class Run:
         self.process.together(self.make, main=True)
         self.log, summary["run_id"] = (log := Log(self.process, self.folder)), name
         self.launchers = sorted(set(self.process.gather(launcher())))
-        self.checkpoints = Checkpoints(log, cfg.keep_ckpts, {
-            "run_id": name, "settings": self.settings, "explicit": sorted(cfg.explicit),
-            "train_tokens": len(self.train_tokens) if self.train_tokens else 0})
+        about = {"run_id": name, "settings": self.settings, "explicit": sorted(cfg.explicit),
+                 "train_tokens": len(self.train_tokens) if self.train_tokens else 0}
+        self.checkpoints = Checkpoints(log, cfg.keep_ckpts, about, self.process.thread())
         self.checkpoints.newest = found["facts"].get("file", "")
         for note in found["notes"]:
             log(note)
@@ -3099,6 +3286,8 @@ class Run:
         log(f"config {json.dumps(cfg.settings())}", console=False)
         log(f"preset:{cfg.preset} seed:{cfg.seed} overrides:{json.dumps(cfg.overrides())}")
         log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={self.tokenizer_path}")
+        if advice := attention_advice(self.process.device):
+            log(advice)
         if self.train_tokens:
             log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(self.train_tokens.paths)} "
                 f"tokens:{len(self.train_tokens)}")
@@ -3154,6 +3343,11 @@ class Run:
     def stages(self):
         """Train, average, export, read back, evaluate, audit: each if its switch is on and it is not done yet."""
         cfg, summary = self.cfg, self.summary
+        adapts = cfg.ttt_enabled and not summary["eval"]["ttt"]
+        if adapts:  # first, while no clock runs; what it takes is counted where the evaluation's seconds are
+            summary["seconds"].pop("compile", None)
+            with self.timed("compile"):
+                prime(cfg, self.process, self.log, self.stream, self.tokenizer)
         if self.artifact and not self.float:
             model = self.adopt(cfg.model_path, *self.artifact)
         elif summary["artifact"]:
@@ -3168,11 +3362,6 @@ class Run:
                 model = self.export(model)
         self.keep_progress()
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        adapts = cfg.ttt_enabled and not summary["eval"]["ttt"]
-        if adapts:
-            with self.timed("compile"):
-                prime(cfg, self.process, self.log, model, self.stream, self.tokenizer)
-                model.load_state_dict(weights)
         if cfg.final_eval_enable and summary["artifact"]:
             self.score("int6", "final_int6_roundtrip", model, cfg.eval_len)
         if cfg.final_sliding_eval_enable and cfg.eval_stride:
@@ -3181,9 +3370,10 @@ class Run:
         before = summary["seconds"]["read"] + summary["seconds"].get("compile", 0.0)
         if adapts:
             self.checkpoints.about["artifact"] = (summary["artifact"] or {}).get("sha256", "float")
-            evaluator, details = self.final(cfg, self.log, model, self.stream, Budget(cfg, self.process, before),
+            evaluator, details = self.final(cfg, self.log, model, self.stream, Budget(cfg, before),
                                             checkpoints=self.checkpoints)
             self.report("ttt", "legal_ttt", evaluator.result(), **details)
+            self.clocks()
         final = next((s for s in reversed(summary["eval"].values()) if s), None)
         summary["val_bpb"] = final and final["val_bpb"]
         if final and 0 < cfg.eval_max_seconds < before + final["seconds"]:
@@ -3196,6 +3386,15 @@ class Run:
             self.log(f"warning: NLL_DUMP={cfg.nll_dump} is not written, no evaluation of this launch has the losses")
         if cfg.audit and not summary["audit"]:
             self.audit(weights)
+
+    def clocks(self):
+        """Say how long test-time training took by both clocks of this field."""
+        seconds = self.summary["seconds"]
+        walk, read, compiling = seconds["ttt"], seconds["read"], seconds.get("compile", 0.0)
+        self.summary["eval_clocks"] = {"all": walk + read + compiling, "without_compilation": walk + read}
+        self.log(f"evaluation clocks: {walk + read + compiling:.1f} s with all inside (reading {read:.1f}, compiling "
+                 f"{compiling:.1f}, walk {walk:.1f}), {walk + read:.1f} s with compilation outside; "
+                 f"EVAL_MAX_SECONDS={self.cfg.eval_max_seconds:g} holds for the first")
 
     def trained(self) -> GPT:
         """The model with its averaged weights: read from a float file, else trained, which leaves the guard's seconds

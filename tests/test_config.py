@@ -13,6 +13,32 @@ def problems(**variables) -> list[str]:
     return train_gpt.load_config(TINY | {k: str(v) for k, v in variables.items()})[1]
 
 
+@pytest.mark.parametrize("version, set_", [("2.9.1+cu128", False), ("2.10.0", True), ("2.11.0+cu130", True),
+                                            ("2.12.1", True), ("2.13.0", False), ("3.0.0", False)])
+def test_what_makes_some_versions_of_torch_slow_on_a_gpu_is_switched_off(version, set_):
+    assert train_gpt.inductor_defaults(version) == ({"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"} if set_ else {})
+
+
+@pytest.mark.parametrize("given, found", [({}, "0"), ({"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "1"}, "1")])
+def test_it_is_set_before_torch_is_imported_and_only_by_default(given, found):
+    """Seen from where torch's import begins, on what looks like a machine with a GPU and such a version."""
+    code = ("import importlib.metadata as m, os, pathlib, sys\n"
+            "exists = pathlib.Path.exists\n"
+            "pathlib.Path.exists = lambda self: str(self) == '/dev/nvidiactl' or exists(self)\n"
+            "m.version = lambda name: '2.11.0'\n"
+            "class Seen:\n"
+            "    def find_spec(self, name, *rest):\n"
+            "        if name == 'torch':\n"
+            "            print(os.environ['TORCHINDUCTOR_MIX_ORDER_REDUCTION'], flush=True)\n"
+            "            os._exit(0)\n"
+            "sys.meta_path.insert(0, Seen())\n"
+            f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+            "import train_gpt\n")
+    env = {k: v for k, v in clean_environment().items() if k != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run([sys.executable, "-c", code], env=env | given, capture_output=True, text=True)
+    assert done.stdout.strip() == found, done.stderr
+
+
 def test_published_defaults():
     cfg = train_gpt.load_config({"PRESET": "seed"})[0]
     published = {  # FIELD's published model and training

@@ -1,9 +1,13 @@
 """The parts one by one: bytes, model, optimizers, schedule, loader, windows, artifact."""
 
 import collections
+import inspect
 import math
 import re
+import signal
 import struct
+import threading
+import types
 
 import numpy as np
 import pytest
@@ -29,12 +33,12 @@ class Quiet:
         return self
 
 
-class Lone:
+class Lone(t.Process):
     """A process of one rank (or a pretended share of several) on the CPU, in fp32."""
 
     def __init__(self, rank=0, world=1):
         self.rank, self.world, self.main, self.cuda = rank, world, rank == 0, False
-        self.device, self.dtype, self.signals = torch.device("cpu"), torch.float32, t.Signals()
+        self.device, self.dtype, self.signals, self.graphs = torch.device("cpu"), torch.float32, t.Signals(), []
 
     def heard(self, seconds):
         return seconds, 0
@@ -224,10 +228,10 @@ def test_rope_turns_half_split_pairs_by_minus_the_angle():
     x = torch.zeros(1, 3, 1, 6)
     x[..., 0] = 1.0  # pair (0, 2) of four turned dimensions, two pass
     x[..., 5] = 7.0
-    y = t.rotate(x, *t.rope_tables(3, 4, 100.0, x))
+    y = t.rotate(x, *t.rope_tables(3, 4, 100.0, x.device, x.dtype))
     for pos in range(3):
         assert y[0, pos, 0].tolist() == pytest.approx([math.cos(pos), 0, -math.sin(pos), 0, 0, 7], abs=1e-6)
-    cos, _ = t.rope_tables(2048, 16, 10000.0, torch.zeros(1))
+    cos, _ = t.rope_tables(2048, 16, 10000.0, torch.device("cpu"), torch.float32)
     base = 10000 * 2 ** (16 / 14)
     assert round(base) == 22082 and cos[5, 0, 1].item() == pytest.approx(math.cos(5 * base ** (-2 / 16)), abs=1e-6)
 
@@ -256,6 +260,83 @@ def test_compiles_without_graph_breaks(tiny, variables):
     with torch.no_grad():
         rows = torch.zeros(2, 4, dtype=torch.int64)
         compiled(ids[:, :-1], ids[:, :4], rows)
+
+
+def test_rope_is_made_once_a_length_and_outside_the_graph(tiny, monkeypatch):
+    """What is compiled holds no cosine; windows that RoPE is scaled for differ in their tables, not in the graph."""
+    torch._dynamo.reset()
+    cfg, graphs, made, rope = tiny(), [], [], t.GPT.rope
+    model, ids = model_of(cfg, noise=0.05), torch.randint(2, 400, (2, 33), dtype=torch.int32)
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module
+
+    monkeypatch.setattr(torch, "compile", lambda model, **how: torch._dynamo.optimize(backend, nopython=True)(model))
+    monkeypatch.setattr(t.GPT, "rope", lambda self, *key: made.append(key) or rope(self, *key))
+    monkeypatch.setattr(t, "compiles", lambda cfg, process: True)
+    forward = t.compiled(model, cfg, Lone())
+    for window in (0, 4096, 0, 4096):
+        nats = forward(ids[:, :-1], ids[:, 1:], None, window)
+        assert torch.allclose(nats, model(ids[:, :-1], ids[:, 1:], None, window), atol=1e-5)
+    assert made[::2][:2] == [(32, 0), (32, 4096)] or made.count((32, 0)) == made.count((32, 4096)) == 3
+    assert len(graphs) == 1 and not any(node.target in (torch.cos, torch.sin, "cos", "sin")
+                                        for node in graphs[0].graph.nodes)
+
+
+def test_flash_attention_3_may_return_a_tuple(monkeypatch):
+    q = torch.ones(1, 2, 1, 4)
+    for result in (q, (q, torch.zeros(1))):
+        monkeypatch.setattr(t, "flash_attn_func", lambda *args, result=result, **more: result)
+        assert t.flash_attention_3(q, q, q) is q
+
+
+def test_a_hopper_gpu_without_flash_attention_3_is_told_of_it(monkeypatch):
+    gpu, capability = torch.device("cuda", 0), [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    monkeypatch.setattr(t, "flash_attn_func", None)
+    assert "flash-attn-3" in t.attention_advice(gpu) and not t.attention_advice(torch.device("cpu"))
+    monkeypatch.setattr(t, "flash_attn_func", lambda *args: None)
+    assert not t.attention_advice(gpu)
+    monkeypatch.setattr(t, "flash_attn_func", None)
+    capability[0] = (8, 0)
+    assert not t.attention_advice(gpu)
+
+
+def test_fp32_attention_asks_for_no_grouped_keys(monkeypatch):
+    """Which a GPU's memory-efficient kernel refuses, so that all scores would be written out; bf16 has kernels."""
+    asked, kernel = [], F.scaled_dot_product_attention
+
+    def watched(q, k, v, **how):
+        asked.append((q.size(1) == k.size(1) == v.size(1), how["enable_gqa"]))
+        return kernel(q, k, v, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    q, k = torch.randn(1, 8, 4, 8), torch.randn(1, 8, 2, 8)
+    t.attend(q, k, k)
+    assert asked == [(True, False)]
+
+
+def test_a_thread_works_on_its_rank_s_gpu(monkeypatch):
+    """Both threads of a run: the loader's, which pins memory, and that of checkpoints, which copies to the host."""
+    process, chosen = Lone(), []
+    process.cuda, process.device = True, torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.get_ident(), device)))
+    assert process.thread().submit(threading.get_ident).result() == chosen[0][0] != threading.get_ident()
+    assert chosen == [(chosen[0][0], torch.device("cuda", 3))]
+    assert "ThreadPoolExecutor(" in inspect.getsource(t.Process.thread)
+    assert inspect.getsource(t).count("ThreadPoolExecutor(") == 1, "a thread that is not told of its GPU"
+
+
+def test_a_signal_is_handled_while_the_device_is_waited_for():
+    """As a mark that is never reached because another rank hangs."""
+    before = signal.signal(signal.SIGALRM, lambda number, frame: (_ for _ in ()).throw(t.Interrupted(number)))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(t.Interrupted):
+            Lone().reached(types.SimpleNamespace(query=lambda: False))
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("cap", [0.1, 30.0, 75.0])

@@ -226,7 +226,7 @@ def test_stopped_after_any_chunk_the_walk_goes_on_with_the_same_losses(tiny, cor
                 p.add_(0.05 * torch.randn_like(p))
         log, process.signals.caught = t.Log(process, tmp_path), 0
         evaluator, details = t.test_time_train(cfg, process, log, model, t.Stream(ids, tokenizer, process.device),
-                                               checkpoints=t.Checkpoints(log, 2, about))
+                                               checkpoints=t.Checkpoints(log, 2, about, process.thread()))
         assert evaluator.result().faults == []
         return evaluator.nats.numpy(), details
 

@@ -9,7 +9,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from test_parts import Lone, OneByte, Quiet, brute_force, model_of, stream_of
+from test_parts import Lone, OneByte, Quiet, brute_force, model_of, operations, stream_of
 
 import train_gpt as t
 
@@ -198,9 +198,9 @@ def test_a_document_that_is_not_finite_is_left_alone(tiny):
     scale, places = torch.tensor([1.0, float("nan"), 1.0]), torch.arange(3)
     adapters.attach(places)
     nats = (adapters.leaf.sum(1) * scale)[:, None].expand(3, 8)
-    bad = adapters.step(nats, places, torch.tensor([True, True, False]))
+    adapters.step(nats, places, torch.tensor([True, True, False]))
     moved = (adapters.weights != adapters.initial).any(1)
-    assert bad == 1 and moved.tolist() == [True, False, False]
+    assert int(adapters.undone) == 1 and moved.tolist() == [True, False, False]
 
 
 class Clock(t.Budget):
@@ -254,17 +254,54 @@ def test_priming_compiles_the_walk_on_random_tokens(tiny, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(t, "compiled", wrapped)
-            model = model_of(cfg, noise=0.05)
-            weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-            t.prime(cfg, Lone(), Quiet(), model, stream_of(ids), OneByte())
+            patch.setattr(t, "compiles", lambda cfg, process: True)
+            t.prime(cfg, Lone(), Quiet(), stream_of(ids), OneByte())
             primed, rows = set(shapes), torch.cat([x.flatten() for x in seen]).tolist()
             shapes.clear()
-            model.load_state_dict(weights)
+            model = model_of(cfg, noise=0.05)
             nats = t.test_time_train(cfg, Lone(), Quiet(), model, stream_of(ids))[0].result().nats
         assert np.allclose(nats, plain, atol=1e-3), mode
         assert shapes and set(shapes) <= primed, mode
+        assert mode["TTT_MODE"] == "full" or len({shape for shape, learns in shapes if learns}) == 1
         text = "".join(chr(i) for i in rows)
         assert not any("".join(chr(i) for i in ids[a : a + 6]) in text for a in range(320))
+
+
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_what_was_primed_before_training_is_not_compiled_again(tiny, monkeypatch, mode):
+    """Another model of the same form, made later, meets the graphs that priming left; their seconds are noted."""
+    torch._dynamo.reset()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **how: compile_(model, backend="aot_eager", **how))
+    cfg, ids = tiny(**SMALL | {"VAL_BATCH_SIZE": 64, "USE_COMPILE": 1} | mode), tokens(331, 7, [0, 100, 104, 150, 290])
+    process, said = Lone(), []
+
+    class Loud(Quiet):
+        def __call__(self, text, *rest):
+            said.append(text)
+
+        def silent(self):
+            return Quiet()
+
+    torch._dynamo.utils.clear_compilation_metrics()  # of other tests
+    t.prime(cfg, process, Loud(), stream_of(ids), OneByte())
+    met = len(process.graphs)
+    assert met and all(g["seconds"] > 0 and "->" in g["shape"] for g in process.graphs)
+    assert [line for line in said if line.startswith("compile: forward [")]
+    t.test_time_train(cfg, process, Quiet(), model_of(cfg, seed=1, noise=0.05), stream_of(ids))
+    process.note_graphs("")
+    assert len(process.graphs) == met, process.graphs[met:]
+
+
+def test_a_walk_by_documents_reads_nothing_from_the_device(tiny):
+    """However many turns it takes: what is where is known on the host, and faults are counted on the device."""
+    cfg, reads = tiny(**SMALL | MODES[0]), []
+    for chunks in (4, 12):
+        stream, model = stream_of(tokens(8 * chunks + 1, 0, [0])), model_of(cfg, noise=0.05)
+        seen = operations(lambda model=model, stream=stream: t.test_time_train(cfg, Lone(), Quiet(), model, stream))
+        reads.append((seen["aten::_local_scalar_dense"], seen["aten::nonzero"]))
+        assert seen["aten::bmm"] + seen["aten::baddbmm_"] > 20 * chunks
+    assert reads[0] == reads[1]
 
 
 # ---- the audit ----
@@ -581,7 +618,7 @@ def test_an_audit_is_of_what_was_run(launch, artifact, tmp_path):
     """A copy of the script that walks twice, the second time on weights that have learnt everything."""
     from conftest import SCRIPT
 
-    budget = "Budget(cfg, self.process, before)"
+    budget = "Budget(cfg, before)"
     line = f"            evaluator, details = self.final(cfg, self.log, model, self.stream, {budget})\n"
     text = SCRIPT.read_text().replace(f"{budget},\n{'':44}checkpoints=self.checkpoints)", f"{budget})")
     assert text.count(line) == 1
