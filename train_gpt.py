@@ -2943,6 +2943,8 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
     Raises UserError when a loss or gradient is not finite and NAN_POLICY does not let the step be dropped, and
     Interrupted after a signal, when the state is written.
     """
+    if process.cuda:
+        torch.cuda.reset_peak_memory_stats()  # what was compiled before has run too
     trainer, first, seconds = Trainer(cfg, process, model), 0, 0.0
     log(f"world_size:{process.world} grad_accum_steps:{trainer.share // trainer.micro} "
         f"micro_batch_seqs:{trainer.micro} compute_dtype:{str(process.dtype)[6:]} warmup_steps:{cfg.warmup_steps}")

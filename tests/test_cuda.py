@@ -19,8 +19,8 @@ import train_gpt as t
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TWO_LAYERS = {"PRESET": "seed", "NUM_LAYERS": "2", "SPARSE_START_LAYER": "1", "BIGRAM_VOCAB_SIZE": "64",
               "TRAIN_BATCH_TOKENS": "4096", "WARMUP_STEPS": "0"}  # heads and widths of the full model
-SMALLER = {"MODEL_DIM": "128", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "TRAIN_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "128",
-           "QUANT_MIN_NUMEL": "4096"}
+SMALLER = {"MODEL_DIM": "128", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "TRAIN_SEQ_LEN": "64",
+           "TRAIN_BATCH_TOKENS": "128", "QUANT_MIN_NUMEL": "4096"}
 
 
 def two_layers(**variables) -> t.Config:

@@ -243,6 +243,31 @@ def test_stopped_after_any_chunk_the_walk_goes_on_with_the_same_losses(tiny, cor
         (tmp_path / "checkpoints" / "ttt_rank0.npz").unlink()
 
 
+def test_a_second_signal_ends_a_rank_whose_peer_hangs(start):
+    """While it waits for what the other never sends: the wait is in short pieces, between which signals are handled."""
+    run = start(ranks=2, ITERATIONS=100000, TRAIN_LOG_EVERY=1)
+    run.until("^step:5/")
+    ranks = {}
+    for pid in run.workers():
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+        ranks[int(re.search(rb"\0RANK=(\d+)", environment)[1])] = pid
+
+    def ended(pid):
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+    os.kill(ranks[1], signal.SIGSTOP)
+    time.sleep(0.5)  # so that rank 0 waits
+    os.kill(ranks[0], signal.SIGTERM)
+    time.sleep(2.2)  # under torchrun signals within 2 s are one
+    os.kill(ranks[0], signal.SIGTERM)
+    end = time.monotonic() + 10
+    while not (gone := ended(ranks[0])) and time.monotonic() < end:
+        time.sleep(0.05)
+    run.kill()
+    assert gone and "a second one leaves at once" in run.err
+
+
 def test_killed_between_export_and_score_it_loses_no_training(start):
     cut = start(VAL_TOKEN_LIMIT=0, EVAL_STRIDE=1)
     cut.until("final_int6_roundtrip_exact")
