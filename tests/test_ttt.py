@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_parts import Lone, OneByte, Quiet, brute_force, model_of, operations, stream_of
+from test_survive import patched
 
 import train_gpt as t
 
@@ -577,6 +578,23 @@ def test_two_ranks_adapt_like_one(launch, artifact, tmp_path, mode):
         assert n == (5, 6) if mode["TTT_MODE"] == "full" else 0 < n[0] < n[1]
     total = nats[1].sum() / np.log(2) / runs[1].summary["eval"]["ttt"]["bytes"]
     assert total == pytest.approx(runs[1].summary["val_bpb"], rel=1e-6)
+
+
+def test_graphs_are_compiled_before_training_and_both_clocks_are_told(launch, tmp_path):
+    """With torch's compiler but for its last part, which takes most of the time."""
+    script = patched(tmp_path, "compile_ = t.torch.compile\n"
+                               "t.torch.compile = lambda f, **how: compile_(f, backend='eager', **how)\n")
+    run = launch(script=script, USE_COMPILE=1, TTT_ENABLED=1, FINAL_SLIDING_EVAL_ENABLE=0, ITERATIONS=2, NUM_LAYERS=1,
+                 SPARSE_START_LAYER=0)
+    assert run.code == 0, run.err + run.out
+    lines = run.out.splitlines()
+    graphs = [i for i, line in enumerate(lines) if line.startswith("compile: ")]
+    assert graphs and graphs[-1] < next(i for i, line in enumerate(lines) if line.startswith("world_size:"))
+    s = run.summary
+    read, compiling, walk = (s["seconds"][name] for name in ("read", "compile", "ttt"))
+    assert compiling > 0.1 and s["eval_clocks"]["all"] == pytest.approx(read + compiling + walk)
+    assert s["eval_clocks"]["without_compilation"] == pytest.approx(read + walk)
+    assert any(line.startswith("evaluation clocks: ") for line in lines)
 
 
 def test_a_budget_too_small_to_score_is_said(launch, artifact):
