@@ -11,7 +11,7 @@ TOP = 25
 # The first that matches a kernel's name, or on a CPU an operator's.
 NAMES = [("attention", r"flash|fmha|sdpa|attention|cudnn_generated_fort_native"),
          ("products", r"gemm|nvjet|cublas|cutlass|xmma|splitk|triton_tem_|aten::(mm|bmm|addmm|baddbmm)_?$"),
-         ("fused", r"^triton_|^graph_\d+_cpp_fused"),
+         ("fused", r"^triton_|CompiledFxGraph"),  # the second is what a CPU's trace calls them
          ("copies", r"^memcpy|^memset|aten::(copy_|fill_|zero_|clone|contiguous|cat)$")]
 ATTENTION = [("FlashAttention-3", r"FlashAttn(Fwd|Bwd)Sm90|flash_attn_3|flash::FlashAttn"),
              ("cuDNN", r"cudnn"), ("flash", r"flash_(fwd|bwd)"), ("memory-efficient", r"fmha|efficient")]
