@@ -297,7 +297,7 @@ def find_data():
 
 def check(options: argparse.Namespace):
     """Refuse in one line what train_gpt.py would refuse; enter what runs, and with which variables."""
-    environment = {n: v for n, v in os.environ.items() if n not in OWN}
+    environment = {"VAL_TOKEN_LIMIT": "1024"} | {n: v for n, v in os.environ.items() if n not in OWN}
     if options.tokens:
         environment.setdefault("TRAIN_BATCH_TOKENS", str(options.tokens))
     done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), "--check"], env=environment, text=True,

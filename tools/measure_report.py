@@ -67,7 +67,7 @@ def of_step(entry: dict) -> list[str]:
     figures = entry.get("figures", {})
     lines = rows(entry)
     lines += ["", *graphs(figures)] if figures.get("graphs") else []
-    if "classes_ms" not in figures:
+    if not figures.get("classes_ms"):
         return lines
     total = sum(figures["classes_ms"].values())
     cells = [[kind, f"{ms:.3f}", f"{100 * ms / total:.1f}%"] for kind, ms in figures["classes_ms"].items()]

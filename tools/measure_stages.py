@@ -228,8 +228,11 @@ def profile(stage: Stage, parts: bench.Bench, count: int = 3):
         some(1)  # the first starts the profiler itself
         some(count).export_chrome_trace(str(trace))
     result = measure_profile.summed(trace, count)
+    if parts.process.cuda and not result["kernels_seen"]:
+        return stage.figures.missing("classes_ms", "the profiler saw no kernel of the GPU")
     (stage.out / "profile.json").write_text(json.dumps(result, indent=1) + "\n")
-    stage.figures(classes_ms=result["classes"], profiled_ms=result["ms_a_step"], profiled=result["device"],
+    stage.figures(classes_ms=result["classes"], profiled_ms=result["ms_a_step"],
+                  profiled="kernels" if result["kernels_seen"] else "operators of a CPU",
                   kernels=result["kernels"][: measure_profile.TOP])
     if result["attention"]:
         stage.figures(attention_taken=result["attention"])
