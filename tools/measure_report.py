@@ -127,9 +127,12 @@ def of_peers(entry: dict) -> list[str]:
 
 
 def of_presets(entry: dict) -> list[str]:
-    found = entry.get("figures", {}).get("runs", [])
-    return table(list(found[0]), [[number(value) for value in run.values()] for run in found]) if found else [
-        "No run finished."]
+    figures = entry.get("figures", {})
+    runs = [{**run, "seed": str(run["seed"])} for run in figures.get("runs", [])]
+    if not runs:
+        return ["No run finished."]
+    means = ", ".join(f"{preset} {bpb:.4f}" for preset, bpb in figures["mean_bpb"].items())
+    return [*table(list(runs[0]), [list(map(number, run.values())) for run in runs]), "", f"Mean BPB: {means}"]
 
 
 SECTIONS = {"tests": ("Tests", of_tests), "step": ("A training step", of_step), "export": ("Export", of_export),
@@ -225,8 +228,7 @@ def readme(book: dict, title: str, drawn: bool) -> str:
              *estimate(stages), ""]
     for name, entry in stages.items():
         heading, section = SECTIONS[name]
-        settings = {key: value for key, value in entry.get("settings", {}).items() if not key.endswith(("PATH", "DIR"))}
-        said = [f"Settings: `{json.dumps(settings)}`", ""] if settings else []
+        said = [f"Data {entry['data']}, settings `{json.dumps(entry['settings'])}`", ""] if "settings" in entry else []
         lines += [f"## {heading}", "", *said, *section(entry), ""]
         lines += ["![a step's time by class](step_time.png)", ""] if name == "step" and drawn else []
     return "\n".join([*lines, "## Not measured", "", *unknown(stages), ""])

@@ -63,7 +63,8 @@ class Stage:
         """The configuration under the stage's variables, which is entered too. Ends the process for bad values."""
         self.set(force, **own)
         cfg, _ = t.read_launch([])
-        self.figures.about(settings={"PRESET": cfg.preset} | cfg.overrides())
+        told = {name: value for name, value in cfg.overrides().items() if not name.endswith(("_PATH", "_DIR"))}
+        self.figures.about(settings={"PRESET": cfg.preset} | told, data=t.find_path(cfg.data_path).name)
         return cfg
 
     def bench(self, cfg: t.Config) -> bench.Bench:
@@ -458,12 +459,12 @@ def whole(stage: Stage, name: str, enter) -> dict:
 
 def audit(stage: Stage):
     """A tiny whole run that is audited."""
-    cfg = stage.configured({"AUDIT": 1}, PRESET="demo", TRAIN_BATCH_TOKENS=4096, USE_COMPILE=0, ITERATIONS=60,
-                           WARMDOWN_ITERS=20, MAX_WALLCLOCK_SECONDS=0, VAL_TOKEN_LIMIT=16384, TRAIN_LOG_EVERY=10,
-                           TTT_ENABLED=1, RUN_ID="audit")
+    stage.configured({"AUDIT": 1}, PRESET="demo", TRAIN_BATCH_TOKENS=4096, USE_COMPILE=0, ITERATIONS=60,
+                     WARMDOWN_ITERS=20, MAX_WALLCLOCK_SECONDS=0, VAL_TOKEN_LIMIT=16384, TRAIN_LOG_EVERY=10,
+                     TTT_ENABLED=1, RUN_ID="audit")
     result = whole(stage, "audit", lambda found: stage.figures(**found))
     t.require(result["audit"], f"the run ended without an audit: {'; '.join(result['reasons'])}")
-    stage.figures(audit_ok=result["audit"]["ok"], data=Path(cfg.data_path).name)
+    stage.figures(audit_ok=result["audit"]["ok"])
 
 
 def schedule(stage: Stage, preset: str) -> dict:
