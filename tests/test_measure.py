@@ -245,11 +245,13 @@ def test_iterations_are_those_of_the_walk(tiny, corpus):
     stream = t.open_stream(tokens, t.Tokenizer(corpus / "tokenizer.model", cfg.vocab_size), 6000, process.device)
     weights = len(t.LoraAdapters(cfg, process, model).initial)
     groups = [measure_stages.Group(*group, 16) for group in t.document_groups(cfg, process, stream, weights)]
-    clock = measure_stages.Clock(SimpleNamespace(synchronize=lambda: None))
-    with clock.running():
-        t.test_time_train(cfg, process, t.Log(process, Path(os.devnull)).silent(), model, stream)
+    log = t.Log(process, Path(os.devnull)).silent()
+    found = measure_stages.iterations(SimpleNamespace(synchronize=lambda: None), lambda: t.test_time_train(
+        cfg, process, log, model, stream))
     assert {group.window: group.iterations() for group in groups} == {
-        window: found["iterations"] for window, found in clock.summary().items()}
+        window: times["iterations"] for window, times in found.items()}
+    for times in found.values():
+        assert times["score"]["n"] == times["iterations"] and times["score"]["median"] < 2 * times["whole"]
     assert sum(group.iterations() for group in groups) > 20
 
 

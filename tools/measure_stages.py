@@ -5,12 +5,14 @@ ORDER is JSON: the folder of the book, a folder for temporary files, the sizes a
 needs a GPU is null elsewhere, with the reason.
 """
 
+import collections
 import contextlib
 import copy
 import dataclasses
 import heapq
 import importlib.metadata
 import json
+import math
 import os
 import re
 import statistics
@@ -329,38 +331,43 @@ def groups_of_a_rank(cfg: t.Config, process: t.Process, weights: int, ids: np.nd
 
 
 def excerpt(ids: np.ndarray, groups: list[Group]) -> np.ndarray:
-    """Documents that fill each group's places, of all its lengths, cut to two windows."""
+    """Documents that fill each group's places for at least 8 turns, of all its lengths, cut to two windows."""
     parts = []
     for group in groups:
         whole = group.documents[ids[group.documents[:, 0]] == t.BOS_ID]
-        some = whole[np.linspace(0, len(whole) - 1, group.places).astype(int)] if len(whole) else whole
-        parts += [ids[begin : min(end, begin + 2 * group.window)] for begin, end in some.tolist()]
+        t.require(len(whole), f"no whole document of the validation text needs a window of {group.window}")
+        length = np.minimum(whole[:, 1] - whole[:, 0], 2 * group.window).mean()
+        count = group.places * math.ceil(8 * group.chunk / length)
+        parts += [ids[begin : min(end, begin + 2 * group.window)] for begin, end in
+                  whole[np.linspace(0, len(whole) - 1, count).astype(int)].tolist()]
     return np.concatenate([*parts, [t.BOS_ID]])
 
 
 class Clock:
-    """Times the parts of a walk: scoring, learning and the whole, by length of window."""
+    """Times a walk by length of window: as a whole, or `split` into scoring and learning, for which the device is
+    waited for more often than in a run."""
 
-    def __init__(self, parts: bench.Bench):
-        self.parts, self.window, self.times = parts, 0, {}
+    def __init__(self, parts: bench.Bench, split: bool):
+        self.parts, self.split, self.window, self.times, self.turns = parts, split, 0, {}, collections.Counter()
         self.scored, self.learn, self.walk = t.Walk.scored, t.learn_documents, t.walk_documents
-
-    def note(self, kind: str, seconds: float):
-        self.times.setdefault(self.window, {}).setdefault(kind, []).append(seconds)
 
     @contextlib.contextmanager
     def timed(self, kind: str):
+        if self.split == (kind == "whole"):  # not what this clock is for
+            yield
+            return
         self.parts.synchronize()
         began = time.perf_counter()
         yield
         self.parts.synchronize()
-        self.note(kind, time.perf_counter() - began)
+        self.times.setdefault(self.window, {}).setdefault(kind, []).append(1000 * (time.perf_counter() - began))
 
     @contextlib.contextmanager
     def running(self):
         """While this holds, walks are timed."""
         @contextlib.contextmanager
         def scored(walk, work):
+            self.turns[self.window] += 1
             with self.timed("score"), self.scored(walk, work):
                 yield
 
@@ -377,19 +384,23 @@ class Clock:
                 mock.patch.object(t, "walk_documents", walk):
             yield
 
-    def summary(self) -> dict:
-        """Milliseconds an iteration for each window; `whole` holds what is between scoring and learning too."""
-        return {window: {"iterations": len(times["score"]), "score": median([1000 * s for s in times["score"]]),
-                         "learn": median([1000 * s for s in times["learn"]]) if "learn" in times else None,
-                         "whole": 1000 * sum(times["whole"]) / len(times["score"])}
-                for window, times in self.times.items()}
+
+def iterations(parts: bench.Bench, walk) -> dict:
+    """Milliseconds an iteration of walk() for each window, from two walks: all of it, then scoring and learning."""
+    whole, split = Clock(parts, False), Clock(parts, True)
+    for clock in (whole, split):
+        with clock.running():
+            walk()
+    return {window: {"iterations": count, "whole": sum(whole.times[window]["whole"]) / count,
+                     **{kind: median(split.times[window][kind]) if kind in split.times[window] else None
+                        for kind in ("score", "learn")}}
+            for window, count in whole.turns.items()}
 
 
 def eight(groups: list[Group], times: dict) -> dict:
     """What the walk of all targets takes on eight GPUs, and the arithmetic."""
     rows = []
     for group in groups:
-        t.require(group.window in times, f"no document of the excerpt needs a window of {group.window}")
         n, ms = group.iterations(), times[group.window]["whole"]
         rows.append({"window": group.window, "places": group.places, "documents": len(group.documents), "iterations": n,
                      "ms": ms, "seconds": n * ms / 1000})
@@ -424,11 +435,8 @@ def ttt(stage: Stage):
                   excerpt_targets=stream.targets, split_targets=len(tokens) - 1)
     watch_graphs(process, stage.figures)
     stage.figures(prime_s=parts.timed(lambda: prime(parts, mine, stream)))
-    clock = Clock(parts)
-    with clock.running():
-        walked = parts.timed(lambda: t.test_time_train(mine, process, parts.log, model, stream))
-    times = clock.summary()
-    stage.figures(walk_s=walked, iteration_ms=times, eight=eight(groups, times))
+    times = iterations(parts, lambda: t.test_time_train(mine, process, parts.log, model, stream))
+    stage.figures(iteration_ms=times, eight=eight(groups, times))
     stage.figures(peak_memory_gib=process.memory()[1] / 2**30)
 
 
