@@ -70,6 +70,8 @@ def tell(text: str):
 
 
 class Parser(argparse.ArgumentParser):
+    """Refuses in one line."""
+
     def error(self, message: str):
         fail(f"{message}; --help says how")
 
@@ -222,8 +224,8 @@ def attempt(name: str, seconds: float, options: argparse.Namespace, work: Path) 
         out.write(f"\n==== {name}, at most {seconds:.0f} s\n".encode())
         out.flush()
         begin = out.tell()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment,
-                                   cwd=work, start_new_session=True)
+        process = subprocess.Popen(  # in a group of its own, not a session: who ends this one's session ends all
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, cwd=work, preexec_fn=os.setpgrp)
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -282,6 +284,9 @@ def find_data():
     if not named:
         usual = Path("data", "datasets", "fineweb10B_sp1024")
         named = next((path for path in (usual.absolute(), ROOT / usual) if path.is_dir()), None)
+        tokenizer = Path("data", "tokenizers", "fineweb_1024_bpe.model")
+        if named and tokenizer.exists():
+            os.environ.setdefault("TOKENIZER_PATH", str(tokenizer))
     if not named:
         vocabulary = os.environ.get("VOCAB_SIZE", "1024")
         named = ROOT / "data" / "datasets" / f"embedded_sp{vocabulary}"
@@ -361,6 +366,7 @@ def trim_log(path: Path):
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line. Ends the process, in one line, where it makes no sense."""
     plan = "\n".join(f"    {name:10}{seconds:4}  {text}" for name, (seconds, text) in PLAN.items())
     parser = Parser(prog="./run.sh measure", description=__doc__ + plan, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -418,6 +424,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def budgets(entries: list[str]) -> dict[str, float]:
+    """Seconds by stage, of STAGE=SECONDS."""
     found = {}
     for entry in entries:
         name, _, seconds = entry.partition("=")
@@ -431,6 +438,7 @@ def budgets(entries: list[str]) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int:
+    """One call. Returns the exit code: 0 all is done, 1 something is not."""
     began = time.monotonic()
     options = read_arguments(argv)
     options.began = began

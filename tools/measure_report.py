@@ -57,6 +57,7 @@ def rows(entry: dict, leave: tuple = ()) -> list[str]:
 
 
 def of_tests(entry: dict) -> list[str]:
+    """Each test and its outcome."""
     tests = entry.get("figures", {}).get("tests", {})
     cells = [[f"`{name}`", test["outcome"], f"{test['seconds']:.1f}", test.get("message", "")[:300]]
              for name, test in tests.items()]
@@ -64,6 +65,7 @@ def of_tests(entry: dict) -> list[str]:
 
 
 def of_step(entry: dict) -> list[str]:
+    """The step's figures, its time by class and its longest kernels."""
     figures = entry.get("figures", {})
     lines = rows(entry)
     lines += ["", *graphs(figures)] if figures.get("graphs") else []
@@ -80,17 +82,20 @@ def of_step(entry: dict) -> list[str]:
 
 
 def graphs(figures: dict) -> list[str]:
+    """What was compiled."""
     cells = [[str(graph.get("graph", "")), str(graph.get("shape")), f"{graph.get('seconds', 0):.1f}"]
              for graph in figures["graphs"]]
     return table(["compiled graph", "for", "seconds"], cells)
 
 
 def of_export(entry: dict) -> list[str]:
+    """The parts of the export."""
     report = entry.get("figures", {}).get("report")
     return rows(entry) + (["", f"The search's own report: `{json.dumps(report)}`"] if report else [])
 
 
 def of_ttt(entry: dict) -> list[str]:
+    """An iteration's time by window."""
     figures = entry.get("figures", {})
     lines = rows(entry) + (["", "Shapes: " + "; ".join(figures["shape"])] if figures.get("shape") else [])
     lines += ["", *graphs(figures)] if figures.get("graphs") else []
@@ -101,6 +106,7 @@ def of_ttt(entry: dict) -> list[str]:
 
 
 def of_run(entry: dict) -> list[str]:
+    """A whole run, from its log and its summary."""
     figures = entry.get("figures", {})
     cells = [[f"seconds of {name}", number(value)] for name, value in (figures.get("seconds") or {}).items()]
     for name, score in (figures.get("eval") or {}).items():
@@ -117,6 +123,7 @@ def of_run(entry: dict) -> list[str]:
 
 
 def of_peers(entry: dict) -> list[str]:
+    """Steps beside ours."""
     figures = entry.get("figures", {})
     found = figures.get("steps", {})
     ours = found.get("ours", {}).get("step_ms")
@@ -127,6 +134,7 @@ def of_peers(entry: dict) -> list[str]:
 
 
 def of_presets(entry: dict) -> list[str]:
+    """The runs and their means."""
     figures = entry.get("figures", {})
     runs = [{**run, "seed": str(run["seed"])} for run in figures.get("runs", [])]
     if not runs:

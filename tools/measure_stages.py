@@ -497,6 +497,7 @@ def run(stage: Stage, preset: str = "seed", **force):
 
 
 def frontier(stage: Stage):
+    """A whole run of the other preset."""
     run(stage, "frontier", PRESET="frontier")
 
 
