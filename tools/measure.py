@@ -246,12 +246,14 @@ def stage(name: str, seconds: float, options: argparse.Namespace, work: Path):
                             "script": options.script, "cached_files": len(cached(cache_folder())),
                             **({"earlier": earlier} if earlier else {})}
     book_of.write(options.out, book)
-    began = time.monotonic()
-    status, why = attempt(name, seconds, options, work)
-    book = book_of.read(options.out)
-    entry = book["stages"][name]
-    entry |= {"status": status, "took": round(time.monotonic() - began, 2)} | ({"why": why} if why else {})
-    book_of.write(options.out, book)
+    began, (status, why) = time.monotonic(), ("killed", "with the whole call")
+    try:
+        status, why = attempt(name, seconds, options, work)
+    finally:
+        book = book_of.read(options.out)
+        entry = book["stages"][name]
+        entry |= {"status": status, "took": round(time.monotonic() - began, 2)} | ({"why": why} if why else {})
+        book_of.write(options.out, book)
     tell(f"== {name}: {status}{f', {why}' if why else ''}; {entry['took']:.1f} s")
     for key, value in entry.get("figures", {}).items():
         why = entry.get("missing", {}).get(key)
