@@ -6,7 +6,7 @@
 #   ./run.sh bench [...]   the speed of each part here, or against another script; arguments go to tools/bench.py
 #   ./run.sh sweep [...]   many runs and their table and plot: TTT_LR=1e-4,3e-4 SEED=13,1337; see tools/sweep.py
 #   ./run.sh show [...]    table and plots of runs and of published logs; see tools/show.py
-#   ./run.sh measure [...] everything that a new machine, a GPU above all, can tell; see tools/measure.sh
+#   ./run.sh measure [...] what a new machine, a GPU above all, can tell, in twelve minutes; see tools/measure.py
 #   ./run.sh record [...]  a folder that is ready to submit, of runs that differ in the seed; see tools/record.py
 # Variables of train_gpt.py pass through: SEED=7 ITERATIONS=500 ./run.sh
 set -euo pipefail
@@ -92,9 +92,12 @@ case $job in
   bench)
     choose
     exec "$py" "$here/tools/bench.py" "$@" ;;
-  measure)
-    choose
-    exec "$here/tools/measure.sh" "$py" "$@" ;;
+  measure)  # finds its own data
+    case " $* " in *" --report "*)
+      (need "$here/tools/requirements.txt" matplotlib) || echo "warning: no matplotlib, so no plot; the tables come" >&2
+      [ ! -x "$here/.venv/bin/python" ] || py=$here/.venv/bin/python ;;
+    esac
+    exec "$py" "$here/tools/measure.py" "$@" ;;
   sweep | show | record)
     (need "$here/tools/requirements.txt" matplotlib) || echo "warning: no matplotlib, so no plot; the tables come" >&2
     [ ! -x "$here/.venv/bin/python" ] || py=$here/.venv/bin/python  # where that had to make one

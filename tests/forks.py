@@ -75,7 +75,8 @@ class Launched:
 def prepare():
     """Start the process that forks; it imports this module, and so torch and its compiler, once."""
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    os.environ |= {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), before["PYTHONPATH"]]))  # where packages may be
+    os.environ |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     FORKS.set_forkserver_preload(["forks"])
     forkserver.ensure_running()
     for name, value in before.items():

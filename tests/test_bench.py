@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT, TINY, clean_environment
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -74,17 +73,3 @@ def test_a_script_that_fails_is_named(corpus, tmp_path):
     done = run(corpus, tmp_path, "--against", str(other), "--repeats", "1", "--ranks", "1", ITERATIONS="12",
                TTT_ENABLED="0", EXPORT_FILL="0", TRAIN_LOG_EVERY="1")
     assert done.returncode == 2 and "other.py ended with exit code" in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize("variables, words, said", [
-    ({"MINUTES": "0"}, [], "MINUTES=0"), ({"STEPS": "5"}, [], "STEPS=5"), ({}, ["nowhere.py"], "nowhere.py"),
-    ({}, [], "no GPU here: set MODEL_DIM")])
-def test_measure_refuses_before_it_begins(corpus, tmp_path, variables, words, said):
-    if said.startswith("no GPU") and torch.cuda.is_available():
-        pytest.skip("measures here")
-    environment = clean_environment() | {"PYTHON": sys.executable, "DATA_PATH": str(corpus)}
-    environment["LOG_DIR"] = str(tmp_path / "x")
-    done = subprocess.run([str(ROOT / "run.sh"), "measure", *words], env=environment | variables, capture_output=True,
-                          text=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
-    assert not (tmp_path / "x").exists()

@@ -206,10 +206,13 @@ def read_log(text: str) -> dict:
     return found
 
 
-def whole_run(script: Path, ranks: int, folder: Path) -> dict:
-    """One launch of `script` with this environment, in a folder of its own; the seconds it took, and its log's."""
+def launch(script: Path, ranks: int, folder: Path, hear=lambda line: None, last: int = 0) -> tuple[dict, int]:
+    """One launch of `script` with this environment, in a folder of its own, with 0 ranks without torchrun; the seconds
+    it took, and its log's, and its exit code. `hear` is given each line. With `last` the launch is ended once it has
+    logged that step."""
     folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(script)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    command = [sys.executable, *launcher, str(script)]
     environment = dict(os.environ)  # that run is in another folder
     for name in ("DATA_PATH", "TOKENIZER_PATH"):
         if os.environ.get(name):
@@ -223,9 +226,17 @@ def whole_run(script: Path, ranks: int, folder: Path) -> dict:
                 start = {"start_s": time.perf_counter() - began}
             lines.append(line)
             out.write(line)
-    found = start | read_log("".join(lines)) | {"seconds": time.perf_counter() - began}
-    if process.returncode or "step_ms" not in found:
-        code = process.returncode
+            hear(line)
+            if last and re.match(rf"step:{last}/\d+ train_loss:", line):
+                process.terminate()  # torchrun then ends its workers
+                last = 0
+    return start | read_log("".join(lines)) | {"seconds": time.perf_counter() - began}, process.returncode
+
+
+def whole_run(script: Path, ranks: int, folder: Path) -> dict:
+    """One launch of `script`, which must finish; what it told."""
+    found, code = launch(script, ranks, folder)
+    if code or "step_ms" not in found:
         why = f"ended with exit code {code}" if code else "printed no two steps from step 10 on"
         fail(f"{script} {why}; what it printed is in {folder / 'output.txt'}")
     return found

@@ -343,9 +343,9 @@ def row_of(folder: Path, problems: list[str]) -> list[str]:
 
 def index(records: Path, problems: list[str] | None = None) -> str:
     """records/README.md: every record, newest first, from what lies in the folders; `problems` takes what is wrong with
-    them."""
+    them. What tools/measure.py found on GPUs, in records/gpu, is no record."""
     problems = [] if problems is None else problems
-    folders = [p for p in records.glob("*/*") if p.is_dir() and not p.name.startswith(".")]
+    folders = [p for p in records.glob("*/*") if p.is_dir() and not p.name.startswith(".") and p.parent.name != "gpu"]
     rows = [row_of(folder, problems) for folder in sorted(folders, key=lambda p: (p.name, p.parent.name), reverse=True)]
     heads = ["date", "record", "machine", "data", "BPB", "bytes", "valid, or why not"]
     text = ("Made by `./run.sh record --index`, and by each `./run.sh record`, from the files of the folders; not to "
