@@ -413,7 +413,7 @@ def eight(groups: list[Group], times: dict) -> dict:
 
 def prime(parts: bench.Bench, cfg: t.Config, stream: t.Stream):
     """Compile what the walk will need, as a run does before it."""
-    t.prime(cfg, parts.process, parts.log, parts.model, stream, parts.run.tokenizer)
+    t.prime(cfg, parts.process, parts.log, stream, parts.run.tokenizer)
 
 
 def ttt(stage: Stage):
