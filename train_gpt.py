@@ -2405,7 +2405,7 @@ class Walk:
 
     def twentieths(self):
         """Say so where another twentieth of the work is done."""
-        part = int(20 * self.work / self.total)
+        part = int(20 * self.work / max(self.total, 1))
         if self.log.main and part > self.said:
             self.said = part
             self.line(part, 20, self.cfg.ttt_lora_lr)
@@ -2450,7 +2450,8 @@ class FullAdapter:
             step += 1
         with torch.no_grad():
             flat.weights.lerp_(self.origin, cfg.ttt_pull)
-            last = self.evaluator.stream.tokens[None, end - length : end + 1]  # scored above; proves the weights usable
+            # what has been scored proves the weights usable; a copy, as a view's strides would ask for another graph
+            last = self.evaluator.stream.tokens[end - length : end + 1].clone()[None]
             bad += ~torch.isfinite(self.forward(last[:, :-1], last[:, 1:]).sum() + flat.weights.sum())
         if undone := bool(bad):
             flat.weights.copy_(before)
