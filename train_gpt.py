@@ -2354,12 +2354,12 @@ class Walk:
         return self.process.mark() if self.process.cuda else self.budget.spent()
 
     def settle(self, most: int):
-        """Count the seconds of the pieces of work, but for the newest `most`. On a GPU the others are waited for, so
-        that the host is never more than a turn ahead of it."""
+        """Count the seconds of the pieces of work, but for the newest `most`. On a GPU the latest of them is waited
+        for, so that the host is never more than a turn ahead of it."""
+        if self.process.cuda and len(self.pieces) > most:
+            self.process.reached(self.pieces[-1 - most][1])
         while len(self.pieces) > most:
             begin, end, work = self.pieces.popleft()
-            if self.process.cuda:
-                self.process.reached(end)
             seconds = begin.elapsed_time(end) / 1000 if self.process.cuda else end - begin
             if work:
                 self.scoring, self.work = self.scoring + seconds, self.work + work

@@ -306,6 +306,46 @@ def test_a_walk_by_documents_reads_nothing_from_the_device(tiny):
     assert reads[0] == reads[1]
 
 
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_a_gpu_is_waited_for_once_a_turn_and_never_left_idle(tiny, monkeypatch, mode):
+    """With marks that stand for a GPU's events, passed in order: the one waited for is never the latest, and the
+    seconds between them decide on learning."""
+    passed, made, waited = [0], [0], []
+
+    class Mark:
+        def __init__(self, enable_timing):
+            self.polls = 0
+
+        def record(self):
+            made[0] += 1
+            self.number = made[0]
+
+        def query(self):
+            self.polls += 1
+            passed[0] = max(passed[0], self.number * (self.polls > 2))
+            return self.number <= passed[0]
+
+        def elapsed_time(self, later):
+            return 1000.0 * (later.number - self.number)
+
+    def reached(self, mark):
+        waited.append((made[0] - mark.number, mark.number > passed[0]))
+        t.wait_until(mark.query)
+
+    cfg, ids = tiny(**SMALL | mode | {"USE_COMPILE": 0, "VAL_BATCH_SIZE": 32, "TTT_EPOCHS": 1}), tokens(401, 6, [0, 170])
+    expected, process, turns = walk(cfg, ids)[0].nats, Lone(), []
+    process.cuda, scored = True, t.Walk.scored
+    monkeypatch.setattr(torch.cuda, "Event", Mark)
+    monkeypatch.setattr(t.Process, "reached", reached)
+    monkeypatch.setattr(t.Walk, "scored", lambda self, work: turns.append(work) or scored(self, work))
+    score, details, _ = walk(cfg, ids, process=process)
+    assert np.allclose(score.nats, expected, atol=1e-5) and details["adapted_chunks"] > 3
+    assert all(ahead >= 1 for ahead, blocks in waited[:-1] if blocks), waited
+    if mode["TTT_MODE"] == "lora":
+        assert len(turns) - 1 <= len(waited) <= len(turns) + 1, (waited, len(turns))
+        assert waited[-1][0] <= 1, "at the end all is waited for"
+
+
 # ---- the audit ----
 
 
