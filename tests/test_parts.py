@@ -279,7 +279,7 @@ def test_rope_is_made_once_a_length_and_outside_the_graph(tiny, monkeypatch):
     for window in (0, 4096, 0, 4096):
         nats = forward(ids[:, :-1], ids[:, 1:], None, window)
         assert torch.allclose(nats, model(ids[:, :-1], ids[:, 1:], None, window), atol=1e-5)
-    assert made[::2][:2] == [(32, 0), (32, 4096)] or made.count((32, 0)) == made.count((32, 4096)) == 3
+    assert made.count((32, 0)) == made.count((32, 4096)) == 3, "twice by the bare model, once for the compiled one"
     assert len(graphs) == 1 and not any(node.target in (torch.cos, torch.sin, "cos", "sin")
                                         for node in graphs[0].graph.nodes)
 
