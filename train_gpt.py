@@ -1615,11 +1615,9 @@ def lay_out(cfg: Config, stored: dict[str, Stored]) -> tuple[int, bytes, np.ndar
 
 def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
     """A file's bytes from the model's settings and its tensors; the same give the same."""
-    (_, head, tables, table_of), values = lay_out(cfg, stored), b""
+    _, head, tables, table_of = lay_out(cfg, stored)
     symbols = [s.values.ravel().view(np.uint8) ^ 128 for s in stored.values() if s.rows is not None]  # as value + 128
-    if symbols:
-        values = rans_encode(np.concatenate(symbols), np.concatenate(table_of), tables)
-    blob = head + values
+    blob = head + (rans_encode(np.concatenate(symbols), np.concatenate(table_of), tables) if symbols else b"")
     return blob + hashlib.sha256(blob).digest()
 
 
@@ -1763,8 +1761,7 @@ def feedback_factors(h: Tensor) -> tuple[Tensor, Tensor]:
     h, one = h.double(), torch.arange(len(h), device=h.device)[:, None, None]
     h.diagonal(dim1=1, dim2=2).add_(damping.float()[:, None])
     order = torch.argsort(h.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
-    h = h[one, order[:, :, None], order[:, None, :]]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[one, order[:, :, None], order[:, None, :]]))
     return torch.linalg.cholesky(inverse, upper=True).float(), order
 
 
@@ -1877,8 +1874,7 @@ def calibrate(model: GPT, sequences: Tensor, size: int, may_go_on) -> tuple[dict
         hook.remove()
     model.zero_grad(set_to_none=True)
     tokens = used * (sequences.size(1) - 1)
-    sums = torch.stack([s.sum() for s in (*(h for h, _ in inputs.values()), *outputs.values())])
-    if not sums.isfinite().all():
+    if not torch.stack([s.sum() for s in (*(h for h, _ in inputs.values()), *outputs.values())]).isfinite().all():
         return {}, used
     factors = {}
     for width in {len(h) for h, _ in inputs.values()}:
@@ -1900,10 +1896,9 @@ class Exporter:
         self.cfg, self.log, self.room, self.guard, self.began = cfg, log, room, seconds, time.perf_counter()
         self.report = {"rule": cfg.quant, "attempts": 0, "tokens": sequences[:, 1:].numel()}
         self.weights = {name: p.detach().float() for name, p in model.named_parameters()}
-        alike, found = collections.defaultdict(list), {}
-        for name, w in self.weights.items():
-            if is_quantised(name, w.shape, cfg.quant_min_numel):
-                alike[group_of(name), w.shape].append(name)
+        coarse = {n: (group_of(n), w.shape) for n, w in self.weights.items()
+                  if is_quantised(n, w.shape, cfg.quant_min_numel)}
+        alike, found = {kind: [n for n in coarse if coarse[n] == kind] for kind in coarse.values()}, {}
         self.groups = sorted({group for group, _ in alike})
         if cfg.quant == "balanced" and alike:
             found, used = calibrate(model, sequences, size, lambda: self.in_time(0.5))
@@ -1918,8 +1913,7 @@ class Exporter:
             self.stacks.append((group, names, torch.stack([self.weights[n] for n in names]), costs))
         self.low, self.high = (0.0, 12.0) if self.cfg.quant == "balanced" else (2.0, 8.0)
         self.asked = {g: getattr(cfg, f"quant_bits_{g}") for g in self.groups}
-        self.tried, self.best, self.late = {}, None, 0  # tried: bytes by common term, the latest last
-        self.head, self.needs = 0, 0.0  # bytes before the values; seconds of another attempt and of coding the file
+        self.tried, self.best, self.late, self.head, self.needs = {}, None, 0, 0, 0.0  # tried: bytes by common term
 
     def in_time(self, share: float = 1.0, needs: float = 0.0) -> bool:
         """Whether `needs` more seconds end within `share` of the guard."""
@@ -1931,16 +1925,14 @@ class Exporter:
             self.report["cut_short"] = [*self.report.get("cut_short", []), what]
 
     def bits(self, common: float) -> dict[str, float]:
-        """The bits of each group: those asked for and a common term, as far as the rule goes. "balanced" makes a value
-        cost the same in all groups, so none has a claim to more than the others."""
+        """The bits of each group, those asked for and a common term: by "balanced" values cost the same in all."""
         return {g: min(max(bits + common, self.low), self.high) for g, bits in self.asked.items()}
 
     def rounded(self, bits: dict[str, float]) -> dict[str, Stored]:
         """All tensors as the file holds them: the large ones rounded at their group's bits, the others in fp16."""
         coarse = {}
-        for group, names, weights, costs in self.stacks:
-            stored = quantize(weights, self.cfg, bits[group], group in ("embed", "bigram"), costs)
-            coarse |= zip(names, stored, strict=True)
+        for group, names, w, cost in self.stacks:
+            coarse |= zip(names, quantize(w, self.cfg, bits[group], group in ("embed", "bigram"), cost), strict=True)
         return {n: coarse[n] if n in coarse else Stored(
             "fp16", 16, w.clamp(-65504, 65504).half().cpu().numpy()) for n, w in self.weights.items()}
 
@@ -1950,7 +1942,7 @@ class Exporter:
         stored, counts = self.rounded(self.bits(common)), time.perf_counter()
         (size, head, *_), ended = lay_out(self.cfg, stored), time.perf_counter()
         self.tried[common], self.head = size, len(head)
-        self.needs = ended - began + 3 * (ended - counts)  # coding took 2.5 times as long as counting
+        self.needs = ended - began + 3 * (ended - counts)  # seconds of one more and of coding, 2.5 times the counting's
         self.report["attempts"] += 1
         if size <= self.room and (not self.best or size > self.tried[self.best[0]]):
             self.best = common, stored
@@ -1995,8 +1987,7 @@ class Exporter:
                     common = self.next_common()
         self.report |= {"bits": self.bits(self.best[0] if blob else 0.0), "bytes_first": self.tried[0.0]}
         if blob and self.best[0]:
-            bits = ", ".join(f"{g} {self.asked[g]:g} -> {b:.2f}" for g, b in self.report["bits"].items())
-            self.log(f"export: bits {bits}; {self.tried[0.0]} -> {len(blob)} bytes of {self.room}")
+            self.log(f"export: {self.best[0]:+.2f} bits to all; {self.tried[0.0]} -> {len(blob)} bytes of {self.room}")
         return blob
 
 
