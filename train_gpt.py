@@ -151,9 +151,9 @@ class Config:
     artifact_limit_bytes: int = var(16_000_000, ">=1", "code + model bytes at most")
     export_fill: bool = var(True, "0|1", "1: finer values, up to 8 bits each, in the room that is left")
     export_max_seconds: float = var(-1.0, ">=-1", "of MAX_WALLCLOCK_SECONDS, for search; 0 no limit; -1: 2%, >=10 s")
-    calibration_tokens: int = var(65536, ">=1", "training tokens on which rounding is calibrated and judged")
+    calibration_tokens: int = var(65536, ">=1", "training tokens on which rounding is calibrated")
     save_float: bool = var(False, "0|1", "1: also keep the averaged weights, to export again with MODEL_PATH")
-    quant: str = var("balanced", "balanced|gptq|rowmax", "rounding; balanced: by what errors cost, rowmax: published")
+    quant: str = var("balanced", "balanced|rowmax", "rounding; balanced: by what errors cost, rowmax: published")
     quant_bits_attn: float = var(6.0, "2..8", "bits of attention matrices, one more halves steps; a search starts here")
     quant_bits_mlp: float = var(6.0, "2..8", "the same for MLP matrices")
     quant_bits_embed: float = var(8.0, "2..8", "for token and value embeddings and an untied output layer")
@@ -1560,6 +1560,7 @@ ARTIFACT_NAME, FLOAT_NAME, ARTIFACT_MAGIC = "final_model.int6.ptz", "final_model
 FILE_MOST, HEADER_MOST = 1 << 31, 1 << 20  # bytes of a file and of a header
 CLASSES, PRECISION = 64, 14  # rANS tables, and the bits of their frequencies
 GROUPS = ("bigram", "sidecar", "attn", "mlp", "embed")  # what has bits of its own: QUANT_BITS_<group>
+AIMS, MOST_ATTEMPTS = (0.998, 0.95, 0.8, 0.3, 0.0), 8  # shares of the room to aim at, the next when it is late
 
 
 @dataclass
@@ -1686,8 +1687,9 @@ def side_parts(tensors: list) -> list[tuple[tuple[str, str], int]]:
     return parts + [(("", "tables"), CLASSES * 256)] * bool(coded)
 
 
-def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
-    """A file's bytes from the model's settings and its tensors; the same give the same."""
+def lay_out(cfg: Config, stored: dict[str, Stored]) -> tuple[int, bytes, np.ndarray, list[np.ndarray]]:
+    """About how many bytes, to 0.1%, the file of these tensors has, by the counts of its values; what it holds before
+    them; their tables [CLASSES, 256]; and which of these each value takes, a tensor after another."""
     config, table, ends = {f.name: getattr(cfg, f.name) for f in MODEL_FIELDS}, [], collections.Counter()
     for name, s in stored.items():
         table.append([name, list(s.values.shape), s.kind, round(s.bits, 3), ends[s.rows is None]])
@@ -1699,12 +1701,19 @@ def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
     words = [np.ascontiguousarray(sides[key]).ravel() for key, _ in side_parts(table)]
     words = np.concatenate([(np.pad(w, (0, len(w) % 2)) if w.dtype == np.int8 else w).view("<u2") for w in words])
     sides = zstandard.compress(words.view(np.uint8).reshape(-1, 2).T.tobytes(), 22 if parts else 3)  # floats: in haste
-    symbols = [stored[name].values.ravel().view(np.uint8) ^ 128 for name in parts]  # as value + 128
-    table_of = [table_of for _, table_of, _ in parts.values()]
-    values = rans_encode(np.concatenate(symbols), np.concatenate(table_of), tables) if parts else b""
     header = {"config": config, "sides": len(sides), "tensors": table}
     header = zstandard.compress(json.dumps(header, separators=(",", ":")).encode(), 22)
-    blob = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + sides + values
+    head = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + sides
+    values = 3 * rans_lanes(counts.sum()) * bool(parts)  # what a lane takes beyond its share, on the average
+    values += (counts * (PRECISION - np.log2(np.maximum(tables, 1)))).sum() / 8
+    return len(head) + int(values) + 32, head, tables, [table_of for _, table_of, _ in parts.values()]
+
+
+def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
+    """A file's bytes from the model's settings and its tensors; the same give the same."""
+    _, head, tables, table_of = lay_out(cfg, stored)
+    symbols = [s.values.ravel().view(np.uint8) ^ 128 for s in stored.values() if s.rows is not None]  # as value + 128
+    blob = head + (rans_encode(np.concatenate(symbols), np.concatenate(table_of), tables) if symbols else b"")
     return blob + hashlib.sha256(blob).digest()
 
 
@@ -1841,86 +1850,106 @@ def group_of(name: str) -> str:
     return next((g for g in GROUPS if name.startswith(g) or f".{g}." in name), "embed")
 
 
+def feedback_factors(h: Tensor) -> tuple[Tensor, Tensor]:
+    """For each H of h fp32 [n, cols, cols] the upper Cholesky factor of its inverse, and the order of columns, those
+    that matter most first, in which the factor's rows and columns are. fp32 [n, cols, cols], int64 [n, cols]"""
+    damping = 0.01 * h.diagonal(dim1=1, dim2=2).contiguous().mean(1).double() + 1e-12
+    h, one = h.double(), torch.arange(len(h), device=h.device)[:, None, None]
+    h.diagonal(dim1=1, dim2=2).add_(damping.float()[:, None])
+    order = torch.argsort(h.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[one, order[:, :, None], order[:, None, :]]))
+    return torch.linalg.cholesky(inverse, upper=True).float(), order
+
+
+@dataclass
 class Sensitivity:
     """What rounding a matrix costs, from training text: H = E[x x'] of its inputs and G = E[(dL/dy)^2] of its outputs.
+    `factor` and `order` are those of `feedback_factors`: an error of e at column j costs e^2 / factor[j, j]^2 once the
+    columns after it have made up for what they can. `weight`: G [rows]. Of n matrices of one shape, [n, ...] each."""
 
-    `factor` is the upper Cholesky factor of the inverse of H, with its rows and columns in `order`: an error of e at
-    column j costs e^2 / factor[j, j]^2 once the columns after it have made up for what they can. `weight`: G [rows].
-    """
+    factor: Tensor
+    order: Tensor
+    weight: Tensor
 
-    def __init__(self, h: Tensor, g: Tensor):
-        h = h.double() + torch.eye(len(h), device=h.device) * (0.01 * h.diag().mean().item() + 1e-12)
-        self.order = torch.argsort(h.diag(), descending=True, stable=True)
-        h = torch.cholesky_inverse(torch.linalg.cholesky(h[self.order][:, self.order]))
-        self.factor, self.weight = torch.linalg.cholesky(h, upper=True).float(), g
-
-    def feed_back(self, u: Tensor, cols: Tensor | float, low: int, high: int) -> Tensor:
-        """Round u [rows, columns] to integers column by column; the columns not yet rounded take up each one's error.
-        `cols`: steps by which the columns were divided. (GPTQ, https://arxiv.org/abs/2210.17323)"""
-        factor = self.factor / (cols * torch.ones_like(u[0]))[self.order]
-        u, values = u[:, self.order], torch.empty_like(u)
-        for begin in range(0, u.size(1), 128):
-            block = slice(begin, min(begin + 128, u.size(1)))
-            errors = torch.empty_like(u[:, block])
-            for j in range(block.start, block.stop):
-                values[:, j] = u[:, j].round().clamp(low, high)
-                errors[:, j - begin] = error = (u[:, j] - values[:, j]) / factor[j, j]
-                u[:, j : block.stop] -= error[:, None] * factor[j, j : block.stop]
-            u[:, block.stop :] -= errors @ factor[block, block.stop :]
-        result = torch.empty_like(values)
-        result[:, self.order] = values
-        return result
+    def feed_back(self, u: Tensor, cols: Tensor, low: int, high: int) -> Tensor:
+        """Round each matrix of u [n, rows, cols] to integers column by column; the columns not yet rounded take up each
+        one's error. `cols` [n, cols]: steps by which the columns were divided. (GPTQ, https://arxiv.org/abs/2210.17323)
+        A block of columns lies transposed, so that each of all n is one operation: their number is the time on a GPU.
+        On a CPU each matrix comes out as it would alone, to the last bit."""
+        factor, order = self.factor / cols.gather(1, self.order)[:, None], self.order[:, None].expand_as(u)
+        u, values = u.gather(2, order), torch.empty_like(u)
+        for begin in range(0, u.size(2), 128):
+            end = min(begin + 128, u.size(2))
+            block, share = u[:, :, begin:end].mT.contiguous(), factor[:, begin:end, begin:end].contiguous()
+            rounded, errors = torch.empty_like(block), torch.empty_like(block)
+            for j in range(end - begin):
+                torch.round(block[:, j], out=rounded[:, j]).clamp_(low, high)
+                torch.sub(block[:, j], rounded[:, j], out=errors[:, j]).div_(share[:, j, j, None])
+                block[:, j + 1 :].sub_(share[:, j, j + 1 :, None] * errors[:, j, None])  # fused, it would round once
+            values[:, :, begin:end] = rounded.mT
+            for rest, error, row in zip(u[:, :, end:], errors.mT, factor[:, begin:end, end:], strict=True):
+                rest -= error @ row
+        return torch.empty_like(values).scatter_(2, order, values)
 
 
-def quantize(w: Tensor, cfg: Config, bits: float, embedding: bool, sensitivity: Sensitivity | None) -> Stored:
-    """Round a matrix by the rule QUANT; one bit more halves every step.
+def quantize(w: Tensor, cfg: Config, bits: float, embedding: bool, sensitivity: Sensitivity | None) -> list[Stored]:
+    """Round matrices of one shape, [n, rows, cols], by the rule QUANT; one bit more halves every step.
 
     "balanced" makes the expected rise of the loss, G e^2 / 2 by Sensitivity, the same for every value of the model:
     coarse where a row or column matters little, which the coder then turns into bytes. Rows end at 8 bits a value.
     (A uniform step and an entropy coder are near the best: Gish and Pierce 1968; reverse water-filling.)
     "rowmax", the published rule, lays 2**bits values between a row's largest and its negative, and has a floor that
-    gives every row of weights below 1 the same coarse step. "gptq" is that without the floor, with error feedback.
+    gives every row of weights below 1 the same coarse step.
     """
     if cfg.quant == "balanced":
-        weight = sensitivity.weight.clamp(min=1e-3 * sensitivity.weight.mean() + 1e-20)
-        wish, cols = BALANCED_STEP * 2 ** (2 * embedding - bits) / weight.sqrt(), torch.empty_like(w[0])
-        cols[sensitivity.order] = sensitivity.factor.diag()
-        cols = torch.maximum(cols, (w / wish[:, None]).square().mean(0).sqrt() * 4 / 127)  # 127 reach 4 deviations
+        weight, important = sensitivity.weight, sensitivity.factor.diagonal(dim1=1, dim2=2)
+        weight = weight.clamp(min=1e-3 * weight.mean(1, keepdim=True) + 1e-20)
+        wish = BALANCED_STEP * 2 ** (2 * embedding - bits) / weight.sqrt()
+        cols = torch.empty_like(w[:, 0]).scatter_(1, sensitivity.order, important)
+        cols = torch.maximum(cols, (w / wish[:, :, None]).square().mean(1).sqrt() * 4 / 127)  # 127 reach 4 deviations
         cols = (8 * cols.log2()).round().clamp(-128, 127)
-        most = (w / 2 ** (cols / 8)).abs().amax(1) / 127 + 1e-30
+        most = (w / 2 ** (cols / 8)[:, None]).abs().amax(2) / 127 + 1e-30
         rows = (8 * torch.maximum(wish, most).log2()).ceil().clamp(-128, 127)
-        u = w / 2 ** (rows / 8)[:, None] / 2 ** (cols / 8)
+        u = w / 2 ** (rows / 8)[:, :, None] / 2 ** (cols / 8)[:, None]
         values = sensitivity.feed_back(u, 2 ** (cols / 8), -127, 127)
-        return Stored("grid", bits, *(t.cpu().numpy().astype(np.int8) for t in (values, rows, cols)))
+        parts = (t.to(torch.int8).cpu().numpy() for t in (values, rows, cols))
+        return [Stored("grid", bits, *matrix) for matrix in zip(*parts, strict=True)]
     top, low, high = 2 ** (bits - 1) - 1, max(-math.ceil(2 ** (bits - 1)), -127), math.ceil(2 ** (bits - 1)) - 1
-    most = w.abs().amax(1)
+    most = w.abs().amax(2)
     if embedding:  # in pieces, since torch.quantile takes at most 16 M values
-        most = torch.cat([p.abs().quantile(0.9999984, dim=1) for p in w.split(1024)])
-    steps = ((most.clamp(min=1.0) if cfg.quant == "rowmax" else most) / top).clamp(2**-24, 65504).half()  # for fp16
-    u = w / steps.float()[:, None]
-    values = u.round().clamp(low, high) if cfg.quant == "rowmax" else sensitivity.feed_back(u, 1.0, low, high)
-    return Stored("rows", bits, values.cpu().numpy().astype(np.int8), steps.cpu().numpy())
+        most = torch.cat([p.abs().quantile(0.9999984, dim=1) for p in w.flatten(0, 1).split(1024)]).view_as(most)
+    steps = (most.clamp(min=1.0) / top).clamp(max=65504).half()  # for fp16
+    values = (w / steps.float()[:, :, None]).round().clamp(low, high).to(torch.int8)
+    return [Stored("rows", bits, *matrix) for matrix in zip(values.cpu().numpy(), steps.cpu().numpy(), strict=True)]
 
 
 def calibrate(model: GPT, sequences: Tensor, size: int, may_go_on) -> tuple[dict[str, Sensitivity], int]:
     """Sensitivities of all matrices on training text [n, T + 1], and how many sequences time allowed, one at least.
 
     Embeddings look rows up, so their H only tells how the gradient is spread over the columns; a tied one is seen as
-    the output layer. Nothing is returned where the model's gradients are not finite.
+    the output layer. Layers that see the same input, as q, k and v do, share its H. Nothing is returned where the
+    model's gradients are not finite.
     """
-    sums, hooks, used = collections.defaultdict(lambda: [0.0, 0.0, 1e-30]), [], 0  # of H, G, and what H is divided by
+    inputs = collections.defaultdict(lambda: [0.0, 1e-30])  # H, and what it is divided by, of the first that sees it
+    outputs, first, latest, hooks, used = collections.defaultdict(float), {}, ["", None], [], 0
 
     def watch(name: str, y: Tensor, x: Tensor, gain: Tensor | float = 1.0):
-        x, entry = x.detach().flatten(0, 1).float(), sums[name]
+        if x is not latest[1]:
+            latest[:], flat, entry = (name, x), x.detach().flatten(0, 1).float(), inputs[name]
+            entry[:] = entry[0] + flat.T @ flat, entry[1] + len(flat)
+        first[name] = latest[0]
         scale = gain.detach()[:, 0] ** 2 if isinstance(gain, Tensor) else gain**2  # from y back to the bare product
-        entry[0], entry[2] = entry[0] + x.T @ x, entry[2] + len(x)
-        y.register_hook(lambda g: entry.__setitem__(1, entry[1] + g.flatten(0, 1).float().square().sum(0) * scale))
+
+        def gradient(g: Tensor):
+            outputs[name] = outputs[name] + g.flatten(0, 1).float().square().sum(0) * scale
+        y.register_hook(gradient)
 
     def look_up(name: str, rows: int, ids: Tensor, y: Tensor):
         def gradient(g: Tensor):
-            entry, squares = sums[name], g.flatten(0, 1).float().square()
-            entry[0], entry[2] = entry[0] + squares.sum(0).diag(), entry[2] + squares.sum(0).mean()
-            entry[1] = entry[1] + squares.new_zeros(rows).index_add_(0, ids.flatten(), squares.mean(1))
+            entry, squares = inputs[name], g.flatten(0, 1).float().square()
+            entry[:] = entry[0] + squares.sum(0).diag(), entry[1] + squares.sum(0).mean()
+            outputs[name] = outputs[name] + squares.new_zeros(rows).index_add_(0, ids.flatten(), squares.mean(1))
+        first[name] = name
         y.register_hook(gradient)
 
     for name, module in model.named_modules():
@@ -1941,33 +1970,46 @@ def calibrate(model: GPT, sequences: Tensor, size: int, may_go_on) -> tuple[dict
         hook.remove()
     model.zero_grad(set_to_none=True)
     tokens = used * (sequences.size(1) - 1)
-    if not all(math.isfinite(float(h.sum() + g.sum())) for h, g, _ in sums.values()):
+    if not torch.stack([s.sum() for s in (*(h for h, _ in inputs.values()), *outputs.values())]).isfinite().all():
         return {}, used
-    return {name: Sensitivity(h / n, g / tokens) for name, (h, g, n) in sums.items()}, used
+    factors = {}
+    for width in {len(h) for h, _ in inputs.values()}:
+        names = [name for name, (h, _) in inputs.items() if len(h) == width]
+        found = feedback_factors(torch.stack([inputs[name][0] / inputs[name][1] for name in names]))
+        factors |= zip(names, zip(*found, strict=True), strict=True)
+    return {name: Sensitivity(*factors[first[name]], g / tokens) for name, g in outputs.items()}, used
 
 
 class Exporter:
     """Rounds a trained model so that its file keeps the limit: at the bits asked for where that fits (EXPORT_FILL=0),
-    else at the bits that cost least by the loss measured on training text. Runs on one rank.
+    else with one common term to all of them. Runs on one rank.
 
-    `room`: bytes that the file may take; `sequences` [n, T + 1]: training text; `seconds`: the guard, 0 for none.
+    `room`: bytes that the file may take; `sequences` [n, T + 1]: training text, on which this calibrates; `seconds`:
+    the guard, 0 for none. A search rounds (`rounded`), counts bytes (`lay_out`) and in the end codes once (`pack`).
     """
 
     def __init__(self, cfg: Config, log: Log, model: GPT, sequences: Tensor, size: int, room: int, seconds: float):
-        self.cfg, self.log, self.model, self.size, self.room = cfg, log, model, size, room
-        self.began, self.guard, self.report = time.perf_counter(), seconds, {"rule": cfg.quant, "attempts": 0}
-        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-        self.sequences, self.sensitivity, self.pass_seconds, self.attempt_seconds = sequences, {}, 0.0, 0.0
-        self.coarse = {n: group_of(n) for n, w in self.weights.items() if is_quantised(n, w.shape, cfg.quant_min_numel)}
-        self.groups = sorted(set(self.coarse.values()))
-        if cfg.quant != "rowmax" and self.groups:
-            self.sensitivity, used = calibrate(model, sequences, size, lambda: self.in_time(0.5))
-            self.pass_seconds = (time.perf_counter() - self.began) / 3 * len(sequences) / used  # a guess
+        self.cfg, self.log, self.room, self.guard, self.began = cfg, log, room, seconds, time.perf_counter()
+        self.report = {"rule": cfg.quant, "attempts": 0, "tokens": sequences[:, 1:].numel()}
+        self.weights = {name: p.detach().float() for name, p in model.named_parameters()}
+        coarse = {n: (group_of(n), w.shape) for n, w in self.weights.items()
+                  if is_quantised(n, w.shape, cfg.quant_min_numel)}
+        alike, found = {kind: [n for n in coarse if coarse[n] == kind] for kind in coarse.values()}, {}
+        self.groups = sorted({group for group, _ in alike})
+        if cfg.quant == "balanced" and alike:
+            found, used = calibrate(model, sequences, size, lambda: self.in_time(0.5))
             self.bite(f"calibration on {used} of {len(sequences)} sequences" if used < len(sequences) else "")
-            if not self.sensitivity:
+            if not found:
                 log("export: gradients on training text are not finite; QUANT=rowmax, which needs none, takes over")
                 self.cfg, self.report["rule"] = dataclasses.replace(cfg, quant="rowmax"), "rowmax"
+        self.stacks = []  # (group, names, weights [n, rows, cols], their sensitivity)
+        for (group, _), names in alike.items():
+            parts = zip(*((found[n].factor, found[n].order, found[n].weight) for n in names if found), strict=True)
+            costs = Sensitivity(*map(torch.stack, parts)) if found else None
+            self.stacks.append((group, names, torch.stack([self.weights[n] for n in names]), costs))
         self.low, self.high = (0.0, 12.0) if self.cfg.quant == "balanced" else (2.0, 8.0)
+        self.asked = {g: getattr(cfg, f"quant_bits_{g}") for g in self.groups}
+        self.tried, self.best, self.late, self.head, self.needs = {}, None, 0, 0, 0.0  # tried: bytes by common term
 
     def in_time(self, share: float = 1.0, needs: float = 0.0) -> bool:
         """Whether `needs` more seconds end within `share` of the guard."""
@@ -1978,114 +2020,71 @@ class Exporter:
             self.log(f"export: EXPORT_MAX_SECONDS={self.guard:g} cut short: {what}")
             self.report["cut_short"] = [*self.report.get("cut_short", []), what]
 
+    def bits(self, common: float) -> dict[str, float]:
+        """The bits of each group, those asked for and a common term: by "balanced" values cost the same in all."""
+        return {g: min(max(bits + common, self.low), self.high) for g, bits in self.asked.items()}
+
     def rounded(self, bits: dict[str, float]) -> dict[str, Stored]:
-        """The tensors of the groups in `bits`."""
-        return {n: quantize(self.weights[n], self.cfg, bits[g], g in ("embed", "bigram"), self.sensitivity.get(n))
-                for n, g in self.coarse.items() if g in bits}
+        """All tensors as the file holds them: the large ones rounded at their group's bits, the others in fp16."""
+        coarse = {}
+        for group, names, w, cost in self.stacks:
+            coarse |= zip(names, quantize(w, self.cfg, bits[group], group in ("embed", "bigram"), cost), strict=True)
+        return {n: coarse[n] if n in coarse else Stored(
+            "fp16", 16, w.clamp(-65504, 65504).half().cpu().numpy()) for n, w in self.weights.items()}
 
-    @torch.no_grad()
-    def put(self, tensors: dict[str, Stored]):
-        """Put these tensors in place of the model's own, which come back where there is none."""
-        for name, p in self.model.named_parameters():
-            p.copy_(tensors[name].tensor() if name in tensors else self.weights[name])
-
-    @torch.no_grad()
-    def loss(self, tensors: dict[str, Stored]) -> float:
-        """Nats per token of the model with these tensors on the training text."""
+    def attempt(self, common: float):
+        """Round at a common term and count the bytes; the largest file that fits is kept."""
         began = time.perf_counter()
-        self.put(tensors)
-        means = [self.model(part[:, :-1], part[:, 1:]).double().mean(1) for part in self.sequences.split(self.size)]
-        loss, self.pass_seconds = float(torch.cat(means).mean()), time.perf_counter() - began
-        return loss
+        stored, counts = self.rounded(self.bits(common)), time.perf_counter()
+        (size, head, *_), ended = lay_out(self.cfg, stored), time.perf_counter()
+        self.tried[common], self.head = size, len(head)
+        self.needs = ended - began + 3 * (ended - counts)  # seconds of one more and of coding, 2.5 times the counting's
+        self.report["attempts"] += 1
+        if size <= self.room and (not self.best or size > self.tried[self.best[0]]):
+            self.best = common, stored
 
-    def packed(self, coarse: dict[str, Stored]) -> bytes:
-        """The file of these tensors, and of the others in fp16."""
-        return pack(self.cfg, {n: coarse[n] if n in coarse else Stored(
-            "fp16", 16, w.clamp(-65504, 65504).half().cpu().numpy()) for n, w in self.weights.items()})
+    def common_for(self, size: float) -> float:
+        """The common term at which the file should have this size, by the latest one or two that were tried. At r bits
+        a value one less saves a bit, and ever less as more values are 0: log2(4**r - 1) / 2 falls evenly."""
+        def level(size: float) -> float:
+            rate = max(8 * (size - self.head) / sum(weights.numel() for _, _, weights, _ in self.stacks), 1e-6)
+            return rate + math.log2(1 - 4**-rate) / 2
 
-    def attempt(self, bits: dict[str, float]) -> tuple[bytes, dict[str, Stored], dict[str, float]]:
-        """The file at these bits, its coarse tensors, and the bits."""
-        began, coarse = time.perf_counter(), self.rounded(bits)
-        blob = self.packed(coarse)
-        self.report["attempts"], self.attempt_seconds = self.report["attempts"] + 1, time.perf_counter() - began
-        return blob, coarse, bits
+        points = list(self.tried.items())[-2:]
+        (latest, bytes_), slope = points[-1], 0.65 if self.cfg.quant == "balanced" else 1.0  # as trained models have it
+        if len(points) > 1:
+            slope = (level(bytes_) - level(points[0][1])) / (latest - points[0][0])
+        common = latest + (level(size) - level(bytes_)) / min(max(slope, 0.3), 2.0)
+        return min(max(common, self.low - max(self.asked.values())), self.high - min(self.asked.values()))
 
-    def slopes(self, bits: dict[str, float]) -> dict[str, tuple[float, float]]:
-        """For each group the loss that two bits less a value cost and the bytes that one bit takes; nothing where time
-        or numbers do not allow to measure all."""
-        found, whole = {}, None
-        for group in self.groups:
-            if not self.in_time(needs=self.pass_seconds * (2 if whole is None else 1) + self.attempt_seconds):
-                self.bite("measuring what bits are worth")
-                return {}
-            whole, less = self.loss({}) if whole is None else whole, max(bits[group] - 2, self.low)
-            coarse, fine = (self.rounded({group: b}) for b in (less, less + 2))
-            loss = max(self.loss(coarse) - whole, 1e-7) * 4 ** (less - (bits[group] - 2))  # as if at two bits less
-            found[group] = loss, max(len(self.packed(fine)) - len(self.packed(coarse)), 8) / 2
-        self.report |= {"slopes": found, "loss_float": whole}
-        return found if math.isfinite(sum(loss for loss, _ in found.values())) else {}
-
-    def shifted(self, bits: dict[str, float], slopes: dict, common: float) -> dict[str, float]:
-        """Bits that are worth the same: a bit less takes four times the error, so a group should get half the log of
-        its loss for a byte, less what that is on average, plus what all get alike. Small losses are measured with
-        noise, so no group moves far from the others, and less where the rule has weighed them already."""
-        worth = {g: math.log2(loss / size) / 2 for g, (loss, size) in slopes.items()} or dict.fromkeys(bits, 0.0)
-        weight = {g: size for g, (_, size) in slopes.items()} or dict.fromkeys(bits, 1.0)
-        mean, far = sum(worth[g] * weight[g] for g in bits) / sum(weight.values()), 2.0 - (self.cfg.quant == "balanced")
-        moved = {g: bits[g] + min(max(worth[g] - mean, -far), far) + common for g in bits}
-        return {g: min(max(b, self.low), self.high) for g, b in moved.items()}
+    def next_common(self) -> float | None:
+        """The common term to try next; None where what fits is near enough, no time is left, or nothing to try.
+        Where nothing fits yet and it is late, ever wider margins end the search in a few attempts more."""
+        size = self.tried[self.best[0]] if self.best else 0
+        if not self.groups or size >= 0.995 * self.room or (size and not self.best[0] and not self.cfg.export_fill):
+            return None
+        in_time = self.in_time(needs=self.needs)
+        self.bite("the search" if not in_time and not self.late else "")
+        self.late += not in_time or self.report["attempts"] >= MOST_ATTEMPTS
+        common = self.common_for(AIMS[min(self.late, len(AIMS) - 1)] * self.room)
+        return None if common in self.tried or (self.late and self.best) else common
 
     def search(self) -> bytes | None:
         """The file, or None where no setting keeps it within `room`."""
-        nominal, room = {g: getattr(self.cfg, f"quant_bits_{g}") for g in self.groups}, self.room
-        first = self.attempt(nominal)
-        size, fits = len(first[0]), len(first[0]) <= room
-        self.report |= {"bits": nominal, "bytes_first": size, "tokens": self.sequences[:, 1:].numel()}
-        if not self.groups or (fits and (not self.cfg.export_fill or size >= 0.995 * room)):
-            return first[0] if fits else None
-        self.log(f"export: {size} bytes at first, {abs(room - size)} {'to fill' if fits else 'too many'}; looking for "
-                 f"the bits that matter {'most' if fits else 'least'}")
-        slopes, best, aim = self.slopes(nominal), first if fits else None, 0.998 * room
-        each = sum(s for _, s in slopes.values()) or sum(self.weights[n].numel() for n in self.coarse) / 8  # of a bit
-        common, under, over, last = (aim - size) / each, None, None, None
-        for turn in range(16):  # (common term, bytes) that fit and that do not close in on the room
-            bits = self.shifted(nominal, slopes, common)
-            late = bool(best) and not self.in_time(needs=self.attempt_seconds)
-            self.bite("the search" if late else "")
-            if late or bits == last or (best and turn > 7):
-                break
-            last, found = bits, self.attempt(bits)
-            size = len(found[0])
-            if size > room:
-                over = common, size
-            else:
-                under = common, size
-                best = best if best and len(best[0]) >= size else found
-            if 0.995 * room <= size <= room:
-                break
-            if under and over:
-                share = (aim - under[1]) / (over[1] - under[1])
-                common = under[0] + min(max(share, 0.1), 0.9) * (over[0] - under[0])
-            else:  # with larger steps each time, since a bit may take less than it did
-                common += (turn + 1) * (max if under else min)((aim - size) / each, 0.02 if under else -0.02)
-        best = best and self.judged(first, best, fits)
-        self.put({})
-        return best and best[0]
-
-    def judged(self, first: tuple, best: tuple, fits: bool) -> tuple:
-        """Say what the search did and what it cost; a larger file that is no better than the first is dropped."""
-        said, whole = "cost not measured", self.report.get("loss_float")
-        if whole is not None and self.in_time(needs=2 * self.pass_seconds):
-            losses = [self.loss(tensors) for _, tensors, _ in (first, best)]
-            self.report |= {"loss_first": losses[0], "loss_file": losses[1]}
-            said = (f"loss on {self.report['tokens']} tokens of training text: float {whole:.4f}, "
-                    f"first {losses[0] - whole:+.4f}, file {losses[1] - whole:+.4f}")
-            if fits and not losses[1] < losses[0]:
-                best, said = first, said + "; the first is no worse and is kept"
-        self.report["bits"] = best[2]
-        bits = ", ".join(f"{g} {first[2][g]:g} -> {b:.2f}" for g, b in best[2].items())
-        self.log(f"export: bits {bits}; {len(first[0])} -> {len(best[0])} bytes; {said}")
-        return best
+        blob, common = None, 0.0
+        while common is not None:
+            self.attempt(common)
+            common = self.next_common()
+            if common is None and self.best:
+                blob = pack(self.cfg, self.best[1])
+                if len(blob) > self.room:  # more than was counted
+                    del self.tried[self.best[0]]
+                    self.tried[self.best[0]], self.best, blob = len(blob), None, None
+                    common = self.next_common()
+        self.report |= {"bits": self.bits(self.best[0] if blob else 0.0), "bytes_first": self.tried[0.0]}
+        if blob and self.best[0]:
+            self.log(f"export: {self.best[0]:+.2f} bits to all; {self.tried[0.0]} -> {len(blob)} bytes of {self.room}")
+        return blob
 
 
 def build_model(cfg: Config, tensors: dict[str, Tensor], process: Process) -> GPT:

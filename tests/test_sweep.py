@@ -112,10 +112,10 @@ def test_again_skips_all_and_does_without_matplotlib(swept, corpus, monkeypatch,
     said = capsys.readouterr().out
     assert "no plot: matplotlib is missing" in said and "| rowmax | 0.001 |" in said and "started" not in said
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
-    other = ("QUANT=balanced,rowmax,gptq", "TTT_LR=1e-4,1e-3")
+    other = (GRID[0], "TTT_LR=1e-4,1e-3,1e-2")
     for arguments, variables, words in ((GRID, {"MATRIX_LR": "0.01"}, "MATRIX_LR unset then, MATRIX_LR=0.01 now"),
                                         (GRID, {"OMP_NUM_THREADS": "3"}, "1 threads for each run then, 3 threads"),
-                                        (other, {}, "2 of its runs new, such as QUANT=gptq TTT_LR=1e-4")):
+                                        (other, {}, "2 of its runs new, such as QUANT=balanced TTT_LR=1e-2")):
         env = environment(corpus, folder.parent, **FULL | variables)
         refused(monkeypatch, capsys, env, (*arguments, "--name", "both"), words)
 
@@ -123,7 +123,7 @@ def test_again_skips_all_and_does_without_matplotlib(swept, corpus, monkeypatch,
 def test_a_failed_run_a_signal_and_going_on(corpus, tmp_path, monkeypatch, capsys):
     """The list's first run diverges, which also fails the one that needs its weights; the third is stopped."""
     (tmp_path / "list").write_text("# rates\nMATRIX_LR=1e12 SCALAR_LR=1e12 GRAD_CLIP_NORM=0 ITERATIONS=12\n\n"
-                                   "MATRIX_LR=1e12 SCALAR_LR=1e12 GRAD_CLIP_NORM=0 ITERATIONS=12 'QUANT=gptq' # same\n"
+                                   "MATRIX_LR=1e12 SCALAR_LR=1e12 GRAD_CLIP_NORM=0 ITERATIONS=12 'QUANT=rowmax' # same\n"
                                    "ITERATIONS=150\n")
     arguments = ("--list", str(tmp_path / "list"), "SEED=7", "--name", "odd")
     command = [sys.executable, str(ROOT / "tools" / "sweep.py"), *arguments]
@@ -185,7 +185,7 @@ def test_what_the_export_leaves_to_training_tells_trainings_apart(monkeypatch, t
     assert [run.kind for run in planned(monkeypatch, tmp_path, *arguments)] == ["whole"] * 2 + ["export"] * 2
     runs = planned(monkeypatch, tmp_path, *arguments, MAX_WALLCLOCK_SECONDS="20")
     assert [run.kind for run in runs] == ["whole"] * 4
-    runs = planned(monkeypatch, tmp_path, "QUANT=gptq,rowmax", MAX_WALLCLOCK_SECONDS="20")
+    runs = planned(monkeypatch, tmp_path, "QUANT=balanced,rowmax", MAX_WALLCLOCK_SECONDS="20")
     runs[0].folder.mkdir()
     (runs[0].folder / t.FLOAT_NAME).write_bytes(b"")
     job = sweep.Sweep(tmp_path, runs, sweep.slots_of(1, [], 2), None)
@@ -194,7 +194,7 @@ def test_what_the_export_leaves_to_training_tells_trainings_apart(monkeypatch, t
 
 
 def test_float_weights_are_kept_where_others_start_from_them(monkeypatch, tmp_path):
-    for grid, switch, kept in ("TTT_LR=1,2", "1", None), ("TTT_LR=1,2", "0", "1"), ("QUANT=gptq,rowmax", "1", "1"):
+    for grid, switch, kept in ("TTT_LR=1,2", "1", None), ("TTT_LR=1,2", "0", "1"), ("QUANT=balanced,rowmax", "1", "1"):
         runs = planned(monkeypatch, tmp_path, grid, EXPORT_ENABLED=switch)
         job = sweep.Sweep(tmp_path, runs, sweep.slots_of(1, [], 2), None)
         assert job.environment(runs[0], job.slots[0]).get("SAVE_FLOAT") == kept

@@ -4,17 +4,21 @@
 
 Takes float files (SAVE_FLOAT=1) and the script's own variables; writes table.csv, a line for each file and setting, and
 plot.png and plot.svg. The loss is of windows side by side on the first --tokens validation targets, over that of the
-float weights; the bytes are those of the whole file.
+float weights; the bytes are those of the whole file. Beside the script's own rules: GPTQ, a step a row and error
+feedback, with steps that reach each row's largest weight (gptq), or only so many standard deviations of the row (std),
+as entries of this field set them.
 """
 
 import argparse
 import csv
 import dataclasses
+import math
 import os
 import sys
 from pathlib import Path
 
 import matplotlib
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as t  # noqa: E402
@@ -24,14 +28,31 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 # (rule, bits) of matrices; embeddings have 2 bits more, 8 at most
 SETTINGS = [*(("rowmax", bits) for bits in (4, 4.5, 5, 5.5, 6, 6.5)), *(("gptq", bits) for bits in (3, 4, 5, 6)),
-            *(("balanced", bits) for bits in (3, 4, 5, 6, 7, 8))]
+            *(("std", bits) for bits in (4, 5, 6, 7)), *(("balanced", bits) for bits in (3, 4, 5, 6, 7, 8))]
+DEVIATIONS = {False: 12.85, True: 20.0}  # that the values of a matrix or of an embedding reach under "std"
 
 
-def configuration(rule: str, bits: float) -> dict:
-    """The script's fields for a setting."""
+def by_rows(w: torch.Tensor, rule: str, bits: float, embedding: bool, sensitivity: t.Sensitivity) -> list[t.Stored]:
+    """Round matrices of one shape, [n, rows, cols], with a step a row and error feedback."""
+    top, low, high = 2 ** (bits - 1) - 1, max(-math.ceil(2 ** (bits - 1)), -127), math.ceil(2 ** (bits - 1)) - 1
+    most = w.abs().amax(2) if rule == "gptq" else DEVIATIONS[embedding] * w.std(2)
+    steps = (most / top).clamp(2**-24, 65504).half()  # for fp16
+    values = sensitivity.feed_back(w / steps.float()[:, :, None], torch.ones_like(w[:, 0]), low, high)
+    return [t.Stored("rows", bits, v.to(torch.int8).cpu().numpy(), s.cpu().numpy())
+            for v, s in zip(values, steps, strict=True)]
+
+
+def rounded(exporter: t.Exporter, rule: str, bits: float) -> dict[str, t.Stored]:
+    """All tensors of a file at a setting."""
     fine = min(bits + 2, 8)
-    return {"quant": rule, "quant_bits_attn": bits, "quant_bits_mlp": bits, "quant_bits_sidecar": bits,
-            "quant_bits_embed": fine, "quant_bits_bigram": fine}
+    wanted = {g: fine if g in ("embed", "bigram") else bits for g in exporter.groups}
+    own = rule in ("balanced", "rowmax")
+    exporter.cfg = dataclasses.replace(exporter.cfg, quant=rule if own else "rowmax")
+    stored = exporter.rounded(wanted)
+    for group, names, weights, sensitivity in [] if own else exporter.stacks:
+        found = by_rows(weights, rule, wanted[group], group in ("embed", "bigram"), sensitivity)
+        stored |= zip(names, found, strict=True)
+    return stored
 
 
 def measure(path: str, tokens: int, settings: list) -> list[dict]:
@@ -44,19 +65,19 @@ def measure(path: str, tokens: int, settings: list) -> list[dict]:
     run = t.Run(cfg, process)
     if not run.float:
         raise t.UserError(f"{path}: holds no float weights; make it with SAVE_FLOAT=1")
-    cfg, model, log = run.cfg, t.build_model(run.cfg, run.artifact[1], process), t.Log(process, Path()).silent()
+    cfg, log = run.cfg, t.Log(process, Path()).silent()
+    model, trained = (t.build_model(cfg, run.artifact[1], process) for _ in range(2))
     text, size = run.calibration_text()
-    exporter = t.Exporter(dataclasses.replace(cfg, quant="balanced"), log, model, text, size, 1 << 60, 0.0)
+    exporter = t.Exporter(dataclasses.replace(cfg, quant="balanced"), log, trained, text, size, 1 << 60, 0.0)
 
     def score() -> float:
         return t.evaluate(cfg, process, log, model, run.stream, cfg.eval_len, "score").result().val_loss
 
     whole, rows = score(), []
     for rule, bits in settings:
-        exporter.cfg = dataclasses.replace(cfg, **configuration(rule, bits))
-        wanted = {g: getattr(exporter.cfg, f"quant_bits_{g}") for g in exporter.groups}
-        blob, stored, _ = exporter.attempt(wanted)
-        exporter.put(stored)
+        stored = rounded(exporter, rule, bits)
+        blob = t.pack(cfg, stored)
+        model.load_state_dict({name: entry.tensor() for name, entry in stored.items()})
         row = {"run": Path(path).parent.name, "rule": rule, "bits": bits, "bytes": len(blob), "loss_float": whole,
                "loss_added": score() - whole}
         print(f"{row['run']}: {rule:8} {bits:3g} bits: {len(blob):9,} bytes, loss {row['loss_added']:+.5f}", flush=True)
@@ -68,7 +89,7 @@ def plot(rows: list[dict], folder: Path):
     """A panel for each file: bytes against the loss that rounding added, a line for each rule."""
     files = list(dict.fromkeys(r["run"] for r in rows))
     figure, axes = plt.subplots(1, len(files), figsize=(4.6 * len(files), 4.2), sharey=True, squeeze=False)
-    styles = {"rowmax": "ks-", "gptq": "kd:", "balanced": "ko-"}
+    styles = {"rowmax": "ks-", "gptq": "kd:", "std": "k^:", "balanced": "ko-"}
     for axis, file in zip(axes[0], files, strict=True):
         for rule in styles:
             line = sorted((float(r["bytes"]) / 1e6, max(float(r["loss_added"]), 5e-5)) for r in rows

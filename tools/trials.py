@@ -6,8 +6,8 @@ turn with the step as it is.
 
 Times are those of the processor on a CPU, so that other work on the machine changes them little, and of the clock on
 a GPU; medians over the rounds but the first, which compiles. Results must agree: the difference in loss that a plain
-form makes is printed too. The attention and norm of a GPU are PyTorch's own there, so those two trials say
-nothing on one.
+form makes is printed too. On a GPU attention is tried by each of PyTorch's backends ("-" where one refuses),
+on a CPU in bf16 by PyTorch's fused kernel.
 """
 
 import argparse
@@ -26,13 +26,34 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train_gpt.py does
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import train_gpt as t  # noqa: E402
+
+BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
+            "the memory-efficient kernel": SDPBackend.EFFICIENT_ATTENTION, "plain products": SDPBackend.MATH}
 
 
 def fused_attention(q, k, v):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+@contextlib.contextmanager
+def attention_by(backend: SDPBackend):
+    """PyTorch's attention by one of its backends, which raises RuntimeError for what that cannot do."""
+    with mock.patch.object(t, "attend", fused_attention), sdpa_kernel(backend):
+        yield
+
+
+class PlainAdamW(torch.optim.AdamW):
+    """AdamW a tensor at a time over the groups of a fused one, each of which says that it is fused and must not. It
+    knows no `found_inf`, by which the fused one leaves out a step that is not finite."""
+
+    found_inf = property(lambda self: None, lambda self, value: None)
+
+    def __init__(self, fused: torch.optim.AdamW):
+        super().__init__([group | {"fused": False, "foreach": False} for group in fused.param_groups])
 
 
 def gain_on_activations(self, x, gain=1.0):
@@ -59,15 +80,19 @@ def memory_given_back():
 
 def trials(trainer: t.Trainer, plain_adam: torch.optim.Optimizer, batched) -> dict:
     """For each plain form a context in which it is used; `batched`: Newton-Schulz as the trainer has it."""
-    optimizers = trainer.optimizers
+    optimizers, process = trainer.optimizers, trainer.process
 
     def each_matrix_alone(g, steps):
         return torch.stack([batched(matrix[None], steps)[0] for matrix in g])
 
-    return {
-        "as it is": contextlib.nullcontext(),
-        "PyTorch's fused attention": mock.patch.object(t, "attend", fused_attention),
-        "F.rms_norm": mock.patch.object(t, "norm", lambda x: F.rms_norm(x, (x.size(-1),))),
+    forms = {"as it is": contextlib.nullcontext()}
+    if process.cuda:
+        forms |= {f"attention by {name}": attention_by(backend) for name, backend in BACKENDS.items()}
+    else:
+        forms["F.rms_norm"] = mock.patch.object(t, "norm", lambda x: F.rms_norm(x, (x.size(-1),)))
+    if not process.cuda and process.dtype == torch.bfloat16:  # in fp32 it is the step's own
+        forms["PyTorch's fused attention"] = mock.patch.object(t, "attend", fused_attention)
+    return forms | {
         "gains on activations, not in the matrices": mock.patch.object(t.Linear, "forward", gain_on_activations),
         "cross-entropy with its maximum and log-softmax": mock.patch.object(t.GPT, "forward", loss_with_maximum),
         "Newton-Schulz a matrix at a time": mock.patch.object(optimizers, "orthogonalise", each_matrix_alone),
@@ -75,6 +100,20 @@ def trials(trainer: t.Trainer, plain_adam: torch.optim.Optimizer, batched) -> di
         "memory given back to the system": memory_given_back(),
         "": contextlib.nullcontext(),
     }
+
+
+def take_step(trainer: t.Trainer, form, tokens, clock) -> float | None:
+    """Seconds of a step in a form; None where PyTorch has no kernel for it."""
+    try:
+        with form:
+            began = clock()
+            trainer.step(tokens, 0, 0.0)
+            trainer.synchronize()
+            return clock() - began
+    except RuntimeError as error:
+        if "kernel" not in str(error):
+            raise
+        return None
 
 
 def main():
@@ -94,8 +133,7 @@ def main():
             p.add_(0.02 * torch.randn_like(p))
     shape = trainer.share, cfg.train_seq_len + 1
     tokens = torch.randint(2, cfg.vocab_size, shape, dtype=torch.int32).to(process.device)
-    plain_adam = torch.optim.AdamW([{**group} for group in trainer.optimizers.adam.param_groups], foreach=False)
-    more = plain_adam, trainer.optimizers.orthogonalise
+    more = PlainAdamW(trainer.optimizers.adam), trainer.optimizers.orthogonalise
     forms, seconds, losses = list(trials(trainer, *more)), {}, {}
     turns = [name for _ in range(options.rounds + 1) for name in forms]
     if trainer.forward is not model:  # compiled: one form after another, each traced anew
@@ -103,17 +141,17 @@ def main():
     for name, before in zip(turns, [None, *turns], strict=False):
         if trainer.forward is not model and name != before:
             torch._dynamo.reset()
-        with trials(trainer, *more)[name]:
-            began = clock()
-            trainer.step(tokens, 0, 0.0)
-            trainer.synchronize()
-            seconds.setdefault(name, []).append(clock() - began)
+        if (took := take_step(trainer, trials(trainer, *more)[name], tokens, clock)) is not None:
+            seconds.setdefault(name, []).append(took)
             losses[name] = float(trainer.flat.loss)
     base = statistics.median(seconds[forms[0]][1:])
     print(f"{process.hardware()['name']}, {torch.get_num_threads()} threads, {str(process.dtype)[6:]}, a step of "
           f"{cfg.train_batch_tokens:,} tokens\n\n| form | ms a step | of the step as it is | loss differs by |\n"
           "| --- | --- | --- | --- |")
     for name in filter(None, forms):
+        if name not in losses:
+            print(f"| {name} | - | - | - |")
+            continue
         middle = statistics.median(seconds[name][1:])
         gap = losses[name] - losses[forms[0]]
         print(f"| {name} | {1000 * middle:.0f} | {middle / base:.2f} | {gap:+.1e} |")
