@@ -123,7 +123,7 @@ def test_again_skips_all_and_does_without_matplotlib(swept, corpus, monkeypatch,
 def test_a_failed_run_a_signal_and_going_on(corpus, tmp_path, monkeypatch, capsys):
     """The list's first run diverges, which also fails the one that needs its weights; the third is stopped."""
     (tmp_path / "list").write_text("# rates\nMATRIX_LR=1e12 SCALAR_LR=1e12 GRAD_CLIP_NORM=0 ITERATIONS=12\n\n"
-                                   "MATRIX_LR=1e12 SCALAR_LR=1e12 GRAD_CLIP_NORM=0 ITERATIONS=12 'QUANT=rowmax' # same\n"
+                                   "MATRIX_LR=1e12 SCALAR_LR=1e12 GRAD_CLIP_NORM=0 ITERATIONS=12 'QUANT=rowmax' # it\n"
                                    "ITERATIONS=150\n")
     arguments = ("--list", str(tmp_path / "list"), "SEED=7", "--name", "odd")
     command = [sys.executable, str(ROOT / "tools" / "sweep.py"), *arguments]

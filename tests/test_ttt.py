@@ -332,7 +332,7 @@ def test_a_gpu_is_waited_for_once_a_turn_and_never_left_idle(tiny, monkeypatch, 
         waited.append((made[0] - mark.number, mark.number > passed[0]))
         t.wait_until(mark.query)
 
-    cfg, ids = tiny(**SMALL | mode | {"USE_COMPILE": 0, "VAL_BATCH_SIZE": 32, "TTT_EPOCHS": 1}), tokens(401, 6, [0, 170])
+    cfg, ids = tiny(**SMALL | mode | {"USE_COMPILE": 0, "VAL_BATCH_SIZE": 32, "TTT_EPOCHS": 1}), tokens(401, 6, [0, 99])
     expected, process, turns = walk(cfg, ids)[0].nats, Lone(), []
     process.cuda, scored = True, t.Walk.scored
     monkeypatch.setattr(torch.cuda, "Event", Mark)

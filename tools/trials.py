@@ -61,8 +61,8 @@ def gain_on_activations(self, x, gain=1.0):
     return y * (gain.flatten().to(y.dtype) if isinstance(gain, torch.Tensor) else gain)
 
 
-def loss_with_maximum(self, ids, targets=None, rows=None, window=0, forward=t.GPT.forward):
-    logits = forward(self, ids, None, rows, window)
+def loss_with_maximum(self, ids, targets=None, rows=None, window=0, tables=None, forward=t.GPT.forward):
+    logits = forward(self, ids, None, rows, window, tables)
     if targets is None:
         return logits
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none").view(targets.shape)
