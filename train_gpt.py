@@ -1963,6 +1963,8 @@ def calibrate(model: GPT, sequences: Tensor, size: int, may_go_on) -> tuple[dict
     for part in sequences.split(size):
         model(part[:, :-1], part[:, 1:]).sum().backward()
         used += len(part)
+        if part.is_cuda:
+            torch.cuda.synchronize()  # else the guard would see the host's time alone
         if not may_go_on():
             break
     model.watch_output = None

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -363,6 +364,8 @@ def test_readme_commands_run(command, projects, tmp_path):
     shutil.copytree(project, tmp_path, dirs_exist_ok=True)
     documents = [json.dumps({"text": f"Document {i} of mine. " * 40}) for i in range(60)]
     (tmp_path / "my.jsonl").write_text("\n".join(documents))
+    with tarfile.open(tmp_path / "shards.tgz", "w:gz") as shards:
+        shards.add(project / "data", "data")
     names = re.findall(r"\b([A-Z][A-Z_]+)=", command)
     tiny = {k: v for k, v in tiny.items() if k not in names and not (k == "DATA_PATH" and "prepare" in command)}
     tiny |= {} if "RUN_ID" in names else {"RUN_ID": "second"}
