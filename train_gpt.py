@@ -671,9 +671,8 @@ class Process:
 
     def note_graphs(self, shape: str):
         """Add to `graphs` what torch has compiled since the last call, by the shape that made it necessary."""
-        compiler = torch._dynamo.utils
-        met = compiler.get_compilation_metrics()
-        compiler.clear_compilation_metrics()
+        met = torch._dynamo.utils.get_compilation_metrics()
+        torch._dynamo.utils.clear_compilation_metrics()
         for graph in met:
             seconds = (graph.duration_us or 0) / 1e6
             self.graphs.append({"graph": graph.co_name or "backward", "shape": shape, "seconds": seconds})
