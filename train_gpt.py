@@ -558,6 +558,7 @@ class Process:
                             f"{torch.cuda.device_count()}; launch with --nproc_per_node at most that")
         self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
         torch.cuda.set_device(self.device) if self.cuda else keep_freed_memory()
+        self._apart = self.thread()  # for exchanges that block
         if self.world > 1:
             with self._exchange():
                 try:
@@ -621,17 +622,22 @@ class Process:
         """Rank 0's `value` on every rank, by way of the CPU so that no device is waited for."""
         box = [value]
         if self.world > 1:
-            with self._exchange():
-                dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+            self._talk(dist.broadcast_object_list, box, 0, device=torch.device("cpu"))
         return box[0]
 
     def gather(self, value) -> list:
         """Each rank's `value`, on every rank."""
         values = [value] * self.world
         if self.world > 1:
-            with self._exchange():
-                dist.all_gather_object(values, value)
+            self._talk(dist.all_gather_object, values, value)
         return values
+
+    def _talk(self, exchange, *arguments, **more):
+        """An exchange that blocks, in a thread, so that signals are handled while others let this rank wait."""
+        with self._exchange():
+            done = self._apart.submit(exchange, *arguments, **more)
+            wait_until(done.done)
+            done.result()
 
     def together(self, action, main: bool = False):
         """Run `action` on every rank, or on the `main` one alone, and return its result; what the user must mend on any
@@ -1373,7 +1379,7 @@ def compiled(model: GPT, cfg: Config, process: Process):
             tables[key] = model.rope(*key)
         process.note_graphs(last)  # a backward pass is compiled when it first runs, so after this function
         result = graph(ids, targets, rows, 0, tables[key])
-        last = f"{list(ids.shape)} -> {list(result.shape)}"
+        last = f"{list(ids.shape)} -> {list(result.shape)}{', to learn from' if result.requires_grad else ''}"
         process.note_graphs(last)
         return result
 
@@ -1559,7 +1565,7 @@ ARTIFACT_NAME, FLOAT_NAME, ARTIFACT_MAGIC = "final_model.int6.ptz", "final_model
 FILE_MOST, HEADER_MOST = 1 << 31, 1 << 20  # bytes of a file and of a header
 CLASSES, PRECISION = 64, 14  # rANS tables, and the bits of their frequencies
 GROUPS = ("bigram", "sidecar", "attn", "mlp", "embed")  # what has bits of its own: QUANT_BITS_<group>
-AIMS, MOST_ATTEMPTS = (0.998, 0.95, 0.8, 0.3, 0.0), 8  # shares of the room to aim at, the next when it is late
+AIMS, MOST_ATTEMPTS = (0.998, 0.95, 0.8, 0.3, 0.0), 14  # shares of the room to aim at, the next when it is late
 
 
 @dataclass
@@ -1703,8 +1709,9 @@ def lay_out(cfg: Config, stored: dict[str, Stored]) -> tuple[int, bytes, np.ndar
     header = {"config": config, "sides": len(sides), "tensors": table}
     header = zstandard.compress(json.dumps(header, separators=(",", ":")).encode(), 22)
     head = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + sides
-    values = 3 * rans_lanes(counts.sum()) * bool(parts)  # what a lane takes beyond its share, on the average
-    values += (counts * (PRECISION - np.log2(np.maximum(tables, 1)))).sum() / 8
+    lanes = rans_lanes(counts.sum()) * bool(parts)
+    values = (counts * (PRECISION - np.log2(np.maximum(tables, 1)))).sum() / 8
+    values = 4 * lanes + max(values - lanes, 0)  # a lane ends in 4 bytes, which hold one of its values' on the average
     return len(head) + int(values) + 32, head, tables, [table_of for _, table_of, _ in parts.values()]
 
 
@@ -2011,6 +2018,7 @@ class Exporter:
         self.low, self.high = (0.0, 12.0) if self.cfg.quant == "balanced" else (2.0, 8.0)
         self.asked = {g: getattr(cfg, f"quant_bits_{g}") for g in self.groups}
         self.tried, self.best, self.late, self.head, self.needs = {}, None, 0, 0, 0.0  # tried: bytes by common term
+        self.coded_before = set()  # common terms whose bytes are not counted but known
 
     def in_time(self, share: float = 1.0, needs: float = 0.0) -> bool:
         """Whether `needs` more seconds end within `share` of the guard."""
@@ -2068,7 +2076,27 @@ class Exporter:
         self.bite("the search" if not in_time and not self.late else "")
         self.late += not in_time or self.report["attempts"] >= MOST_ATTEMPTS
         common = self.common_for(AIMS[min(self.late, len(AIMS) - 1)] * self.room)
+        fits, over = ([c for c, size in self.tried.items() if (size <= self.room) == it] for it in (True, False))
+        if fits and over and (self.report["attempts"] > 5 or not max(fits) < common < min(over)):
+            common = (max(fits) + min(over)) / 2  # halves surely come nearer, where sizes do not follow a line
         return None if common in self.tried or (self.late and self.best) else common
+
+    def coded(self) -> bytes | None:
+        """The largest file of those tried that keeps the room, None where none does; what was counted wrongly is put
+        right."""
+        most = self.room if self.best else 1.001 * self.room  # the count may be too high
+        for common in sorted(self.tried, key=self.tried.get, reverse=True):
+            if self.tried[common] > most or common in self.coded_before:
+                continue
+            stored = self.best[1] if self.best and self.best[0] == common else self.rounded(self.bits(common))
+            blob = pack(self.cfg, stored)
+            self.tried[common] = len(blob)
+            self.coded_before.add(common)
+            if len(blob) <= self.room:
+                self.best = common, stored
+                return blob
+        self.best = None
+        return None
 
     def search(self) -> bytes | None:
         """The file, or None where no setting keeps it within `room`."""
@@ -2076,12 +2104,9 @@ class Exporter:
         while common is not None:
             self.attempt(common)
             common = self.next_common()
-            if common is None and self.best:
-                blob = pack(self.cfg, self.best[1])
-                if len(blob) > self.room:  # more than was counted
-                    del self.tried[self.best[0]]
-                    self.tried[self.best[0]], self.best, blob = len(blob), None, None
-                    common = self.next_common()
+            if common is None:
+                blob = self.coded()
+                common = None if blob else self.next_common()  # coarser, if that was not tried yet
         self.report |= {"bits": self.bits(self.best[0] if blob else 0.0), "bytes_first": self.tried[0.0]}
         if blob and self.best[0]:
             self.log(f"export: {self.best[0]:+.2f} bits to all; {self.tried[0.0]} -> {len(blob)} bytes of {self.room}")
@@ -3190,8 +3215,8 @@ class Run:
             "val_bpb": None, "valid": False, "reasons": [], "caveats": [], "resumes": [],
             "seconds": {"read": self.read_seconds}}
         if record := self.found["summary"]:
-            done = ("train", "export", "artifact", "eval", "audit", "reasons", "resumes", "seconds")
-            self.summary |= {name: record[name] for name in done}
+            done = ("train", "export", "artifact", "eval", "audit", "reasons", "resumes", "seconds", "eval_clocks")
+            self.summary |= {name: record[name] for name in done if name in record}
             self.summary["seconds"]["read"] += self.read_seconds
             self.nats = np.array(self.found["nats"], np.float32) if self.found["nats"] else None
 
@@ -3377,7 +3402,6 @@ class Run:
             evaluator, details = self.final(cfg, self.log, model, self.stream, Budget(cfg, before),
                                             checkpoints=self.checkpoints)
             self.report("ttt", "legal_ttt", evaluator.result(), **details)
-            self.clocks()
         final = next((s for s in reversed(summary["eval"].values()) if s), None)
         summary["val_bpb"] = final and final["val_bpb"]
         if final and 0 < cfg.eval_max_seconds < before + final["seconds"]:
@@ -3498,6 +3522,8 @@ class Run:
         """Log a score in the field's form and put it into the summary. The last one is val_bpb's."""
         self.summary["eval"][key], self.nats = {**score.summary(), **details}, score.nats
         self.summary["seconds"][key] = score.seconds
+        if key == "ttt":
+            self.clocks()
         faults = score.faults + ["the score is not a finite number"] * (not math.isfinite(score.val_loss))
         self.summary["reasons"] += [f"{key}: {fault}" for fault in faults]
         more = "".join(f"{k}:{v} " for k, v in details.items())

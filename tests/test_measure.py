@@ -1,5 +1,6 @@
 """What a machine tells: every stage at tiny size, what is left of one that fails or is killed, and the report."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -122,14 +123,15 @@ def test_presets_and_peers(corpus, tmp_path):
 
 
 def test_gpu_tests_are_entered(options, tmp_path, monkeypatch):
-    tests = tmp_path / "test_it.py"
+    tests = tmp_path / "tests" / "test_it.py"
+    tests.parent.mkdir()
     tests.write_text("import pytest\n\ndef test_good():\n    pass\n\ndef test_bad():\n    assert 1 == 2, 'odd'\n\n"
                      "@pytest.mark.skip(reason='no GPU')\ndef test_left():\n    pass\n")
     monkeypatch.setattr(measure, "TESTS", tests)
     measure.stage("tests", 60, options, tmp_path)
     entry = measure_book.read(options.out)["stages"]["tests"]
     assert entry["status"] == "done" and entry["figures"]["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
-    found = {name.partition("::")[2]: test for name, test in entry["figures"]["tests"].items()}
+    found = {name.removeprefix("tests/test_it.py::"): test for name, test in entry["figures"]["tests"].items()}
     assert "odd" in found["test_bad"]["message"] and "no GPU" in found["test_left"]["message"]
     assert found["test_good"] == {"outcome": "passed", "seconds": found["test_good"]["seconds"]}
     monkeypatch.setattr(measure, "TESTS", tmp_path / "none.py")
@@ -175,6 +177,12 @@ def test_what_no_longer_fits_is_skipped(corpus, tmp_path):
     stages = stages_of(tmp_path)
     assert [entry["status"] for entry in stages.values()] == ["skipped", "skipped"]
     assert stages["step"]["why"].startswith("needs 150 s where ") and "--limit 60 are left" in stages["step"]["why"]
+    done = run(corpus, tmp_path, "--report")
+    assert done.returncode == 2 and "nothing was measured yet" in done.stderr and done.stderr.count("\n") == 1
+    with open(tmp_path / "logs" / "measure" / "measure.log") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        done = run(corpus, tmp_path, "--stages", "step")
+    assert done.returncode == 2 and "another call measures into it" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_spare_seconds_go_to_the_stage_that_runs(options):

@@ -22,6 +22,7 @@ The plan, with seconds for one H100 whose cache is empty:
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -195,7 +196,8 @@ def command_of(name: str, options: argparse.Namespace, work: Path, seconds: floa
                        (TESTS.is_file(), f"no {TESTS.parent.name}/{TESTS.name} here")):
         if not holds:
             raise book_of.BookError(why)
-    return [sys.executable, "-m", "pytest", "-q", "-p", "measure_book", "-p", "no:cacheprovider", str(TESTS)]
+    return [sys.executable, "-m", "pytest", "-q", "-p", "measure_book", "-p", "no:cacheprovider",
+            "--rootdir", str(TESTS.parent.parent), str(TESTS)]  # by which tests are named
 
 
 def last_words(log: Path, begin: int) -> str:
@@ -450,6 +452,12 @@ def main(argv: list[str]) -> int:
 
         return measure_report.make(options.out, options.records)
     options.out.mkdir(parents=True, exist_ok=True)
+    lock = open(options.out / LOG, "a")  # held until this process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{options.out}: another call measures into it, and both would be slower; wait for it or choose another "
+             "--out")
     find_data()
     options.script = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
     check(options)

@@ -271,6 +271,8 @@ def make(out: Path, records: Path) -> int:
         fail(f"{out / book_of.NAME}: no such file; measure first, or name its folder with --out")
     try:
         book = book_of.read(out)
+        if not any(entry.get("figures") for entry in book["stages"].values()):
+            raise UserError(f"{out / book_of.NAME}: nothing was measured yet; measure first")
         folder = records / "gpu" / place(book)
         step = book["stages"].get("step", {})
         title = f"{step.get('machine', {}).get('name', 'a machine')}: what tools/measure.py found"
