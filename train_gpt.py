@@ -635,9 +635,7 @@ class Process:
     def _talk(self, exchange, *arguments, **more):
         """An exchange that blocks, in a thread, so that signals are handled while others let this rank wait."""
         with self._exchange():
-            done = self._apart.submit(exchange, *arguments, **more)
-            wait_until(done.done)
-            done.result()
+            self._apart.submit(exchange, *arguments, **more).result()
 
     def together(self, action, main: bool = False):
         """Run `action` on every rank, or on the `main` one alone, and return its result; what the user must mend on any
@@ -674,14 +672,6 @@ class Process:
         """A thread that works on this rank's device; by itself it would open a context of half a GB on the first."""
         return ThreadPoolExecutor(1, initializer=torch.cuda.set_device if self.cuda else None,
                                   initargs=(self.device,) if self.cuda else ())
-
-    def note_graphs(self, shape: str):
-        """Add to `graphs` what torch has compiled since the last call, by the shape that made it necessary."""
-        met = torch._dynamo.utils.get_compilation_metrics()
-        torch._dynamo.utils.clear_compilation_metrics()
-        for graph in met:
-            seconds = (graph.duration_us or 0) / 1e6
-            self.graphs.append({"graph": graph.co_name or "backward", "shape": shape, "seconds": seconds})
 
     def memory(self) -> tuple[int, int]:
         """Bytes of memory of the device, and the most held so far (on a GPU by torch, on a CPU by the process)."""
@@ -1365,6 +1355,15 @@ def compiles(cfg: Config, process: Process) -> bool:
     return process.cuda if cfg.use_compile == "auto" else cfg.use_compile == "1"
 
 
+def note_graphs(process: Process, shape: str):
+    """Add to `process.graphs` what torch has compiled since the last call, by the shape that made it necessary."""
+    met = torch._dynamo.utils.get_compilation_metrics()
+    torch._dynamo.utils.clear_compilation_metrics()
+    for graph in met:
+        seconds = (graph.duration_us or 0) / 1e6
+        process.graphs.append({"graph": graph.co_name or "backward", "shape": shape, "seconds": seconds})
+
+
 def compiled(model: GPT, cfg: Config, process: Process):
     """The model's forward pass, compiled without graph breaks where that is wanted."""
     if not compiles(cfg, process):
@@ -1377,10 +1376,10 @@ def compiled(model: GPT, cfg: Config, process: Process):
         key = ids.size(1), window
         if key not in tables:  # RoPE's, once for a length and outside the graph, where each layer would make them anew
             tables[key] = model.rope(*key)
-        process.note_graphs(last)  # a backward pass is compiled when it first runs, so after this function
+        note_graphs(process, last)  # a backward pass is compiled when it first runs, so after this function
         result = graph(ids, targets, rows, 0, tables[key])
         last = f"{list(ids.shape)} -> {list(result.shape)}{', to learn from' if result.requires_grad else ''}"
-        process.note_graphs(last)
+        note_graphs(process, last)
         return result
 
     return forward
@@ -2739,7 +2738,7 @@ def prime(cfg: Config, process: Process, log: Log, stream: Stream, tokenizer: To
     ids[starts] = BOS_ID
     cfg = dataclasses.replace(cfg, eval_max_seconds=0.0)
     test_time_train(cfg, process, log.silent(), model, Stream(ids, tokenizer, process.device))
-    process.note_graphs("")
+    note_graphs(process, "")
     for graph in process.graphs:
         log(f"compile: {graph['graph']} {graph['shape']} {graph['seconds']:.1f} s")
 

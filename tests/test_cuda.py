@@ -272,7 +272,7 @@ def test_a_walk_that_was_primed_compiles_nothing_and_waits_once_a_turn(monkeypat
     ids = rng.integers(2, cfg.vocab_size, 6001)
     ids[[0, 1900, 2000, 2050, 2890, 5900]] = t.BOS_ID
     stream = t.Stream(ids, OneByte(), process.device)
-    process.note_graphs("")
+    t.note_graphs(process, "")
     process.graphs.clear()
     t.prime(cfg, process, Quiet(), stream, OneByte())
     shapes = [graph["shape"] for graph in process.graphs if graph["graph"] == "forward"]
@@ -292,7 +292,7 @@ def test_a_walk_that_was_primed_compiles_nothing_and_waits_once_a_turn(monkeypat
     monkeypatch.setattr(t.Process, "reached", counted_wait)
     evaluator, _ = t.test_time_train(cfg, process, Quiet(), model_on(process, cfg), stream)
     score = evaluator.result()
-    process.note_graphs("")
+    t.note_graphs(process, "")
     assert score.faults == [] and np.isfinite(score.nats).all()
     assert len(process.graphs) == met
     assert turns[0] > 10 and waits[0] <= turns[0] + 5

@@ -291,7 +291,7 @@ def test_what_was_primed_before_training_is_not_compiled_again(tiny, monkeypatch
     assert met and all(g["seconds"] > 0 and "->" in g["shape"] for g in process.graphs)
     assert [line for line in said if line.startswith("compile: forward [")]
     t.test_time_train(cfg, process, Quiet(), model_of(cfg, seed=1, noise=0.05), stream_of(ids))
-    process.note_graphs("")
+    t.note_graphs(process, "")
     assert len(process.graphs) == met, process.graphs[met:]
 
 
