@@ -2318,7 +2318,8 @@ class Walk:
     def _key(self) -> str:
         """What a state must have been made with for this walk to go on from it."""
         settings = {n: v for n, v in self.cfg.settings().items() if n.startswith(("ttt_", "eval_s", "val_b", "comp"))}
-        return json.dumps([settings, self.checkpoints.about["artifact"], self.process.world, self.process.device.type,
+        form = 2  # of the tensors, which the script before had otherwise
+        return json.dumps([form, settings, self.checkpoints.about["artifact"], self.process.world, self.process.device.type,
                            self.evaluator.stream.targets])
 
     def _restore(self):
