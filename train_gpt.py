@@ -2319,8 +2319,8 @@ class Walk:
         """What a state must have been made with for this walk to go on from it."""
         settings = {n: v for n, v in self.cfg.settings().items() if n.startswith(("ttt_", "eval_s", "val_b", "comp"))}
         form = 2  # of the tensors, which the script before had otherwise
-        return json.dumps([form, settings, self.checkpoints.about["artifact"], self.process.world, self.process.device.type,
-                           self.evaluator.stream.targets])
+        where = [self.process.world, self.process.device.type, self.evaluator.stream.targets]
+        return json.dumps([form, settings, self.checkpoints.about["artifact"], *where])
 
     def _restore(self):
         self.state = f"ttt_rank{0 if self.shared else self.process.rank}.npz"
