@@ -2712,13 +2712,12 @@ def walk_lora(walk: Walk, model: GPT):
     walk.end_lesson()
     walk.settle(0)
     walk.twentieths()
-    walk.undone += int(adapters.undone)
     try:
         process.heard(0.0)  # ranks that are done wait here for the others
     except PeerLost:  # which were interrupted
         walk.write()
         raise
-    counts = torch.tensor((walk.adapted, walk.undone, walk.chunks, walk.stopped), device=process.device)
+    counts = torch.tensor((walk.adapted, int(adapters.undone), walk.chunks, walk.stopped), device=process.device)
     walk.adapted, walk.undone, walk.chunks, walk.stopped = process.sum_(counts).tolist()
 
 

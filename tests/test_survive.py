@@ -271,6 +271,16 @@ def test_a_second_signal_ends_a_rank_whose_peer_hangs(start, where, hangs):
     assert gone and ("a second one leaves at once" in run.err) == bool(hangs)
 
 
+def test_both_clocks_of_test_time_training_outlive_a_kill_in_the_audit(start, tmp_path):
+    variables = {"ITERATIONS": 4, "TTT_ENABLED": 1, "VAL_TOKEN_LIMIT": 200, "AUDIT": 1, "AUDIT_TOKENS": 64}
+    killed = patched(tmp_path, "t.Run.audit = lambda self, weights: os.kill(os.getpid(), 9)\n")
+    assert start(script=killed, **variables).end().code == -9
+    again = start(RESUME=1, **variables).end()
+    assert again.code == 0 and "legal_ttt" not in again.out, again.err
+    seconds, clocks = again.summary["seconds"], again.summary["eval_clocks"]
+    assert clocks["without_compilation"] == pytest.approx(seconds["ttt"] + seconds["read"], abs=0.5)
+
+
 def test_killed_between_export_and_score_it_loses_no_training(start):
     cut = start(VAL_TOKEN_LIMIT=0, EVAL_STRIDE=1)
     cut.until("final_int6_roundtrip_exact")
