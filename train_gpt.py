@@ -2016,8 +2016,8 @@ class Exporter:
             self.stacks.append((group, names, torch.stack([self.weights[n] for n in names]), costs))
         self.low, self.high = (0.0, 12.0) if self.cfg.quant == "balanced" else (2.0, 8.0)
         self.asked = {g: getattr(cfg, f"quant_bits_{g}") for g in self.groups}
-        self.tried, self.best, self.late, self.head, self.needs = {}, None, 0, 0, 0.0  # tried: bytes by common term
-        self.coded_before = set()  # common terms whose bytes are not counted but known
+        self.tried, self.coded = {}, set()  # bytes by common term, counted; those terms whose bytes are known
+        self.kept, self.late, self.head, self.needs = (None, {}), 0, 0, 0.0  # kept: the best's term and its tensors
 
     def in_time(self, share: float = 1.0, needs: float = 0.0) -> bool:
         """Whether `needs` more seconds end within `share` of the guard."""
@@ -2040,16 +2040,21 @@ class Exporter:
         return {n: coarse[n] if n in coarse else Stored(
             "fp16", 16, w.clamp(-65504, 65504).half().cpu().numpy()) for n, w in self.weights.items()}
 
+    def best(self) -> float | None:
+        """The common term of the largest file so far that keeps the room."""
+        fits = [common for common, size in self.tried.items() if size <= self.room]
+        return max(fits, key=self.tried.get, default=None)
+
     def attempt(self, common: float):
-        """Round at a common term and count the bytes; the largest file that fits is kept."""
+        """Round at a common term and count the bytes; the tensors of the largest file that fits are kept."""
         began = time.perf_counter()
         stored, counts = self.rounded(self.bits(common)), time.perf_counter()
         (size, head, *_), ended = lay_out(self.cfg, stored), time.perf_counter()
         self.tried[common], self.head = size, len(head)
         self.needs = ended - began + 3 * (ended - counts)  # seconds of one more and of coding, 2.5 times the counting's
         self.report["attempts"] += 1
-        if size <= self.room and (not self.best or size > self.tried[self.best[0]]):
-            self.best = common, stored
+        if self.best() == common:
+            self.kept = common, stored
 
     def common_for(self, size: float) -> float:
         """The common term at which the file should have this size, by the latest one or two that were tried. At r bits
@@ -2068,8 +2073,8 @@ class Exporter:
     def next_common(self) -> float | None:
         """The common term to try next; None where what fits is near enough, no time is left, or nothing to try.
         Where nothing fits yet and it is late, ever wider margins end the search in a few attempts more."""
-        size = self.tried[self.best[0]] if self.best else 0
-        if not self.groups or size >= 0.995 * self.room or (size and not self.best[0] and not self.cfg.export_fill):
+        best, size = self.best(), self.tried.get(self.best(), 0)
+        if not self.groups or size >= 0.995 * self.room or (best == 0 and not self.cfg.export_fill):
             return None
         in_time = self.in_time(needs=self.needs)
         self.bite("the search" if not in_time and not self.late else "")
@@ -2078,24 +2083,20 @@ class Exporter:
         fits, over = ([c for c, size in self.tried.items() if (size <= self.room) == it] for it in (True, False))
         if fits and over and (self.report["attempts"] > 5 or not max(fits) < common < min(over)):
             common = (max(fits) + min(over)) / 2  # halves surely come nearer, where sizes do not follow a line
-        return None if common in self.tried or (self.late and self.best) else common
+        return None if common in self.tried or (self.late and best is not None) else common
 
-    def coded(self) -> bytes | None:
-        """The largest file of those tried that keeps the room, None where none does; what was counted wrongly is put
-        right."""
-        most = self.room if self.best else 1.001 * self.room  # the count may be too high
-        for common in sorted(self.tried, key=self.tried.get, reverse=True):
-            if self.tried[common] > most or common in self.coded_before:
-                continue
-            stored = self.best[1] if self.best and self.best[0] == common else self.rounded(self.bits(common))
-            blob = pack(self.cfg, stored)
-            self.tried[common] = len(blob)
-            self.coded_before.add(common)
-            if len(blob) <= self.room:
-                self.best = common, stored
-                return blob
-        self.best = None
-        return None
+    def to_code(self) -> float | None:
+        """The common term whose file is to be coded: the best, else the smallest if its count may be too high."""
+        near = [common for common, size in self.tried.items() if size <= 1.001 * self.room]
+        smallest = min(set(near) - self.coded, key=self.tried.get, default=None)
+        return smallest if self.best() is None else self.best()
+
+    def code(self, common: float) -> bytes | None:
+        """The file at a common term that was tried, None where it is larger than was counted and breaks the limit."""
+        blob = pack(self.cfg, self.kept[1] if self.kept[0] == common else self.rounded(self.bits(common)))
+        self.tried[common] = len(blob)
+        self.coded.add(common)
+        return blob if len(blob) <= self.room else None
 
     def search(self) -> bytes | None:
         """The file, or None where no setting keeps it within `room`."""
@@ -2103,12 +2104,12 @@ class Exporter:
         while common is not None:
             self.attempt(common)
             common = self.next_common()
-            if common is None:
-                blob = self.coded()
-                common = None if blob else self.next_common()  # coarser, if that was not tried yet
-        self.report |= {"bits": self.bits(self.best[0] if blob else 0.0), "bytes_first": self.tried[0.0]}
-        if blob and self.best[0]:
-            self.log(f"export: {self.best[0]:+.2f} bits to all; {self.tried[0.0]} -> {len(blob)} bytes of {self.room}")
+            while common is None and blob is None and (chosen := self.to_code()) is not None:
+                blob = self.code(chosen)
+                common = None if blob else self.next_common()  # with what is known now
+        self.report |= {"bits": self.bits(chosen if blob else 0.0), "bytes_first": self.tried[0.0]}
+        if blob and chosen:
+            self.log(f"export: {chosen:+.2f} bits to all; {self.tried[0.0]} -> {len(blob)} bytes of {self.room}")
         return blob
 
 

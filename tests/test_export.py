@@ -252,10 +252,11 @@ def test_float_files_are_exact(tiny):
 # ---- fitting the limit ----
 
 
+@pytest.mark.parametrize("noise", [0.3, 0.01])
 @pytest.mark.parametrize("variables", [{}, {"QUANT": "rowmax"}, {"QUANT_BITS_MLP": 2, "QUANT_BITS_EMBED": 3}])
-def test_bytes_are_counted_without_coding(tiny, variables):
+def test_bytes_are_counted_without_coding(tiny, variables, noise):
     cfg = tiny(MODEL_DIM=96, NUM_LAYERS=4, BIGRAM_VOCAB_SIZE=1024, **variables)
-    exporter = exporter_of(cfg)
+    exporter = exporter_of(cfg, noise=noise)
     for common in (-20.0, -2.0, 0.0, 1.5):  # the first leaves hardly a value that is not 0
         stored = exporter.rounded(exporter.bits(common))
         counted, coded = t.lay_out(cfg, stored)[0], len(t.pack(cfg, stored))
@@ -294,17 +295,17 @@ def test_a_count_that_was_too_low_is_made_up_for(tiny, monkeypatch):
     assert 0.9 * room < len(blob) < room and exporter.report["attempts"] > 1 and exporter.report["bits"]["attn"] < 6
 
 
-@pytest.mark.parametrize("variables", [{}, {"QUANT": "rowmax", "QUANT_BITS_MLP": 2.5, "QUANT_BITS_ATTN": 8}])
+@pytest.mark.parametrize("variables", [{}, {"QUANT": "rowmax"}])
 def test_every_room_is_filled_in_which_there_is_a_file(tiny, variables):
     """From the smallest file, whose values are nearly all 0, to the largest."""
     cfg = tiny(MODEL_DIM=64, EXPORT_FILL=1, QUANT_MIN_NUMEL=0, **variables)
-    ends = exporter_of(cfg)
+    ends = exporter_of(cfg, noise=0.02)
     least, most = (len(t.pack(cfg, ends.rounded(ends.bits(common)))) for common in (-20.0, 20.0))
-    assert exporter_of(cfg, room=least - 1).search() is None
-    for share in (0.0, 0.001, 0.01, 0.03, 0.1, 0.3, 0.6, 0.95, 1.1):
+    assert exporter_of(cfg, noise=0.02, room=least - 1).search() is None
+    for share in (0.0, 0.001, 0.01, 0.02, 0.03, 0.1, 0.6, 0.95, 1.1):
         room = int(least + share * (most - least))
-        blob = exporter_of(cfg, room=room).search()
-        assert min(0.99 * room, most) <= len(blob) <= room, share
+        blob = exporter_of(cfg, noise=0.02, room=room).search()
+        assert min(0.98 * room, most) <= len(blob) <= room, share
 
 
 class Clock:

@@ -241,7 +241,8 @@ def test_the_budget_stops_learning_never_scoring(tiny, mode, limit, monkeypatch)
 def test_priming_compiles_the_walk_on_random_tokens(tiny, monkeypatch):
     """With a forward pass that is not the bare model, the fixed shapes of compiled models are used: the losses are
     the same, priming meets every shape that the walk meets, and it sees no validation text."""
-    for mode in [*MODES, MODES[0] | {"TTT_LORA_CHUNK_TOKENS": 16}]:
+    for mode in [*MODES, MODES[0] | {"TTT_LORA_CHUNK_TOKENS": 16},
+                 MODES[0] | {"TTT_LORA_CHUNK_TOKENS": 4, "VAL_BATCH_SIZE": 32}]:  # the last learns in two windows
         cfg, ids = tiny(**SMALL | {"VAL_BATCH_SIZE": 64} | mode), tokens(331, 7, [0, 100, 104, 112, 119, 150, 290])
         plain, shapes, seen = walk(cfg, ids)[0].nats, [], []
 
