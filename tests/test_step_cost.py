@@ -1,0 +1,154 @@
+"""The count of a step's kernels: what follows from the shapes by hand, and one line for each thing that is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import step_cost  # noqa: E402
+
+TOOL = ROOT / "tools" / "step_cost.py"
+LAYERS, WIDTH, KEYS, HIDDEN, VOCABULARY, LENGTH = 2, 64, 32, 128, 256, 64  # KEYS: the width of all keys
+SMALL = {
+    "NUM_LAYERS": LAYERS, "MODEL_DIM": WIDTH, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "MLP_MULT": HIDDEN // WIDTH,
+    "VOCAB_SIZE": VOCABULARY, "TRAIN_SEQ_LEN": LENGTH, "ROPE_DIMS": 8, "BIGRAM_VOCAB_SIZE": 0, "SPARSE_HIDDEN_DIM": 0,
+}
+SMALL = {name: str(value) for name, value in SMALL.items()}
+# Inputs and outputs of each matrix: queries, keys, values, projection and the MLP of each layer, then the logits.
+MATRICES = LAYERS * [(WIDTH, WIDTH), (WIDTH, KEYS), (WIDTH, KEYS), (WIDTH, WIDTH), (WIDTH, HIDDEN), (HIDDEN, WIDTH)]
+MATRICES += [(WIDTH, VOCABULARY)]
+WEIGHTS = sum(k * n for k, n in MATRICES)
+
+
+def options_for(tokens: int, *more: str):
+    return step_cost.read_arguments(["--tokens", str(tokens), *more, *(f"{n}={v}" for n, v in SMALL.items())])
+
+
+def check_products(found: dict, tokens: int):
+    """A product of [m, k] and [k, n] takes 2 m k n operations and moves its three matrices in bf16. Backward it becomes
+    two of that size: each input comes from a weight, the embedding at the latest, so no input's gradient is spared."""
+    work = sum(2 * tokens * k * n for k, n in MATRICES)
+    moved = sum(2 * (tokens * k + k * n + tokens * n) for k, n in MATRICES)
+    for stage, times in (("forward", 1), ("backward", 2)):
+        assert found[stage]["products"] == {"kernels": times * len(MATRICES), "bytes": times * moved,
+                                            "operations": times * work}
+
+
+def check_attention(found: dict, tokens: int):
+    """One operation a layer. Under the causal mask a product with the scores takes half of 2 x tokens x length x width;
+    there are two forward and five backward. Queries and the result are of WIDTH, keys and values of KEYS."""
+    half = tokens * LENGTH * WIDTH
+    read = LAYERS * 2 * tokens * (2 * WIDTH + 2 * KEYS)
+    for stage, products, times in (("forward", 2, 1), ("backward", 5, 2)):
+        attention = found[stage]["attention"]
+        assert attention["kernels"] == LAYERS and attention["operations"] == LAYERS * products * half
+        assert times * read <= attention["bytes"] < 1.05 * times * read  # and the sums of the scores
+
+
+def check_fused(found: dict, tokens: int):
+    """At least: fp32 weights are read and written in bf16 (backward: gradients the other way); what goes into a product
+    or into attention is written, and what comes out of a product is read; what passes between those two is left out. At
+    most: 1.95 and 2.80 times that were counted, and a copy of the logits in fp32 would add half to the first."""
+    layer = 2 * WIDTH + HIDDEN + WIDTH + KEYS  # into products but from attention; queries and keys into attention
+    layer += WIDTH + KEYS + WIDTH + HIDDEN + WIDTH  # out of products but values
+    least = (4 + 2) * WEIGHTS + 2 * tokens * (LAYERS * layer + WIDTH + VOCABULARY)
+    for stage, most in (("forward", 2.1), ("backward", 3.0)):
+        assert least <= found[stage]["fused"]["bytes"] <= most * least
+
+
+def check_growth(small: dict, large: dict):
+    """Twice the tokens move twice as much, but for the weights, which are read and written once more or less often."""
+    for stage in ("forward", "backward"):
+        once, twice = (found[stage]["fused"]["bytes"] for found in (small, large))
+        assert (4 + 2) * WEIGHTS <= 2 * once - twice <= 3 * (4 + 2) * WEIGHTS
+        assert small[stage]["fused"]["kernels"] == large[stage]["fused"]["kernels"]
+
+
+def test_counts_follow_by_hand(monkeypatch, capsys):
+    """One test, so that the two counts, most of its time, are taken once."""
+    counts, found = {}, {}
+    for tokens in (1024, 2048):
+        options = options_for(tokens)
+        counts[tokens] = step_cost.count(options.script, tokens, options.variables)
+        found[tokens] = step_cost.figures(counts[tokens][0], options)
+        check_products(found[tokens], tokens)
+        check_attention(found[tokens], tokens)
+        check_fused(found[tokens], tokens)
+    check_growth(found[1024], found[2048])
+    kernels, _ = counts[1024]
+    done = {name for kernel in kernels for name in kernel.origins}
+    assert {"tanh", "rsqrt", "cat"} <= done and not {"cos", "sin"} & done  # RoPE turns, by tables from outside
+    assert "flash_attn_interface" not in sys.modules and "counted_script" not in sys.modules
+
+    monkeypatch.setattr(step_cost, "count", lambda script, tokens, variables, with_code: counts[tokens])
+    given = [f"{name}={value}" for name, value in SMALL.items()]
+    step_cost.main(["--tokens", "1024", "--json", "--bandwidth", "1e9", "--rate", "1e9", "--top", "3", *given])
+    printed = json.loads(capsys.readouterr().out)
+    fused = sum(found[1024][stage]["fused"]["bytes"] for stage in ("forward", "backward"))
+    work = sum(found[1024][stage]["products"]["operations"] for stage in ("forward", "backward"))
+    assert printed["estimates"]["fused_ms"] == pytest.approx(fused / 1e6)
+    assert printed["estimates"]["products_ms"] == pytest.approx(work / 1e6)
+    assert all(printed[part] == found[1024][part] for part in ("tokens", "variables", "forward", "backward"))
+    assert len(printed["largest"]) == 3
+
+    step_cost.main(["--tokens", "1024", *given])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("forward  aten.mm.out") and f"{len(MATRICES)} kernels" in line for line in lines)
+    assert json.loads(last)["fused_kernels"] == sum(k.kind == "fused" for k in kernels)
+
+
+EMPTY, LEAN, BROKEN = "x = 1\n", "def load_config(environ): ...\nclass GPT: ...\n", "import no_such_module\n"
+
+
+@pytest.mark.parametrize("source, arguments, says", [
+    (None, ["--script", "missing.py"], ["missing.py: no such file", "--script"]),
+    (EMPTY, [], ["given.py: has neither load_config nor Hyperparameters", "--script"]),
+    (LEAN, [], ["given.py", "attend, norm", "--script"]),
+    (BROKEN, [], ["given.py: cannot be imported", "no_such_module"]),
+    (None, ["NUM_LAYERS"], ["NUM_LAYERS: not of the form VARIABLE=VALUE"]),
+    (None, ["NUM_LAYERS=x"], ["NUM_LAYERS='x'", "accepts int"]),
+    (None, ["NUM_LAYRES=4", "MODEL_DIM=-1"], ["NUM_LAYRES: no such variable; did you mean NUM_LAYERS?", "MODEL_DIM"]),
+    (None, ["--tokens", "5000"], ["--tokens 5000", "no multiple", "TRAIN_SEQ_LEN", "2048", "give 4096"]),
+    (None, ["--tokens", "0"], ["--tokens 0", "above 0"]),
+    (None, ["--tokens", "many"], ["--tokens", "'many'", "--help"]),
+    (None, ["--code", "/dev/null/folder"], ["--code /dev/null/folder", "Not a directory"]),
+])
+def test_what_is_wrong_is_one_line(launch, tmp_path, source, arguments, says):
+    if source is not None:
+        (tmp_path / "given.py").write_text(source)
+        arguments = ["--script", "given.py", *arguments]
+    launch(script=TOOL, options=arguments).refused(*says)
+
+
+def test_another_torch_is_one_line(tmp_path):
+    """It is the one that Python finds, a package without the internals."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("__version__ = '9.9.0'\n")
+    done = subprocess.run([sys.executable, str(TOOL)], env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True,
+                          capture_output=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
+    assert all(word in done.stderr for word in ("error: torch 9.9.0", "torch 2.13", "requirements.txt"))
+
+
+def test_what_was_put_aside_is_put_back():
+    """Whoever imports the tool goes on with Inductor as it was."""
+    import torch._inductor.config as config
+    from torch._inductor import ir, lowering, scheduler
+    from torch._inductor.runtime import hints
+
+    def now():
+        return (ir.is_cpu, lowering.cat, dict(lowering.lowerings), scheduler.BaseSchedulerNode.is_cpu,
+                vars(hints.DeviceProperties)["create"], config.cpu_backend)
+
+    before = now()
+    with step_cost.as_for_a_hopper():
+        assert all(a != b for a, b in zip(before, now(), strict=True))
+    assert now() == before
+
+
+def test_the_script_is_beside_the_tool():
+    assert step_cost.read_arguments([]).script == str(SCRIPT)
