@@ -6,7 +6,10 @@
 #   ./run.sh bench [...]   the speed of each part here, or against another script; arguments go to tools/bench.py
 #   ./run.sh sweep [...]   many runs and their table and plot: TTT_LR=1e-4,3e-4 SEED=13,1337; see tools/sweep.py
 #   ./run.sh show [...]    table and plots of runs and of published logs; see tools/show.py
+#   ./run.sh inspect FILE  what an artifact holds, tensor by tensor; see tools/inspect_artifact.py
 #   ./run.sh measure [...] what a new machine, a GPU above all, can tell, in twelve minutes; see tools/measure.py
+#   ./run.sh audit RUN...  whether an evaluation learns before it scores, or peeks; see tools/audit.py. AUDIT=1 ./run.sh
+#                          and AUDIT=1 ./run.sh sweep [...] audit each run when it ends
 #   ./run.sh record [...]  a folder that is ready to submit, of runs that differ in the seed; see tools/record.py
 # Variables of train_gpt.py pass through: SEED=7 ITERATIONS=500 ./run.sh
 set -euo pipefail
@@ -61,9 +64,9 @@ need() {
 job=${1:-train}
 [ $# -gt 0 ] && shift
 case $job in
-  -h | --help | help) sed -n '2,11s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
-  train | test | data | bench | measure | sweep | show | record) ;;
-  *) fail "no job named $job; the jobs are: (none), test, data, bench, measure, sweep, show, record; variables of train_gpt.py: python train_gpt.py --help" ;;
+  -h | --help | help) sed -n '2,14s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
+  train | test | data | bench | measure | sweep | show | inspect | audit | record) ;;
+  *) fail "no job named $job; the jobs are: (none), test, data, bench, measure, sweep, show, inspect, audit, record; variables of train_gpt.py: python train_gpt.py --help" ;;
 esac
 need "$here/requirements.txt" torch numpy sentencepiece zstandard
 
@@ -83,15 +86,43 @@ choose() {
   fi
 }
 
+# Run a command, pass signals on to it, and set `code` to its exit code.
+follow() {
+  "$@" &
+  local child=$!
+  trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+  trap : INT  # which a terminal sends to the command too
+  while wait "$child" && code=0 || code=$?; kill -0 "$child" 2>/dev/null; do :; done
+  trap - TERM INT
+}
+
+# Whether the run in a folder has come to its end.
+finished() { grep -qs '"finished": true' "$1/summary.json"; }
+
 case $job in
   train)
+    case ${AUDIT:-0} in 0 | 1) ;; *) fail "AUDIT=$AUDIT: accepts 0 or 1" ;; esac
+    audit=${AUDIT:-0}
+    unset AUDIT  # which is ours and not the script's
     choose
     ranks=$((gpus > 0 ? gpus : 1))
     "$py" "$here/train_gpt.py" --check --ranks "$ranks"
-    exec "$py" -m torch.distributed.run --standalone --nproc_per_node="$ranks" "$here/train_gpt.py" "$@" ;;
+    launch=("$py" -m torch.distributed.run --standalone --nproc_per_node="$ranks" "$here/train_gpt.py" "$@")
+    [ "$audit" = 1 ] || exec "${launch[@]}"
+    export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)_seed${SEED:-1337}_$$}  # to know the folder
+    folder=${LOG_DIR:-logs}/$RUN_ID
+    follow "${launch[@]}"
+    finished "$folder" || exit "$code"
+    worst=$code
+    follow "$py" "$here/tools/audit.py" "$folder"
+    exit $((code > worst ? code : worst)) ;;
+  audit)
+    exec "$py" "$here/tools/audit.py" "$@" ;;
   bench)
     choose
     exec "$py" "$here/tools/bench.py" "$@" ;;
+  inspect)
+    exec "$py" "$here/tools/inspect_artifact.py" "$@" ;;
   measure)  # finds its own data
     case " $* " in *" --report "*)
       (need "$here/tools/requirements.txt" matplotlib) || echo "warning: no matplotlib, so no plot; the tables come" >&2

@@ -5,10 +5,9 @@
     python train_gpt.py                                      one process: CPU or one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs
     TRAIN_ENABLED=0 MODEL_PATH=final_model.int6.ptz python train_gpt.py    score an artifact again
-    python train_gpt.py --inspect final_model.int6.ptz       what an artifact holds
 
-A run is: train -> average (EMA) -> export (round, fit, code) -> read back -> evaluate -> test-time training, and the
-file reads in that order. Configuration is by environment variables and is checked before anything else.
+A run is: train -> average (EMA) -> export (round, fit, code) -> read back -> score -> test-time training, and the file
+reads in that order; `run`, near its end, is the list. Variables of the environment configure it, checked before all.
 Exit codes: 0 a finished run; 1 a finished run that failed a check, such as the limit; 2 something the user must mend;
 128+n after signal n, when RESUME=1 goes on.
 """
@@ -22,7 +21,6 @@ import dataclasses
 import difflib
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -49,17 +47,18 @@ DEFAULT_DATA, DEFAULT_TOKENIZER = "./data/datasets/fineweb10B_sp1024", "./data/t
 
 
 class UserError(Exception):
-    """Something the person who launched the run can mend: one line, exit code 2. `shared`: all ranks raise it alike."""
-
-    def __init__(self, message: str, shared: bool = False):
-        super().__init__(message)
-        self.shared = shared
+    """Something the person who launched the run can mend: one line, exit code 2."""
 
 
 def require(holds, problem: str):
     """UserError with this problem unless it holds."""
     if not holds:
         raise UserError(problem)
+
+
+def one_line(problem) -> str:
+    """A message without the line breaks that file names and variables may bring."""
+    return " ".join(str(problem).splitlines())
 
 
 def var(default, accepts: str, text: str, stage: str = ""):
@@ -74,19 +73,17 @@ class Config:
     preset: str = var("auto", "auto|seed|frontier|demo", "where defaults come from; auto: seed with a GPU, else demo",
                       "Run")
     run_id: str = var("", "name", "folder of this run under LOG_DIR; empty: time and seed")
-    seed: int = var(1337, "0..4294967295", "random seed of weights and, with SHUFFLE=1, of the data order")
+    seed: int = var(1337, "0..4294967295", "random seed of the weights")
     log_dir: str = var("logs", "path", "where runs are kept")
     train_log_every: int = var(100, ">=0", "steps between train_loss lines, besides the first 10; 0 off")
-    ckpt_every_seconds: float = var(0.0, ">=0", "seconds between checkpoints, of training and of TTT; 0 off")
-    keep_ckpts: int = var(2, ">=1", "checkpoints of training that stay")
-    resume: str = var("0", "0|1|path", "1: go on with RUN_ID, or start it; a run's folder or a checkpoint: with that")
-    nan_policy: str = var("stop", "stop|skip", "at a step that is not finite: stop, or skip it, three in a row at most")
+    ckpt_every_seconds: float = var(0.0, ">=0", "seconds between checkpoints; 0: only where training is interrupted")
+    keep_ckpts: int = var(2, ">=1", "checkpoints that stay")
+    resume: bool = var(False, "0|1", "1: go on with RUN_ID where it stopped, or start it")
     strict_env: bool = var(True, "0|1", "1: a variable that looks misspelt stops the run; 0: it is a warning")
     env_extra: str = var("", "text", "comma-separated names of your own variables that may look like ours")
 
     data_path: str = var(DEFAULT_DATA, "path", "folder of shards; the default is sought above the script too", "Data")
     tokenizer_path: str = var("", "path", f"SentencePiece; empty: DATA_PATH/tokenizer.model or {DEFAULT_TOKENIZER}")
-    shuffle: bool = var(False, "0|1", "1: the order of sequences within an epoch is drawn from SEED")
     val_token_limit: int = var(0, ">=0", "score only the first N targets of the validation split; 0 all")
 
     vocab_size: int = var(1024, "2..65535", "tokens, as in the tokenizer", "Model")
@@ -190,9 +187,6 @@ class Config:
     ttt_pull: float = var(0.4, "0..1", "full: share of the way back to the artifact's weights, after each chunk")
     ttt_grad_clip: float = var(1.0, ">=0", "gradient norm at most (lora: of each document); 0 off")
 
-    audit: bool = var(False, "0|1", "1: prove on an excerpt that the evaluation behind val_bpb is causal", "Audit")
-    audit_tokens: int = var(0, ">=0", "targets of the excerpt, a window at least; 0: four windows")
-
     explicit: frozenset = frozenset()  # names of the fields that the environment set
 
     @property
@@ -210,11 +204,19 @@ class Config:
         return self.export_max_seconds if self.export_max_seconds >= 0 else min(max(10.0, cap / 50), cap / 4)
 
     @property
+    def training_seconds(self) -> float:
+        """Seconds of training at most, 0 for no cap."""
+        if self.max_wallclock_seconds == 0 or not self.export_enabled:
+            return self.max_wallclock_seconds
+        return self.max_wallclock_seconds - self.export_seconds
+
+    @property
     def sparse_sites(self) -> tuple[int, ...]:
         """Layers followed by the shared sidecar."""
         end = self.num_layers if self.sparse_end_layer < 0 else min(self.sparse_end_layer + 1, self.num_layers)
-        sites = tuple(range(self.sparse_start_layer, end, self.sparse_every))[: self.sparse_max_sites or None]
-        return sites if self.sparse_start_layer >= 0 and self.sparse_hidden_dim else ()
+        if self.sparse_start_layer < 0 or self.sparse_hidden_dim == 0:
+            return ()
+        return tuple(range(self.sparse_start_layer, end, self.sparse_every))[: self.sparse_max_sites or None]
 
     def settings(self) -> dict:
         return {f.name: getattr(self, f.name) for f in VARIABLES}
@@ -238,70 +240,88 @@ PRESETS = {
     },
 }
 
-# Switches of this field's other scripts that are not implemented here: harmless when off, an error when on.
+# What other scripts of this field know and this one does not: harmless when off, an error when on.
 NOT_IMPLEMENTED = ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS", "LAWA_ENABLED", "DTG_ENABLED",
                    "VE_ENABLED", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM", "NUM_LOOPS", "PARALLEL_START_LAYER",
                    "SKIP_GATES", "SKIP_GATES_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED", "MIN_LR",
                    "SPARSE_ATTN_GATE_ENABLED", "MUON_ROW_NORMALIZE", "EMBEDDING_DIM", "CASEOPS_ENABLED", "COMPRESSOR",
                    "LQER_ENABLED", "EMBED_BITS", "MATRIX_BITS", "EMBED_CLIP_SIGMAS", "MATRIX_CLIP_SIGMAS",
                    "PHASED_TTT_NUM_PHASES")
+# What this script knew once, and what took its place.
+REMOVED = {
+    "AUDIT": "audit from outside: AUDIT=1 ./run.sh, or ./run.sh audit LOG_DIR/RUN_ID after a run",
+    "AUDIT_TOKENS": "audit from outside: ./run.sh audit --tokens N LOG_DIR/RUN_ID",
+    "NAN_POLICY": "a step that is not finite ends the run; start another with lower rates",
+    "SHUFFLE": "sequences are taken in the order of the shards, as published runs do",
+}
 # A name with a prefix of the first group was meant for us; one of the second never was, or is a setting of the above.
-FAMILIES = ("ADAM_", "AUDIT_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "RESUME_",
-            "ROPE_", "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_")
+FAMILIES = ("ADAM_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "RESUME_", "ROPE_",
+            "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_")
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH", "PET_", "CUDA_", "NVIDIA_", "NCCL_",
            "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MODULE", "MATCHED_", "SWA_",
            "QAT_", "MTP_", "LAWA_", "DTG_")
 
 VARIABLES = [f for f in dataclasses.fields(Config) if "accepts" in f.metadata]
-_stages = list(itertools.accumulate((f.metadata["stage"] for f in VARIABLES), lambda old, new: new or old))
+STAGES = dict(zip(
+    (f.name for f in VARIABLES),
+    itertools.accumulate((f.metadata["stage"] for f in VARIABLES), lambda old, new: new or old),
+    strict=True,
+))  # the section of --help that a variable stands in
+MODEL_FIELDS = [f for f in VARIABLES if STAGES[f.name] == "Model"]  # stored in artifacts
 TTT_LORA = {f.name for f in VARIABLES if f.name.startswith("ttt_lora")}  # what each mode alone listens to
 TTT_FULL = {f.name for f in VARIABLES if f.metadata["text"].startswith("full: ")}
-MODEL_FIELDS = [f for f, stage in zip(VARIABLES, _stages, strict=True) if stage == "Model"]  # stored in artifacts
 
 
 def parse(kind: type, accepts: str, raw: str):
     """A variable's value from its text. Raises ValueError when `accepts` does not admit it."""
     if kind is bool:
-        ok, value = raw in ("0", "1"), raw == "1"
-    elif kind is str:
-        ok = not re.search("[\n\0]", raw) and ("|" not in accepts or "path" in accepts or raw in accepts.split("|"))
-        short = len(raw.encode()) < 200  # encode() refuses what no log could hold
-        ok, value = ok and (accepts != "name" or raw not in (".", "..") and "/" not in raw and short), raw
+        require_value(raw in ("0", "1"))
+        return raw == "1"
+    if kind is str:
+        require_value(not re.search("[\n\0]", raw))
+        require_value("|" not in accepts or raw in accepts.split("|"))
+        length = len(raw.encode())  # encode() refuses what no log could hold
+        if accepts == "name":
+            require_value(raw not in (".", "..") and "/" not in raw and length < 200)
+        return raw
+    value = kind(raw)
+    low, _, high = accepts.partition("..")
+    if low.startswith(">"):
+        least = float(low.lstrip(">="))
+        require_value(value >= least if low.startswith(">=") else value > least)
     else:
-        value, (low, _, high) = kind(raw), accepts.partition("..")
-        bounds = [low] if low[0] == ">" else [f">={low}", f"{'<' if high[0] == '<' else '<='}{high.lstrip('<')}"]
-        against = [(b, float(b.lstrip("<>="))) for b in bounds]
-        ok = all((value > x if b[0] == ">" else value < x) or ("=" in b and value == x) for b, x in against)
-        ok = ok and abs(value) <= 1e15  # also refuses nan and inf
-    if not ok:
-        raise ValueError
+        most = float(high.lstrip("<"))
+        require_value(float(low) <= value and (value < most if high.startswith("<") else value <= most))
+    require_value(abs(value) <= 1e15)  # also refuses nan and inf
     return value
+
+
+def require_value(holds: bool):
+    if not holds:
+        raise ValueError("not a value that is accepted")
 
 
 def check_value(field: dataclasses.Field, value):
     """A file's value for a variable, as it is. Raises ValueError or TypeError for what the variable does not accept."""
-    if type(value) not in (field.type, int if field.type is float else field.type):
+    kinds = (int, float) if field.type is float else (field.type,)
+    if type(value) not in kinds:
         raise TypeError(f"{field.name.upper()} is not of type {field.type.__name__}")
     if value != "":
         parse(field.type, field.metadata["accepts"], str(int(value) if field.type is bool else value))
     return value
 
 
-def near(a: str, b: str, edits: int) -> bool:
-    """Whether at most so many insertions, deletions and substitutions turn `a` into `b`."""
-    if a[:1] == b[:1]:
-        return not a or near(a[1:], b[1:], edits)
-    return edits > 0 and any(near(x, y, edits - 1) for x, y in ((a[1:], b), (a, b[1:]), (a[1:], b[1:])))
-
-
 def misspelt(names, extra: set[str]) -> list[str]:
     """A line for each environment name that looks meant for this script but is not one of its variables."""
-    ours, lines = sorted(f.name.upper() for f in VARIABLES), []
-    for name in sorted(set(names) - {*ours, *NOT_IMPLEMENTED, *extra}):
-        family = next((prefix for prefix in FAMILIES if name.upper().startswith(prefix)), "")
-        close = [o for edits in (1, 2) for o in ours if near(name.upper(), o, edits)]
-        if (close or family) and not name.startswith(FOREIGN):
-            close += difflib.get_close_matches(name.upper(), [o for o in ours if o.startswith(family)], 1, 0.0)
+    ours, lines = [f.name.upper() for f in VARIABLES], []
+    for name in sorted(set(names) - {*ours, *NOT_IMPLEMENTED, *REMOVED, *extra}):
+        if name.startswith(FOREIGN):
+            continue
+        close = difflib.get_close_matches(name.upper(), ours, 1, 0.75)
+        if not close and name.upper().startswith(FAMILIES):
+            family = name.upper().partition("_")[0]
+            close = difflib.get_close_matches(name.upper(), [o for o in ours if o.startswith(family)], 1, 0.0)
+        if close:
             lines.append(f"{name}: no such variable; did you mean {close[0]}? (ENV_EXTRA={name} lets it pass)")
     return lines
 
@@ -319,32 +339,46 @@ def inductor_defaults(torch_version: str) -> dict[str, str]:
     return {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"} if slow else {}
 
 
+def read_variables(environ) -> tuple[dict, list[str]]:
+    """The values that the environment gives, by field; and a line for each that is refused."""
+    values, problems = {}, []
+    for f in VARIABLES:
+        name, raw, accepts = f.name.upper(), environ.get(f.name.upper()), f.metadata["accepts"]
+        if raw is None or (raw == "" and f.type is str):
+            continue
+        try:
+            values[f.name] = parse(f.type, accepts, raw)
+        except (ValueError, OverflowError):
+            most = ", at most 1e15" if accepts.startswith(">") else ""
+            problems.append(f"{name}={raw[:80]!r}: accepts {f.type.__name__} {accepts}{most}")
+    for name in (*NOT_IMPLEMENTED, *REMOVED):
+        if environ.get(name, "0") not in ("0", "", "0.0"):
+            why = REMOVED.get(name, "not implemented in this script")
+            problems.append(f"{name}={environ[name][:80]!r}: {why}; unset it or set it to 0")
+    return values, problems
+
+
 def load_config(environ, ranks: int = 1) -> tuple[Config, list[str], list[str]]:
     """The configuration that the environment asks for, all problems and all warnings, a line each."""
-    problems, values = [], {}
-    for f in VARIABLES:
-        name, raw = f.name.upper(), environ.get(f.name.upper())
-        try:
-            if raw is not None and (raw or f.type is not str):
-                values[f.name] = parse(f.type, f.metadata["accepts"], raw)
-        except (ValueError, OverflowError):
-            most = ", at most 1e15" if f.metadata["accepts"].startswith(">") else ""
-            problems.append(f"{name}={raw[:80]!r}: accepts {f.type.__name__} {f.metadata['accepts']}{most}")
-    problems += [f"{name}={environ[name][:80]!r}: not implemented in this script; unset it or set it to 0"
-                 for name in NOT_IMPLEMENTED if environ.get(name, "0") not in ("0", "", "0.0")]
+    values, problems = read_variables(environ)
     preset = values.get("preset", "auto")
-    preset = ("seed" if has_gpu() else "demo") if preset == "auto" else preset
+    if preset == "auto":
+        preset = "seed" if has_gpu() else "demo"
     cfg = Config(**{**PRESETS[preset], **values, "preset": preset, "explicit": frozenset(values)})
-    full, lora = (sorted(n.upper() for n in cfg.explicit & names) if cfg.ttt_enabled else [] for names in
-                  (TTT_FULL, TTT_LORA))
-    idle = {"full": lora, "lora": full, "auto": []}[cfg.ttt_mode]
-    warnings = [f"{name}: no effect with TTT_MODE={cfg.ttt_mode}" for name in idle]
+    full, lora = (sorted(n.upper() for n in cfg.explicit & names) for names in (TTT_FULL, TTT_LORA))
+    warnings = []
     if cfg.ttt_mode == "auto":
-        cfg = dataclasses.replace(cfg, ttt_mode="full" if full else "lora")
-        if full and lora:
+        if cfg.ttt_enabled and full and lora:
             problems.append(f"TTT_MODE: {full[0]} belongs to full and {lora[0]} to lora; say which")
-    later = cfg.resume != "0" or not cfg.train_enabled and cfg.model_path  # the run or the artifact brings the rest
-    problems += [] if problems else [s for s in conflicts(cfg, ranks) if not later or s.startswith("RESUME=")]
+        cfg = dataclasses.replace(cfg, ttt_mode="full" if cfg.ttt_enabled and full else "lora")
+    elif cfg.ttt_enabled:
+        idle = lora if cfg.ttt_mode == "full" else full
+        warnings = [f"{name}: no effect with TTT_MODE={cfg.ttt_mode}" for name in idle]
+    if cfg.resume and not cfg.run_id:
+        problems.append("RESUME=1: needs the RUN_ID of the run to go on with, or to start")
+    brought = cfg.resume or (not cfg.train_enabled and cfg.model_path)  # the run or the artifact brings the rest
+    if not problems and not brought:
+        problems = conflicts(cfg, ranks)
     typos = misspelt(environ, {n.strip() for n in cfg.env_extra.split(",")})
     return (cfg, problems + typos, warnings) if cfg.strict_env else (cfg, problems, typos + warnings)
 
@@ -352,8 +386,9 @@ def load_config(environ, ranks: int = 1) -> tuple[Config, list[str], list[str]]:
 def conflicts(cfg: Config, ranks: int) -> list[str]:
     """A line for each group of settings that cannot go together."""
     heads, dim, trains, ttt = cfg.num_heads, cfg.model_dim, cfg.train_enabled, cfg.ttt_enabled
-    each, seqs, cap = dim // heads, cfg.train_batch_tokens // cfg.train_seq_len, cfg.max_wallclock_seconds
+    each, seqs = dim // heads, cfg.train_batch_tokens // cfg.train_seq_len
     slides, full = cfg.final_sliding_eval_enable or ttt, ttt and cfg.ttt_mode == "full"
+    capped = trains and cfg.export_enabled and cfg.max_wallclock_seconds
     rules = [  # (what must hold, of which variable, what to say where it does not)
         (dim % heads == 0, "model_dim", f"must be a multiple of NUM_HEADS={heads}"),
         (heads % cfg.num_kv_heads == 0, "num_kv_heads", f"must divide NUM_HEADS={heads}"),
@@ -367,11 +402,10 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
         (not full or cfg.ttt_freeze_blocks <= cfg.num_layers, "ttt_freeze_blocks", f"only {cfg.num_layers} blocks"),
         (cfg.ttt_lora_rank <= dim or "ttt_lora_rank" not in cfg.explicit, "ttt_lora_rank",
          f"must not exceed the width MODEL_DIM={dim}"),
-        (not cfg.export_enabled or not trains or not cap or 0 < cfg.export_seconds < cap, "export_max_seconds",
+        (not capped or 0 < cfg.export_seconds < cfg.max_wallclock_seconds, "export_max_seconds",
          "must be above 0 and below MAX_WALLCLOCK_SECONDS"),
         (trains or cfg.model_path, "model_path", "TRAIN_ENABLED=0 needs the artifact to start from"),
         (not trains or not cfg.model_path, "model_path", "only TRAIN_ENABLED=0 starts from it; set that or unset this"),
-        (cfg.resume != "1" or cfg.run_id, "resume", "needs the RUN_ID of the run to go on with, or to start"),
         (not trains or cfg.train_batch_tokens % cfg.train_seq_len == 0, "train_batch_tokens",
          f"must be a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}"),
         (not trains or seqs % ranks == 0, "world_size", f"must divide the {seqs} sequences of a step (TRAIN_BATCH"
@@ -384,31 +418,18 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
 
 def help_text() -> str:
     """All variables by stage: name, default (and the presets' where they differ), accepted values, meaning."""
-    lines = [__doc__.strip(), "", "Options: --help; --check [--step-ms MS] [--ranks N]: for N ranks at MS a step; "
-             "--inspect FILE: an artifact's contents"]
+    lines = [__doc__.strip(), "", "Options: --help; --check [--step-ms MS] [--ranks N]: for N ranks at MS a step"]
     for f in VARIABLES:
-        others = [f"{p}: {int(v) if f.type is bool else v}" for p, v in ((p, of.get(f.name)) for p, of in
-                  PRESETS.items()) if v is not None]
-        default = str(int(f.default) if f.type is bool else f.default) + (f" ({', '.join(others)})" if others else "")
-        lines += ["", f.metadata["stage"]] if f.metadata["stage"] else []
-        lines.append(f"  {f.name.upper():26} {default or 'empty'}; {f.metadata['accepts']}\n{'':31}"
-                     f"{f.metadata['text']}")
+        def shown(value, kind=f.type):
+            return str(int(value) if kind is bool else value) or "empty"
+
+        if f.metadata["stage"]:
+            lines += ["", f.metadata["stage"]]
+        others = [f"{preset}: {shown(given[f.name])}" for preset, given in PRESETS.items() if f.name in given]
+        default = shown(f.default) + (f" ({', '.join(others)})" if others else "")
+        lines.append(f"  {f.name.upper():26} {default}; {f.metadata['accepts']}")
+        lines.append(f"{'':31}{f.metadata['text']}")
     return "\n".join(lines)
-
-
-def one_line(problem) -> str:
-    """A message without the line breaks that file names and variables may bring."""
-    return " ".join(str(problem).splitlines())
-
-
-def show(text: str):
-    """Print what was asked for; who reads its head only is served. Ends the process where it cannot be written."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        pass
-    except OSError as error:
-        leave(2, f"error: output: {error.strerror}; mend the path or make room")
 
 
 def leave(code: int, said: str = "", silent: bool = False):
@@ -429,30 +450,42 @@ def leave(code: int, said: str = "", silent: bool = False):
     sys.exit(code)
 
 
+def show(text: str):
+    """Print what was asked for; who reads its head only is served. Ends the process where it cannot be written."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        leave(2, f"error: output: {error.strerror}; mend the path or make room")
+
+
 def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """Configuration and options of this launch. Ends the process for --help (0) and for bad values (2)."""
-    parser = argparse.ArgumentParser(add_help=False, usage="[VARIABLE=VALUE ...] train_gpt.py [--help | --check | "
-                                     "--inspect FILE]")
+    parser = argparse.ArgumentParser(add_help=False, usage="[VARIABLE=VALUE ...] train_gpt.py [--help | --check]")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--inspect", metavar="FILE")
     parser.add_argument("--step-ms", type=float, default=106.0)
     parser.add_argument("--ranks", type=int)
     options = parser.parse_args(argv)
     if options.help:
         show(help_text())
         leave(0)
-    odd = [f"{name}={os.environ[name]!r}: is the launcher's to set; unset it or launch with torchrun" for name in
-           ("RANK", "WORLD_SIZE", "LOCAL_RANK") if not re.fullmatch(r"[0-9]{1,6}", os.environ.get(name, "0"), re.A)]
+    odd = [f"{name}={os.environ[name]!r}: is the launcher's to set; unset it or launch with torchrun"
+           for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+           if not re.fullmatch(r"[0-9]{1,6}", os.environ.get(name, "0"), re.A)]
     if options.ranks is None:
         options.ranks = 1 if odd else int(os.environ.get("WORLD_SIZE", "1"))
     cfg, problems, warnings = load_config(os.environ, max(options.ranks, 1))
-    problems += odd + ["--ranks and --step-ms: must be above 0"] * (options.ranks < 1 or not options.step_ms > 0)
+    problems += odd
+    if options.ranks < 1 or not options.step_ms > 0:
+        problems.append("--ranks and --step-ms: must be above 0")
     silent = not odd and os.environ.get("RANK", "0") != "0"
     lines = [f"error: {one_line(p)}" for p in problems] + [f"warning: {one_line(w)}" for w in warnings]
     if problems:
         leave(2, "\n".join(lines), silent)
-    sys.stderr.writelines([] if silent else [line + "\n" for line in lines])
+    if not silent:
+        sys.stderr.writelines(line + "\n" for line in lines)
     return cfg, options
 
 
@@ -483,16 +516,16 @@ except ImportError:
 # ==== Process and log: this rank among the others, its device, the signals it gets, what it tells people ==============
 
 
+class SharedError(UserError):
+    """A UserError that all ranks raise alike, so that one of them is enough to say it."""
+
+
 class Interrupted(BaseException):
     """SIGINT or SIGTERM, at a place where leaving loses nothing."""
 
     def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
         self.number = number
-
-
-class PeerLost(Exception):
-    """An exchange with the other ranks failed, most likely because one is gone; that one says why."""
 
 
 class Signals:
@@ -518,20 +551,13 @@ class Signals:
     @contextlib.contextmanager
     def hold(self):
         """Within this a signal waits: it is looked for where there is something to save, or raised at the end."""
-        before, self.held = self.held, True
+        self.held = True
         try:
             yield
         finally:
-            self.held = before
-        if self.caught and not before:
+            self.held = False
+        if self.caught:
             raise Interrupted(self.caught)
-
-
-def wait_until(ready):
-    """Wait until ready() holds, in short sleeps: a signal's handler runs between them, where a wait inside the driver
-    or a library for what another rank never sends would hold it up for good."""
-    while not ready():
-        time.sleep(1e-4)
 
 
 def keep_freed_memory():
@@ -544,49 +570,50 @@ def keep_freed_memory():
 class Process:
     """This rank, its device and the few ways it talks to the other ranks; with one rank nothing is sent.
 
-    Raises UserError when the machine has fewer GPUs than ranks or ranks have no launcher, PeerLost when one is gone.
+    Raises UserError when the machine has fewer GPUs than ranks or ranks have no launcher.
     """
 
     def __init__(self, compute_dtype: str = "auto", signals: Signals | None = None):
-        self.signals, self.lock = signals or Signals(), None
-        self.graphs: list[dict] = []  # that torch has compiled in this process
-        self.rank, self.world, local = (int(os.environ.get(n, d)) for n, d in
-                                        (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        self.signals, self.lock, self.started = signals or Signals(), None, time.perf_counter()
+        self.rank, self.world, local = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
         self.main, self.cuda = self.rank == 0, torch.cuda.is_available()
-        if self.cuda and local >= torch.cuda.device_count():
-            raise UserError(f"local rank {local} has no GPU of its own, this machine shows "
-                            f"{torch.cuda.device_count()}; launch with --nproc_per_node at most that")
-        self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
-        torch.cuda.set_device(self.device) if self.cuda else keep_freed_memory()
-        self._apart = self.thread()  # for exchanges that block
+        if self.cuda:
+            require(local < torch.cuda.device_count(), f"local rank {local} has no GPU of its own, this machine shows "
+                    f"{torch.cuda.device_count()}; launch with --nproc_per_node at most that")
+            self.device = torch.device("cuda", local)
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
+            keep_freed_memory()
         if self.world > 1:
-            with self._exchange():
-                try:
-                    store, *_ = next(rendezvous("env://", self.rank, self.world))
-                except ValueError as error:  # MASTER_ADDR, MASTER_PORT
-                    raise UserError(f"WORLD_SIZE={self.world}: {error}; launch with torchrun") from None
-                if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world):  # else restarts are not counted alike
-                    # torchrun keeps one store over restarts: without this a rank may meet a dead one's address
-                    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-                dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", store=store, rank=self.rank,
-                                        world_size=self.world)
+            self._meet()
         cpuinfo = Path("/proc/cpuinfo")
         self.cpuinfo = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
         self.compute_in(compute_dtype)
 
+    def _meet(self):
+        """Find the other ranks."""
+        try:
+            store, *_ = next(rendezvous("env://", self.rank, self.world))
+        except ValueError as error:  # MASTER_ADDR, MASTER_PORT
+            raise UserError(f"WORLD_SIZE={self.world}: {error}; launch with torchrun") from None
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world):  # else restarts are not counted alike
+            # torchrun keeps one store over restarts: without this a rank may meet a dead one's address
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", store=store, rank=self.rank,
+                                world_size=self.world)
+
     def compute_in(self, compute_dtype: str):
         """Set COMPUTE_DTYPE; auto goes by features, never by a timing, so that a run is repeatable."""
-        bf16 = compute_dtype == "bf16" or compute_dtype == "auto" and (
-            torch.cuda.is_bf16_supported(including_emulation=False) if self.cuda else
-            re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", self.cpuinfo))
+        if compute_dtype != "auto":
+            bf16 = compute_dtype == "bf16"
+        elif self.cuda:
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            bf16 = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", self.cpuinfo)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-
-    @contextlib.contextmanager
-    def _exchange(self):
-        try:
-            yield
-        except RuntimeError as error:
-            raise PeerLost(str(error).strip().splitlines()[0]) from error
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks, in place."""
@@ -594,48 +621,23 @@ class Process:
         return tensor
 
     def begin_sum_(self, tensor: Tensor):
-        """Begin to sum `tensor` over the ranks, in place, beside what is computed next. Returns what waits for it."""
-        if self.world == 1:
-            return lambda: None
-        with self._exchange():
-            work = dist.all_reduce(tensor, async_op=True)
-
-        def wait():
-            with self._exchange():
-                if not tensor.is_cuda:
-                    wait_until(work.is_completed)
-                work.wait()  # on a GPU the stream waits, not the host
-
-        return wait
+        """Begin to sum `tensor` over the ranks, in place, beside what is computed next. Returns what waits for it: on a
+        GPU the stream, not the host."""
+        return dist.all_reduce(tensor, async_op=True).wait if self.world > 1 else lambda: None
 
     def heard(self, seconds: float) -> tuple[float, int]:
         """Rank 0's `seconds`, and the signal that any rank has caught, 0 for none; on every rank."""
         both = torch.tensor((seconds if self.main else 0.0, self.signals.caught), dtype=torch.float64)
         if self.world > 1:
-            with self._exchange():
-                work = dist.all_reduce(both, dist.ReduceOp.MAX, async_op=True)
-                wait_until(work.is_completed)
-                work.wait()  # which raises what went wrong
+            dist.all_reduce(both, dist.ReduceOp.MAX)
         return float(both[0]), int(both[1])
 
     def agree(self, value):
         """Rank 0's `value` on every rank, by way of the CPU so that no device is waited for."""
         box = [value]
         if self.world > 1:
-            self._talk(dist.broadcast_object_list, box, 0, device=torch.device("cpu"))
+            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
-
-    def gather(self, value) -> list:
-        """Each rank's `value`, on every rank."""
-        values = [value] * self.world
-        if self.world > 1:
-            self._talk(dist.all_gather_object, values, value)
-        return values
-
-    def _talk(self, exchange, *arguments, **more):
-        """An exchange that blocks, in a thread, so that signals are handled while others let this rank wait."""
-        with self._exchange():
-            self._apart.submit(exchange, *arguments, **more).result()
 
     def together(self, action, main: bool = False):
         """Run `action` on every rank, or on the `main` one alone, and return its result; what the user must mend on any
@@ -647,8 +649,11 @@ class Process:
             message = str(error)
         except OSError as error:
             message = f"{error.filename or 'output'}: {error.strerror}; mend the path or its permissions"
-        if any(messages := self.gather(message)):
-            raise UserError(next(filter(None, messages)), shared=True)
+        messages = [message] * self.world
+        if self.world > 1:
+            dist.all_gather_object(messages, message)
+        if problem := next(filter(None, messages), None):
+            raise SharedError(problem)
         return result
 
     def mark(self):
@@ -662,7 +667,7 @@ class Process:
     def reached(self, mark):
         """Wait until the device has come to `mark`."""
         if mark is not None:
-            wait_until(mark.query)
+            mark.synchronize()
 
     def synchronize(self):
         """Wait until the device has done all that was asked of it."""
@@ -670,8 +675,8 @@ class Process:
 
     def thread(self) -> ThreadPoolExecutor:
         """A thread that works on this rank's device; by itself it would open a context of half a GB on the first."""
-        return ThreadPoolExecutor(1, initializer=torch.cuda.set_device if self.cuda else None,
-                                  initargs=(self.device,) if self.cuda else ())
+        choose = (lambda: torch.cuda.set_device(self.device)) if self.cuda else None
+        return ThreadPoolExecutor(1, initializer=choose)
 
     def memory(self) -> tuple[int, int]:
         """Bytes of memory of the device, and the most held so far (on a GPU by torch, on a CPU by the process)."""
@@ -690,38 +695,29 @@ class Process:
 
 
 class Log:
-    """Rank 0's voice: stdout, train.log and metrics.jsonl in `folder`. Other ranks are silent.
-
-    On a terminal progress is one live line, rewritten in place; elsewhere a plain line now and then. What a full or
-    broken disk does not take is kept and written later: no run ends for a line.
-    """
+    """Rank 0's voice: stdout, train.log and metrics.jsonl in `folder`. Other ranks are silent. No run ends for a line
+    that cannot be written: that is a warning, once."""
 
     def __init__(self, process: Process, folder: Path):
-        self.main, self.folder, self.terminal, self._live_at = process.main, folder, sys.stdout.isatty(), 0.0
-        self._unwritten: dict[str, bytes] = {}
+        self.main, self.folder, self._progress_at, self._warned = process.main, folder, 0.0, False
 
     def __call__(self, text: str, console: bool = True, file: str = "train.log"):
         """A line for people and for the field's log parsers."""
         if not self.main:
             return
         if console:
-            self._print(("\r\033[K" if self.terminal else "") + text + "\n")
-        kept = self._unwritten.get(file, b"")
-        rest = kept + (text + "\n").encode("utf-8", "backslashreplace")
+            self._print(text)
         try:
-            with open(self.folder / file, "ab", buffering=0) as out:
-                while rest:
-                    rest = rest[out.write(rest) :]
+            with open(self.folder / file, "a", encoding="utf-8", errors="backslashreplace") as out:
+                out.write(text + "\n")
         except OSError as error:
-            if not kept:
-                self._print(f"warning: {self.folder / file}: {len(rest)} bytes cannot be written ({error.strerror}); "
-                            "the run goes on, make room and they are written with the next line\n")
-        self._unwritten[file] = rest
+            if not self._warned:
+                self._print(f"warning: {self.folder / file}: {error.strerror}; the run goes on without its lines")
+            self._warned = True
 
-    @staticmethod
-    def _print(text: str):
-        with contextlib.suppress(OSError):  # nor for a closed terminal
-            print(text, end="", flush=True)
+    def _print(self, text: str):
+        with contextlib.suppress(OSError):  # a closed terminal
+            print(text, flush=True)
 
     def silent(self):
         """The same log on a rank that says nothing."""
@@ -733,147 +729,12 @@ class Log:
         """A line of metrics.jsonl."""
         self(json.dumps(values), console=False, file="metrics.jsonl")
 
-    def live(self, text: str, done: float, seconds: float, every: float = 15.0):
-        """Progress: the share `done` of the work after `seconds`, with the time left."""
+    def progress(self, text: str, done: float, seconds: float):
+        """The share `done` of a stage after `seconds`, and the time left; on the console, every 20 s at most."""
         now = time.monotonic()
-        if self.main and done > 0 and now - self._live_at >= (0.2 if self.terminal else every):
-            self._live_at = now
-            text += f": {done:4.0%}, {duration(seconds)} elapsed, {duration(seconds / done - seconds)} left"
-            width = shutil.get_terminal_size().columns - 1
-            self._print("\r\033[K" + text[:width] if self.terminal else text + "\n")
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 42s, 3m05s, 2h10m."""
-    s = round(seconds)
-    return f"{s}s" if s < 60 else f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
-
-
-# ==== Checkpoints: what a run needs to go on where it stopped =========================================================
-
-
-def write_atomically(path: Path, data, size: int = 0, patience: float = 0.0, say=print):
-    """Write a file whole or not at all: bytes, or the `size` bytes that data(file) writes. Where there is no room it is
-    tried again for `patience` seconds; then UserError, naming the path and the bytes needed."""
-    partial = path.with_name(path.name + ".partial")
-    for last in (*[False] * math.ceil(patience / 5), True):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                data(file) if callable(data) else file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            return os.replace(partial, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            problem = f"{path}: its {size or len(data)} bytes cannot be written ({error.strerror}); make room"
-        if last:
-            raise UserError(problem)
-        say(f"{problem}; what it holds is kept nowhere else, it is tried again for up to {patience:.0f} s")
-        time.sleep(5)
-
-
-def read_state(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The facts and tensors of a checkpoint. Raises UserError when it is not whole."""
-    try:
-        with np.load(path, allow_pickle=False) as file:  # zip: every array is read against its checksum
-            if sum(entry.file_size for entry in file.zip.infolist()) > path.stat().st_size:
-                raise ValueError("it claims more than it holds")
-            tensors = {name: torch.from_numpy(file[name]) for name in file.files}
-        facts = json.loads(bytes(tensors.pop("facts").numpy()))
-        check_settings(facts)
-        counts = [facts.get(name, 0) for name in ("step", "dropped", "seconds", "train_tokens")]
-        if any(isinstance(n, bool) or not 0 <= n <= 1e15 for n in counts) or counts[0] * 1.0 != int(counts[0]):
-            raise ValueError("its step or seconds cannot be")
-        if not parse(str, "name", facts["run_id"]):
-            raise ValueError("it does not say of which run")
-        return {**facts, "file": str(path)}, tensors
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a checkpoint or a run's folder") from None
-    except Exception as error:  # the library raises its own, zipfile's and zlib's errors on foreign bytes
-        raise UserError(f"{path}: not a whole checkpoint ({one_line(error) or 'empty'}); RESUME=1 takes the newest "
-                        "good one") from None
-
-
-def check_settings(facts: dict):
-    """ValueError, TypeError or KeyError where a file's settings are not what the variables would accept."""
-    settings, fields = facts["settings"], {f.name: f for f in VARIABLES}
-    for name in settings.keys() & fields.keys():
-        check_value(fields[name], settings[name])
-    if not set(facts["explicit"]) <= fields.keys() or not fields.keys() <= settings.keys():
-        raise ValueError("its settings are those of another script")
-
-
-def step_files(folder: Path) -> list[Path]:
-    """Checkpoints of training, oldest first."""
-    found = [p for p in folder.glob("step_*.npz") if re.fullmatch(r"step_\d+", p.stem, re.A)]
-    return sorted(found, key=lambda p: int(p.stem[5:]))
-
-
-class Checkpoints:
-    """A run's states in `folder`: .npz files (no pickle), each written whole or not at all by a background thread, so
-    that training waits for a copy in the device's memory only."""
-
-    def __init__(self, log: Log, keep: int, about: dict, thread: ThreadPoolExecutor):
-        self.log, self.folder, self.keep, self.about = log, log.folder / "checkpoints", keep, about
-        self._pool, self._writing, self.newest, self.problem = thread, None, "", ""
-
-    def save(self, name: str, tensors: dict[str, Tensor], facts: dict) -> bool:
-        """Begin to write a state; False if the one before is still being written."""
-        if self._writing and not self._writing.done():
-            return False
-        self.wait()
-        copies = {n: t.detach().clone() for n, t in tensors.items()}
-        side = next((torch.cuda.Stream(t.device) for t in copies.values() if t.is_cuda), None)
-        if side:  # on a stream of its own, so that training's does not wait for the way to the host
-            side.wait_stream(torch.cuda.current_stream())
-        self._writing = self._pool.submit(self._write, self.folder / name, copies, facts, side)
-        return True
-
-    def _write(self, path: Path, tensors: dict[str, Tensor], facts: dict, side) -> Path:
-        with torch.cuda.stream(side) if side else contextlib.nullcontext():
-            arrays = {name: t.cpu().numpy() for name, t in tensors.items()}
-        if not all(np.isfinite(arrays[name]).all() for name in ("weights", "average") if name in arrays):
-            raise UserError(f"{path}: not written, its weights are not finite")
-        arrays["facts"] = np.frombuffer(json.dumps(self.about | facts).encode(), np.uint8)
-        write_atomically(path, lambda file: np.savez(file, **arrays), sum(a.nbytes for a in arrays.values()))
-        for old in step_files(self.folder)[: -self.keep]:
-            old.unlink(missing_ok=True)
-        return path
-
-    def wait(self) -> str:
-        """Wait for the state being written. Its path, or nothing where it could not be written, which is said."""
-        writing, self._writing = self._writing, None
-        try:
-            if writing:
-                self.newest, self.problem = str(writing.result()), ""
-        except UserError as error:
-            self.problem = str(error)
-            self.log(f"warning: checkpoint {error}; the run goes on")
-        return "" if self.problem else self.newest
-
-    def remove(self, pattern: str):
-        """Delete what is not needed any more."""
-        with contextlib.suppress(OSError):
-            for path in self.folder.glob(pattern):
-                path.unlink()
-            self.folder.rmdir()  # where nothing is left
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state as named tensors."""
-    return {f"optimizer.{i}.{name}": value for i, state in optimizer.state_dict()["state"].items()
-            for name, value in state.items() if value is not None}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]):
-    """Put back what `optimizer_tensors` gave."""
-    state: dict[int, dict[str, Tensor]] = collections.defaultdict(dict)
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            state[int(name.split(".")[1])][name.split(".")[2]] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if self.main and done > 0 and now - self._progress_at >= 20:
+            self._progress_at = now
+            self._print(f"{text}: {done:.0%} after {seconds:.0f} s, about {seconds / done - seconds:.0f} s left")
 
 
 # ==== Data: shards of tokens, the bytes that each target stands for, batches ==========================================
@@ -952,27 +813,27 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path, vocab_size: int):
-        self.sp, size = sentencepiece.SentencePieceProcessor(), 0
+        where = f"TOKENIZER_PATH={path}"
+        require(path.is_file(), f"{where}: no such file; run ./run.sh data or set TOKENIZER_PATH")
+        self.sp = sp = sentencepiece.SentencePieceProcessor()
+        size = 0
         with contextlib.suppress(Exception):  # the library raises RuntimeError, TypeError and others on foreign bytes
-            self.sp.LoadFromSerializedProto(path.read_bytes())
-            size = self.sp.vocab_size()
-        pieces = [self.sp.id_to_piece(i) for i in range(size)]
-        odd = next((p for p in pieces if "\u2581" in p[1:]), None)
-        for ok, problem in (
-                (path.is_file(), "no such file; run ./run.sh data or set TOKENIZER_PATH"),
-                (size, "not a SentencePiece model; give the .model file of the data"),
-                (size == vocab_size, f"it has {size} pieces where VOCAB_SIZE={vocab_size}; set VOCAB_SIZE={size}"),
-                (size and self.sp.bos_id() == BOS_ID, f"its BOS id is not {BOS_ID}, as shards need; make data and "
-                 "tokenizer with data/prepare.py"),
-                (not odd, f"its piece {odd!r} marks a space past its start, which the canonical byte count does not "
-                 "know; train a tokenizer with data/prepare.py")):
-            if not ok:
-                raise UserError(f"TOKENIZER_PATH={path}: {problem}")
-        sp = self.sp
+            sp.LoadFromSerializedProto(path.read_bytes())
+            size = sp.vocab_size()
+        require(size, f"{where}: not a SentencePiece model; give the .model file of the data")
+        require(size == vocab_size,
+                f"{where}: it has {size} pieces where VOCAB_SIZE={vocab_size}; set VOCAB_SIZE={size}")
+        require(sp.bos_id() == BOS_ID, f"{where}: its BOS id is not {BOS_ID}, as shards need; make data and tokenizer "
+                "with data/prepare.py")
+        pieces = [sp.id_to_piece(i) for i in range(size)]
+        odd = next((piece for piece in pieces if "\u2581" in piece[1:]), None)
+        require(not odd, f"{where}: its piece {odd!r} marks a space past its start, which the canonical byte count "
+                "does not know; train a tokenizer with data/prepare.py")
         self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)])
-        self.spaced = np.array([p.startswith("\u2581") for p in pieces]) & ~self.boundary
-        self.piece_bytes = np.array([0 if self.boundary[i] else 1 if sp.is_byte(i) else
-                                     len(p.removeprefix("\u2581").encode()) for i, p in enumerate(pieces)])
+        self.spaced = np.array([piece.startswith("\u2581") for piece in pieces]) & ~self.boundary
+        self.piece_bytes = np.array([len(piece.removeprefix("\u2581").encode()) for piece in pieces])
+        self.piece_bytes[[sp.is_byte(i) for i in range(size)]] = 1
+        self.piece_bytes[self.boundary] = 0
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
         """Canonical bytes of each target: of token i+1 after token i. int64 [len(tokens) - 1]"""
@@ -1002,33 +863,21 @@ def open_stream(tokens: Tokens, tokenizer: Tokenizer, limit: int, device: torch.
 class Loader:
     """Training batches, prepared by a background thread and handed out in order.
 
-    The global batches depend on the data alone (and on SEED when shuffled): sequence g of the run starts at token
-    g * seq_len of the endless repetition of the split, so each token is a target once an epoch; shuffling permutes
-    the sequences within an epoch. A rank takes its contiguous share of a batch.
+    The global batches depend on the data alone: sequence g of the run starts at token g * seq_len of the endless
+    repetition of the split, so each token is a target once an epoch. A rank takes its contiguous share of a batch.
     """
 
     def __init__(self, cfg: Config, tokens: Tokens, process: Process, first: int = 0):
-        self.cfg, self.tokens, self.process, self.seq_len = cfg, tokens, process, cfg.train_seq_len
-        self.batch_seqs, self.epoch_seqs = cfg.train_batch_tokens // self.seq_len, max(len(tokens) // self.seq_len, 1)
-        self._epoch, self._order = -1, np.empty(0)
+        self.tokens, self.process, self.seq_len = tokens, process, cfg.train_seq_len
+        self.batch_seqs = cfg.train_batch_tokens // self.seq_len
         self._pool, self._steps = process.thread(), itertools.count(first)
         self._ahead = collections.deque(self._pool.submit(self.batch, next(self._steps)) for _ in range(2))
-
-    def start_of(self, g: int) -> int:
-        """Position of the first input token of sequence `g` of the run."""
-        if self.cfg.shuffle:
-            epoch, i = divmod(g, self.epoch_seqs)
-            if epoch != self._epoch:
-                self._order = np.random.default_rng((self.cfg.seed, epoch)).permutation(self.epoch_seqs)
-                self._epoch = epoch
-            g = epoch * self.epoch_seqs + int(self._order[i])
-        return g * self.seq_len
 
     def batch(self, step: int) -> Tensor:
         """This rank's tokens of one step: int32 [sequences, seq_len + 1], inputs and targets overlapping."""
         share = self.batch_seqs // self.process.world
         first = step * self.batch_seqs + self.process.rank * share
-        rows = [self.tokens.read(self.start_of(g), self.seq_len + 1) for g in range(first, first + share)]
+        rows = [self.tokens.read(g * self.seq_len, self.seq_len + 1) for g in range(first, first + share)]
         batch = torch.from_numpy(np.stack(rows).astype(np.int32))
         return batch.pin_memory() if self.process.cuda else batch
 
@@ -1123,17 +972,24 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attend` as plain products of blocks of queries with all keys that they may see: in bf16 on a CPU twice as fast
     as PyTorch's fused kernel, forward and backward, though scores are rounded. Heads that share keys are rows of one
     product."""
-    (b, t, h, d), group, block = q.shape, q.size(2) // k.size(2), 64 * -(-q.size(1) // 512)
+    b, t, h, d = q.shape
+    kv_heads = k.size(2)
+    group = h // kv_heads
+    block = 64 * math.ceil(t / 512)
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -t % block)) for x in (q * d**-0.5, k, v))
-    q = q.view(b, q.size(1), -1, group, d).transpose(1, 2).reshape(b * k.size(2), -1, d)  # [B H_kv, T group, D]
-    k, v = k.permute(0, 2, 3, 1).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)  # [B H_kv, D, T], [B H_kv, T, D]
-    hidden = torch.arange(block, device=q.device)[:, None] < torch.arange(block - v.size(1), block, device=q.device)
+    padded = q.size(1)
+    q = q.view(b, padded, kv_heads, group, d).transpose(1, 2).reshape(b * kv_heads, padded * group, d)
+    k = k.permute(0, 2, 3, 1).flatten(0, 1)  # [B H_kv, D, T]
+    v = v.transpose(1, 2).flatten(0, 1)  # [B H_kv, T, D]
+    # -inf where a query of a block may not see a key; the last columns are those of the block itself
+    hidden = torch.arange(block, device=q.device)[:, None] < torch.arange(block - padded, block, device=q.device)
     bias = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -math.inf).repeat_interleave(group, 0)
     done = []
-    for end, rows in zip(range(block, v.size(1) + 1, block), q.split(block * group, dim=1), strict=True):
-        scores = torch.baddbmm(bias[:, -end:], rows, k[:, :, :end])
+    for end, queries in zip(range(block, padded + 1, block), q.split(block * group, dim=1), strict=True):
+        scores = torch.baddbmm(bias[:, -end:], queries, k[:, :, :end])
         done.append(scores.softmax(-1) @ v[:, :end])
-    return torch.cat(done, 1).view(b, h // group, -1, group, d).transpose(1, 2).reshape(b, -1, h, d)[:, :t]
+    result = torch.cat(done, 1).view(b, kv_heads, padded, group, d).transpose(1, 2)
+    return result.reshape(b, padded, h, d)[:, :t]
 
 
 class Attention(nn.Module):
@@ -1247,7 +1103,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.cfg, self.dtype, self.skips = cfg, dtype, cfg.num_layers // 2
-        self.watch_output = None  # set by `calibrate`, which hooks the other layers
+        self.watch_output = None  # set by `Calibration`, which hooks the other layers
         self.tok_emb = Embedding(cfg.vocab_size, cfg.model_dim)
         self.bigram = Bigram(cfg) if cfg.bigram_vocab_size else None
         self.smear = nn.Parameter(torch.zeros(cfg.model_dim))
@@ -1283,9 +1139,11 @@ class GPT(nn.Module):
 
     def role(self, name: str) -> str:
         """How a parameter is trained: matrix (Muon), embed, head or vector (AdamW)."""
-        special = {"tok_emb.weight": "embed", "bigram.embed.weight": "embed", "value_emb.weight": "embed",
-                   "lm_head.weight": "head", "sidecar.site": "matrix"}
-        return special.get(name, "matrix" if name.endswith(".weight") else "vector")
+        if name in ("tok_emb.weight", "bigram.embed.weight", "value_emb.weight"):
+            return "embed"
+        if name == "lm_head.weight":
+            return "head"
+        return "matrix" if name.endswith(".weight") or name == "sidecar.site" else "vector"
 
     def rope(self, length: int, window: int = 0) -> tuple[Tensor, Tensor]:
         """RoPE's tables for `length` tokens of a window, which is of that length unless given."""
@@ -1299,12 +1157,14 @@ class GPT(nn.Module):
         `rows` int64 [B, S] picks the positions that go through the output layer; without it all T do. `window`: the
         length that RoPE is scaled for, where ids are of another. `tables`: what `rope` gives for it, where it is kept.
         """
-        cfg, starts = self.cfg, (ids == BOS_ID) & self.cfg.bos_mask
+        cfg = self.cfg
+        starts = (ids == BOS_ID) & cfg.bos_mask
         keep = (~starts)[:, :, None].to(self.dtype)
         x = self.tok_emb(ids).to(self.dtype)
         if self.bigram is not None:
             x = x + self.bigram(ids, starts, self.dtype)
-        x, g = norm(x), torch.sigmoid(self.smear.to(x.dtype))
+        x = norm(x)
+        g = torch.sigmoid(self.smear.to(x.dtype))
         x = x0 = (1 - g) * x + g * shift(x, keep)  # SmearGate
         values = self.value_proj(self.value_emb(ids).to(x.dtype)) if self.value_emb is not None else None
         cos, sin = tables or self.rope(ids.size(1), window)
@@ -1321,10 +1181,11 @@ class GPT(nn.Module):
                 stack.append(x)
         if rows is not None:
             x = x.gather(1, rows[:, :, None].expand(-1, -1, x.size(-1)))
-        name, head = ("tok_emb.weight", self.tok_emb) if self.lm_head is None else ("lm_head.weight", self.lm_head)
-        logits = F.linear(x := norm(x), head.weight.to(x.dtype))
+        x = norm(x)
+        head = self.tok_emb if self.lm_head is None else self.lm_head
+        logits = F.linear(x, head.weight.to(x.dtype))
         if self.watch_output is not None:
-            self.watch_output(name, logits, x)
+            self.watch_output(logits, x)
         if targets is None:
             return softcapped(logits, cfg.logit_softcap)
         # exp of what the softcap bounds, at most 75, cannot overflow: one pass does, compiled without an fp32 copy
@@ -1355,32 +1216,18 @@ def compiles(cfg: Config, process: Process) -> bool:
     return process.cuda if cfg.use_compile == "auto" else cfg.use_compile == "1"
 
 
-def note_graphs(process: Process, shape: str):
-    """Add to `process.graphs` what torch has compiled since the last call, by the shape that made it necessary."""
-    met = torch._dynamo.utils.get_compilation_metrics()
-    torch._dynamo.utils.clear_compilation_metrics()
-    for graph in met:
-        seconds = (graph.duration_us or 0) / 1e6
-        process.graphs.append({"graph": graph.co_name or "backward", "shape": shape, "seconds": seconds})
-
-
 def compiled(model: GPT, cfg: Config, process: Process):
     """The model's forward pass, compiled without graph breaks where that is wanted."""
     if not compiles(cfg, process):
         return model
     torch._dynamo.config.cache_size_limit = 64  # one entry each for training, scoring, and their last batches
-    graph, tables, last = torch.compile(model, dynamic=False, fullgraph=True), {}, ""
+    graph, tables = torch.compile(model, dynamic=False, fullgraph=True), {}
 
     def forward(ids: Tensor, targets: Tensor | None = None, rows: Tensor | None = None, window: int = 0) -> Tensor:
-        nonlocal last
         key = ids.size(1), window
         if key not in tables:  # RoPE's, once for a length and outside the graph, where each layer would make them anew
             tables[key] = model.rope(*key)
-        note_graphs(process, last)  # a backward pass is compiled when it first runs, so after this function
-        result = graph(ids, targets, rows, 0, tables[key])
-        last = f"{list(ids.shape)} -> {list(result.shape)}{', to learn from' if result.requires_grad else ''}"
-        note_graphs(process, last)
-        return result
+        return graph(ids, targets, rows, 0, tables[key])
 
     return forward
 
@@ -1408,9 +1255,10 @@ class FlatWeights:
             params = [p for _, p in group]
             self.spans.append((role, shape, begin, len(params)))
             for p in params:
-                part = slice(begin, begin := begin + p.numel())
+                part = slice(begin, begin + p.numel())
                 self.weights[part].copy_(p.data.flatten())
                 p.data, p.grad = self.weights[part].view(shape), self.grads[part].view(shape)
+                begin = part.stop
 
     def extent(self, role: str) -> slice:
         """Where the weights of a role lie."""
@@ -1429,13 +1277,11 @@ class FlatWeights:
 
     def clip_(self, limit: float) -> Tensor:
         """Scale the gradients down to a global norm of `limit`, 0 is off, without waiting for the device. Returns
-        whether they and the loss are finite; where not, the gradients are 0."""
+        whether they and the loss are finite."""
         norm = torch.linalg.vector_norm(self.grads)
         if limit > 0:
             self.grads.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
-        finite = torch.isfinite(norm + self.loss)
-        self.grads.masked_fill_(~finite, 0.0)
-        return finite
+        return torch.isfinite(norm + self.loss)
 
 
 def newton_schulz(g: Tensor, steps: int) -> Tensor:
@@ -1450,7 +1296,7 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
     return x.mT if g.size(-2) > g.size(-1) else x
 
 
-def even_rows(x: Tensor, sizes: Tensor, weight: Tensor) -> Tensor:
+def even_rows(x: Tensor, sizes: Tensor, weight: float) -> Tensor:
     """Divide the rows of each matrix of x [n, rows, cols] by the root of their running mean square `sizes`, [n, rows,
     1], into which this one enters with `weight`; the matrix keeps its norm. (https://arxiv.org/abs/2510.05491)"""
     sizes.lerp_(x.float().square().mean(-1, keepdim=True), weight)
@@ -1459,94 +1305,400 @@ def even_rows(x: Tensor, sizes: Tensor, weight: Tensor) -> Tensor:
     return y * (length / (other + 1e-7))
 
 
-class Optimizers:
-    """Muon for matrices and AdamW for the rest, over the flat weights, and the weights' moving average.
+class Muon:
+    """Nesterov momentum, orthogonalised, for matrices. (https://kellerjordan.github.io/posts/muon/)
 
-    Muon takes the matrices of one shape as one batch, of which each rank treats its share and holds the momentum;
-    the sum over ranks gives everyone the whole update. A step whose loss or gradient is not finite changes nothing;
-    `bad` counts how many there were in a row, on the device so that nobody waits.
+    Matrices of one shape are one batch. Of each batch a rank treats its share and holds that share's momentum. It
+    writes the updates into a vector that is zero elsewhere: summed over the ranks it holds everyone's.
     """
 
     def __init__(self, cfg: Config, flat: FlatWeights, process: Process):
         self.cfg, self.flat, self.process = cfg, flat, process
         own_kernels = process.cuda and compiles(cfg, process)
         self.orthogonalise = torch.compile(newton_schulz, dynamic=False) if own_kernels else newton_schulz
-        self.average = flat.weights.clone() if cfg.ema_enabled else None
         self.update = torch.zeros(flat.extent("matrix").stop, device=process.device, dtype=process.dtype)
+        self.batches = []  # (shape, all of it in the flat vector, this rank's share, rows of the share), as slices
+        self.rows = 0
+        for role, shape, begin, n in flat.spans:
+            if role == "matrix":
+                low, high = n * process.rank // process.world, n * (process.rank + 1) // process.world
+                whole = slice(begin, begin + n * shape.numel())
+                mine = slice(begin + low * shape.numel(), begin + high * shape.numel())
+                rows = slice(self.rows + low * shape[0], self.rows + high * shape[0])
+                self.batches.append((shape, whole, mine, rows))
+                self.rows += n * shape[0]
+        self.reset()
+
+    def reset(self):
+        """Fresh state, as before the first step. What belongs to other ranks stays 0."""
+        self.momentum_buffer = self.flat.weights.new_zeros(len(self.update))
+        self.row_sizes = self.flat.weights.new_zeros(self.rows if self.cfg.muon_beta2 else 0)
+
+    def momentum(self, step: int) -> float:
+        """Grows linearly over MUON_MOMENTUM_WARMUP_STEPS."""
+        cfg = self.cfg
+        warm = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+        return (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
+
+    def begin(self, step: int) -> list:
+        """Compute the update of this step, counted from 0, and begin to gather it. Returns what waits for that."""
+        cfg, momentum, gathered = self.cfg, self.momentum(step), []
+        self.update.zero_()
+        for shape, whole, mine, rows in self.batches:  # each is gathered while the next is computed
+            if mine.start < mine.stop:
+                grad, buffer, update = (
+                    vector[mine].view(-1, *shape) for vector in (self.flat.grads, self.momentum_buffer, self.update))
+                buffer.mul_(momentum).add_(grad)
+                nesterov = grad.add(buffer, alpha=momentum).to(update.dtype)
+                turned = self.orthogonalise(nesterov, cfg.muon_backend_steps)
+                if cfg.muon_beta2:
+                    turned = even_rows(turned, self.row_sizes[rows].view(-1, shape[0], 1), 1 - cfg.muon_beta2)
+                update.copy_(turned * max(1.0, shape[0] / shape[1]) ** 0.5)
+            gathered.append(self.process.begin_sum_(self.update[whole]))
+        return gathered
+
+    def finish(self, gathered: list, rate: float):
+        """Take the update, with decoupled weight decay."""
+        for wait in gathered:
+            wait()
+        rate = self.flat.weights.new_full((), rate)
+        matrices = self.flat.weights[: len(self.update)]
+        matrices.mul_(1 - rate * self.cfg.muon_wd).addcmul_(self.update, rate, value=-1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, whole on every rank."""
+        state = {"momentum": self.momentum_buffer, "row_sizes": self.row_sizes}
+        # as integers, so that each bit survives the sum with the zeros of the other ranks
+        return {name: self.process.sum_(vector.view(torch.int32).clone()).view(torch.float32)
+                for name, vector in state.items()}
+
+    def restore(self, tensors: dict[str, Tensor]):
+        """Put back what `tensors` gave, on any number of ranks."""
+        for _, _, mine, rows in self.batches:
+            self.momentum_buffer[mine].copy_(tensors["momentum"][mine])
+            if self.cfg.muon_beta2:
+                self.row_sizes[rows].copy_(tensors["row_sizes"][rows])
+
+
+class Optimizers:
+    """Muon for matrices and AdamW for the rest, over the flat weights, and the weights' moving average."""
+
+    def __init__(self, cfg: Config, flat: FlatWeights, process: Process):
+        self.cfg, self.flat = cfg, flat
+        self.muon = Muon(cfg, flat, process)
+        self.average = flat.weights.clone() if cfg.ema_enabled else None
         self.reset()
 
     def reset(self):
         """Fresh state, as before the first step."""
-        cfg, flat, (rank, world) = self.cfg, self.flat, (self.process.rank, self.process.world)
-        matrices, at = [span for span in flat.spans if span[0] == "matrix"], len(self.update)
-        rows = sum(n * shape[0] for _, shape, _, n in matrices)  # of the sizes that MUON_BETA2 remembers, behind it
-        self.momentum = flat.weights.new_zeros(at + rows * bool(cfg.muon_beta2))  # 0 in the shares of other ranks
-        self.bad, self.parts, self.buckets = torch.zeros((), dtype=torch.int32, device=self.momentum.device), [], []
-        for _, shape, begin, n in matrices:
-            low, high = n * rank // world, n * (rank + 1) // world
-            part = slice(begin + low * shape.numel(), begin + high * shape.numel())
-            sizes, at = slice(at + low * shape[0], at + high * shape[0]), at + n * shape[0]
-            self.parts += [part, sizes] if cfg.muon_beta2 else [part]
-            share = [t[part].view(-1, *shape) for t in (flat.grads, self.momentum, self.update)] if low < high else []
-            share += [self.momentum[sizes].view(-1, shape[0], 1) if cfg.muon_beta2 else None] * (low < high)
-            self.buckets.append((slice(begin, begin + n * shape.numel()), share))  # share: each [n, rows, cols]
-        embed_lr, groups = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr, []
+        cfg, flat, groups = self.cfg, self.flat, []
+        self.muon.reset()
+        embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
         for role, lr, decay in (("embed", embed_lr, cfg.adam_wd), ("head", cfg.head_lr, 0.0),
                                 ("vector", cfg.scalar_lr, cfg.adam_wd)):
             weights = nn.Parameter(flat.weights[flat.extent(role)])
             weights.grad = flat.grads[flat.extent(role)]
-            groups += [{"params": [weights], "lr": lr, "base_lr": lr, "weight_decay": decay}] if len(weights) else []
+            if len(weights):
+                groups.append({"params": [weights], "lr": lr, "base_lr": lr, "weight_decay": decay})
         self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
 
     @torch.no_grad()
-    def step(self, step: int, factor: float):
-        """Update all weights at `factor` times their rates, and their average; `step` counts from 0 and sets Muon's
-        momentum."""
-        cfg, gathered = self.cfg, []
-        warm = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
-        momentum = (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
-        finite = self.flat.clip_(cfg.grad_clip_norm)
-        self.bad = torch.where(finite, 0, self.bad + 1)
-        self.update.zero_()
-        for part, share in self.buckets:  # each is gathered while the next is computed
-            if share:
-                grad, buffer, update, sizes = share
-                buffer.mul_(torch.where(finite, momentum, 1.0)).add_(grad)
-                nesterov = grad.add(buffer, alpha=momentum).to(update.dtype)
-                stretch = max(1.0, grad.size(1) / grad.size(2)) ** 0.5
-                turned = self.orthogonalise(nesterov, cfg.muon_backend_steps)
-                if sizes is not None:
-                    turned = even_rows(turned, sizes, torch.where(finite, 1 - cfg.muon_beta2, 0.0))
-                update.copy_(turned * stretch)
-            gathered.append(self.process.begin_sum_(self.update[part]))
+    def step(self, step: int, factor: float) -> Tensor:
+        """Update all weights at `factor` times their rates, and their average; `step` counts from 0. Returns whether
+        loss and gradients were finite, on the device so that nobody waits."""
+        finite = self.flat.clip_(self.cfg.grad_clip_norm)
+        gathered = self.muon.begin(step)
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * factor
-        self.adam.found_inf = (~finite).float()  # where 1, the fused kernel leaves everything as it is
         self.adam.step()
-        for wait in gathered:
-            wait()
-        rate = torch.where(finite, cfg.matrix_lr * factor, 0.0)
-        matrices = self.flat.weights[: len(self.update)]
-        matrices.mul_(1 - rate * cfg.muon_wd).addcmul_(self.update, rate, value=-1)
+        self.muon.finish(gathered, self.cfg.matrix_lr * factor)
         if self.average is not None:
-            self.average.lerp_(self.flat.weights, torch.where(finite, 1 - cfg.ema_decay, 0.0))
+            self.average.lerp_(self.flat.weights, 1 - self.cfg.ema_decay)
+        return finite
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on, whole on every rank."""
-        bits = self.process.sum_(self.momentum.view(torch.int32).clone())  # as integers, so that each bit survives
-        average = {} if self.average is None else {"average": self.average}
-        return {"weights": self.flat.weights, "momentum": bits.view(torch.float32), **average,
-                **optimizer_tensors(self.adam)}
+        tensors = {"weights": self.flat.weights} | self.muon.tensors()
+        if self.average is not None:
+            tensors["average"] = self.average
+        for i, state in self.adam.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
+        return tensors
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]):
         """Put back what `tensors` gave, on any number of ranks."""
         self.flat.weights.copy_(tensors["weights"])
-        for part in self.parts:
-            self.momentum[part].copy_(tensors["momentum"][part])
         if self.average is not None:
             self.average.copy_(tensors.get("average", tensors["weights"]))
-        restore_optimizer(self.adam, tensors)
+        self.muon.restore(tensors)
+        state = collections.defaultdict(dict)
+        for name, value in tensors.items():
+            if name.startswith("adam."):
+                _, i, part = name.split(".")
+                state[int(i)][part] = value
+        self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
+
+
+# ==== Training: steps, their clock and rates, checkpoints =============================================================
+
+
+def write_atomically(path: Path, data, size: int = 0):
+    """Write a file whole or not at all: bytes, or the `size` bytes that data(file) writes. UserError where it cannot,
+    naming the path and the bytes needed."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            data(file) if callable(data) else file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        size = size or len(data)
+        raise UserError(f"{path}: its {size} bytes cannot be written ({error.strerror}); make room") from None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    found = [p for p in (folder / "checkpoints").glob("step_*.npz") if re.fullmatch(r"step_\d+", p.stem, re.A)]
+    return sorted(found, key=lambda p: int(p.stem[5:]))
+
+
+def write_checkpoint(folder: Path, keep: int, facts: dict, tensors: dict[str, Tensor]) -> Path:
+    """Write a checkpoint, .npz without pickle, and delete all but the newest `keep`. Raises UserError."""
+    path = folder / "checkpoints" / f"step_{facts['step']:07d}.npz"
+    arrays = {name: t.cpu().numpy() for name, t in tensors.items()}
+    arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    write_atomically(path, lambda file: np.savez(file, **arrays), sum(a.nbytes for a in arrays.values()))
+    for old in checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The facts and tensors of a checkpoint. Raises UserError when it is not whole."""
+    try:
+        with np.load(path, allow_pickle=False) as file:  # zip: every array is read against its checksum
+            if sum(entry.file_size for entry in file.zip.infolist()) > path.stat().st_size:
+                raise ValueError("it claims more than it holds")
+            tensors = {name: torch.from_numpy(file[name]) for name in file.files}
+        facts = json.loads(bytes(tensors.pop("facts").numpy()))
+        check_settings(facts["settings"])
+        facts["explicit"] = [f.name for f in VARIABLES if f.name in facts["explicit"]]
+        for name in ("step", "seconds", "train_tokens"):
+            if isinstance(facts[name], bool) or not 0 <= facts[name] <= 1e15:
+                raise ValueError(f"{name} cannot be {facts[name]}")
+        if facts["step"] != int(facts["step"]):
+            raise ValueError("its step is no whole number")
+        return facts, tensors
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # the library raises its own, zipfile's and zlib's errors on foreign bytes
+        raise UserError(f"{path}: not a whole checkpoint ({one_line(error) or 'empty'})") from None
+
+
+def check_settings(settings: dict):
+    """ValueError, TypeError or KeyError where a file's settings are not what the variables would accept."""
+    for field in VARIABLES:
+        check_value(field, settings[field.name])
+
+
+def rate_factor(cfg: Config, step: int, seconds: float) -> float:
+    """Learning rates at a step, as a share of their full values: 1, then a linear warmdown to 0.
+
+    Under a wall-clock cap the warmdown is the time that WARMDOWN_ITERS steps take at the speed measured so far.
+    """
+    if cfg.warmdown_iters == 0:
+        return 1.0
+    if cfg.training_seconds == 0:
+        return min((cfg.iterations - step) / cfg.warmdown_iters, 1.0)
+    warmdown = cfg.warmdown_iters * seconds / max(step, 1)
+    left = max(cfg.training_seconds - seconds, 0.0)
+    return left / max(warmdown, 1e-9) if left <= warmdown else 1.0
+
+
+class Trainer:
+    """One rank's training: its share of each batch, the step and the clock."""
+
+    def __init__(self, cfg: Config, process: Process, model: GPT):
+        self.cfg, self.process, self.started = cfg, process, 0.0
+        self._marks, self.fault = collections.deque(), ""  # steps not waited for; what was not finite, and where
+        self.flat, self.forward = FlatWeights(model, process.device), compiled(model, cfg, process)
+        self.optimizers = Optimizers(cfg, self.flat, process)
+        self.share = cfg.train_batch_tokens // cfg.train_seq_len // process.world
+        most = cfg.micro_batch_seqs or max(tokens_per_pass(cfg, process, True) // cfg.train_seq_len, 1)
+        self.micro = max(n for n in range(1, self.share + 1) if self.share % n == 0 and n <= most)
+
+    def step(self, tokens: Tensor, step: int, factor: float):
+        """One update from this rank's tokens [sequences, seq_len + 1]; leaves the mean loss in `flat.loss`. `fault`
+        says what was not finite (on a GPU up to the step before, which is known by then)."""
+        self.flat.gather_gradients(self.forward, tokens, self.micro, self.share * self.process.world, self.process)
+        finite = self.optimizers.step(step, factor).to("cpu", non_blocking=True)
+        self._marks.append((finite, self.process.mark(), step + 1, factor))
+        if not self.process.cuda or len(self._marks) > 1:
+            self._settle()
+
+    def _settle(self):
+        """Wait for the oldest step not waited for: the clock stays true and the device, one step ahead, never idles."""
+        finite, mark, step, factor = self._marks.popleft()
+        self.process.reached(mark)
+        if not finite and not self.fault:
+            self.fault = (f"step {step}: the loss or a gradient is not finite, at rate {factor:.3g} x MATRIX_LR="
+                          f"{self.cfg.matrix_lr:g}, SCALAR_LR={self.cfg.scalar_lr:g}")
+
+    def synchronize(self):
+        """Wait for all steps so far."""
+        self.process.synchronize()
+        while self._marks:
+            self._settle()
+
+    def warm_up(self):
+        """Prime compilation on random tokens at rate 0, which leaves the weights as they are; start the clock."""
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(self.cfg.warmup_steps):
+            tokens = torch.randint(self.cfg.vocab_size, (self.share, self.cfg.train_seq_len + 1), generator=generator)
+            self.step(tokens.to(self.process.device, torch.int32), 0, 0.0)
+        self.synchronize()
+        self.optimizers.reset()
+        self.started = time.perf_counter()
+
+    def heard(self) -> tuple[float, int]:
+        """Training seconds so far and the signal that any rank has caught, the same on every rank."""
+        return self.process.heard(time.perf_counter() - self.started)
+
+    @contextlib.contextmanager
+    def off_the_clock(self):
+        self.synchronize()
+        begin = time.perf_counter()
+        yield
+        self.synchronize()
+        self.started += time.perf_counter() - begin
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the steps to come depend on, whole on every rank."""
+        random = {"random": torch.get_rng_state()}
+        if self.process.cuda:
+            random["random_cuda"] = torch.cuda.get_rng_state()
+        return self.optimizers.tensors() | random
+
+    def restore(self, facts: dict, tensors: dict[str, Tensor]):
+        """Go on from a checkpoint, with its clock. UserError for one of another model."""
+        try:
+            if odd := [name for name, t in tensors.items() if t.dtype not in (torch.float32, torch.uint8)]:
+                raise TypeError(f"{odd[0]} is {tensors[odd[0]].dtype}")
+            self.optimizers.restore(tensors)
+            torch.set_rng_state(tensors["random"])
+            if self.process.cuda and "random_cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["random_cuda"])
+        except (LookupError, RuntimeError, ValueError, TypeError) as error:
+            raise SharedError(f"the checkpoint is of another model or device ({error}); start afresh") from None
+        self.started = time.perf_counter() - facts["seconds"]
+
+    def save(self, folder: Path, log: Log, facts: dict):
+        """Write a checkpoint on rank 0, for which the others wait; that it could not be written is a warning."""
+        began, tensors = time.perf_counter(), self.tensors()
+        if self.process.main:
+            try:
+                path = write_checkpoint(folder, self.cfg.keep_ckpts, facts, tensors)
+                log(f"checkpoint {path}; training waited {time.perf_counter() - began:.1f} s", console=False)
+            except UserError as error:
+                log(f"warning: checkpoint {error}; the run goes on")
+        self.process.agree(None)
+
+    def check(self, folder: Path):
+        """SharedError after a step that was not finite."""
+        if self.fault:
+            newest = self.process.agree([str(path) for path in checkpoints(folder)][-1:])
+            raise SharedError(f"{self.fault}; start another run with lower rates; last good checkpoint: "
+                              f"{''.join(newest) or 'none'}")
+
+
+def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, stream: Stream,
+          saved: tuple[dict, dict[str, Tensor]] | None = None) -> dict:
+    """Train `model` in place, from the start or from a checkpoint, and leave the averaged weights in it. Returns the
+    summary's `train` entry.
+
+    Raises SharedError when a loss or gradient is not finite, and Interrupted after a signal, when the state is written.
+    """
+    if process.cuda:
+        torch.cuda.reset_peak_memory_stats()  # what was compiled before has run too
+    trainer, first, seconds = Trainer(cfg, process, model), 0, 0.0
+    log(f"world_size:{process.world} grad_accum_steps:{trainer.share // trainer.micro} "
+        f"micro_batch_seqs:{trainer.micro} compute_dtype:{str(process.dtype)[6:]} warmup_steps:{cfg.warmup_steps}")
+    trainer.warm_up()
+    if saved:
+        trainer.restore(*saved)
+        first, seconds = saved[0]["step"], saved[0]["seconds"]
+    loader, step, kept, caught = Loader(cfg, tokens, process, first), first, seconds, 0
+    with process.signals.hold():
+        while True:
+            stop = ""
+            if 0 < cfg.training_seconds <= seconds:
+                stop = "wallclock_cap"
+            elif step >= cfg.iterations:
+                stop = "iterations"
+            if stop or caught or 0 < cfg.ckpt_every_seconds <= seconds - kept:
+                trainer.synchronize()
+            trainer.check(log.folder)
+            if step > first and (stop or caught or 0 < cfg.ckpt_every_seconds <= seconds - kept):
+                trainer.save(log.folder, log, {"step": step, "seconds": seconds, "train_tokens": len(tokens),
+                                               "settings": cfg.settings(), "explicit": sorted(cfg.explicit)})
+                kept = seconds
+            if caught:
+                raise Interrupted(caught)
+            if (cfg.val_loss_every and step % cfg.val_loss_every == 0) or (stop and cfg.final_eval_enable):
+                caught = validate(trainer, log, stream, step, seconds)
+                if caught:
+                    continue
+            if stop:
+                break
+            factor = rate_factor(cfg, step, seconds)
+            trainer.step(loader.next(), step, factor)
+            step, (seconds, caught) = step + 1, trainer.heard()
+            report_step(trainer, log, step, step - first, seconds, factor)
+    if stop == "wallclock_cap":
+        log(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{cfg.iterations}")
+    log(f"peak memory allocated: {process.memory()[1] // 2**20} MiB")
+    if trainer.optimizers.average is not None:
+        trainer.flat.weights.copy_(trainer.optimizers.average)
+    if not bool(torch.isfinite(trainer.flat.weights).all()):
+        raise SharedError("training ended with weights that are not finite; lower the learning rates")
+    return {"steps": step, "tokens": step * cfg.train_batch_tokens, "seconds": seconds,
+            "step_ms": 1000 * seconds / max(step, 1), "stop": stop}
+
+
+def validate(trainer: Trainer, log: Log, stream: Stream, step: int, seconds: float) -> int:
+    """Score the raw weights off the clock. Returns the signal that came meanwhile, which ends it."""
+    cfg = trainer.cfg
+    with trainer.off_the_clock():
+        evaluator = evaluate(cfg, trainer.process, log, trainer.forward, stream, cfg.eval_len, "validation")
+        caught = trainer.heard()[1]
+        if caught:
+            return caught
+        raw = evaluator.result()
+    log(f"step:{step}/{cfg.iterations} val_loss:{raw.val_loss:.4f} val_bpb:{raw.val_bpb:.4f} "
+        f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms")
+    log.metric(step=step, val_loss=raw.val_loss, val_bpb=raw.val_bpb, train_seconds=seconds)
+    return 0
+
+
+def report_step(trainer: Trainer, log: Log, step: int, steps: int, seconds: float, factor: float):
+    """Log a step: the first 10 of this launch, those due, and the last. `steps`: of this launch so far."""
+    cfg = trainer.cfg
+    speed, done = step * cfg.train_batch_tokens / seconds, step / cfg.iterations
+    if cfg.training_seconds:
+        done = max(done, seconds / cfg.training_seconds)
+    if cfg.train_log_every and (steps <= 10 or step % cfg.train_log_every == 0 or done >= 1):
+        trainer.process.synchronize()
+        loss = trainer.flat.loss.item()
+        log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
+            f"step_avg:{1000 * seconds / step:.2f}ms")
+        log.metric(step=step, train_loss=loss if math.isfinite(loss) else None, train_seconds=seconds,
+                   rate_factor=factor, tokens_per_second=speed)
+    log.progress(f"step {step}, {speed:,.0f} tokens/s", done, seconds)
 
 
 # ==== Export: values rounded where it costs least, coded by their spread, in one file that rebuilds the model =========
@@ -1564,7 +1716,9 @@ ARTIFACT_NAME, FLOAT_NAME, ARTIFACT_MAGIC = "final_model.int6.ptz", "final_model
 FILE_MOST, HEADER_MOST = 1 << 31, 1 << 20  # bytes of a file and of a header
 CLASSES, PRECISION = 64, 14  # rANS tables, and the bits of their frequencies
 GROUPS = ("bigram", "sidecar", "attn", "mlp", "embed")  # what has bits of its own: QUANT_BITS_<group>
-AIMS, MOST_ATTEMPTS = (0.998, 0.95, 0.8, 0.3, 0.0), 14  # shares of the room to aim at, the next when it is late
+FILLED, AIM, LATE_AIM = 0.995, 0.998, 0.5  # of the room: near enough; what the next attempt aims at; where it is late
+MOST_ATTEMPTS = 12  # of a search, but for two that end it where nothing fits
+BYTES_A_BIT = {"balanced": 0.65 / 8, "rowmax": 1 / 8}  # a value's, of trained models: a first guess
 
 
 @dataclass
@@ -1578,10 +1732,15 @@ class Stored:
     rows: np.ndarray | None = None
     cols: np.ndarray | None = None
 
+    @property
+    def coded(self) -> bool:
+        return self.rows is not None
+
     def tensor(self) -> Tensor:
         """The fp32 values that the model computes with."""
-        roots, values = np.array([2 ** (i / 8) for i in range(8)], np.float32), self.values.astype(np.float32)
+        values = self.values.astype(np.float32)
         if self.kind == "grid":  # exact everywhere: a rounded root and a shift of the exponent
+            roots = np.array([2 ** (i / 8) for i in range(8)], np.float32)
             for steps, shape in ((self.rows, (-1, 1)), (self.cols, (1, -1))):
                 values *= np.ldexp(roots[steps & 7], steps >> 3).reshape(shape)
         elif self.kind == "rows":
@@ -1605,6 +1764,12 @@ def classes(rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
     return np.clip(rows.astype(np.int16)[:, None] + cols + 16, 0, CLASSES - 1).astype(np.uint8).ravel()
 
 
+def count(values: np.ndarray, table_of: np.ndarray) -> np.ndarray:
+    """How often each int8 value occurs under each table. int64 [CLASSES, 256]"""
+    index = table_of.astype(np.int32) * 256 + (values.ravel().astype(np.int32) + 128)
+    return np.bincount(index, minlength=CLASSES * 256).reshape(CLASSES, 256)
+
+
 def frequencies(counts: np.ndarray) -> np.ndarray:
     """Counts [CLASSES, 256] as uint16 frequencies: 2**PRECISION in sum a table, at least 1 where any are."""
     result = np.zeros(counts.shape, np.int64)
@@ -1624,7 +1789,8 @@ def rans_encode(symbols: np.ndarray, table_of: np.ndarray, tables: np.ndarray) -
     lane, make each step a numpy operation. (ANS, https://arxiv.org/abs/1311.2540)"""
     n, lanes = len(symbols), rans_lanes(len(symbols))
     share, start = tables.astype(np.uint64).ravel(), (np.cumsum(tables, 1) - tables).astype(np.uint64).ravel()
-    states, words, shift, half = np.full(lanes, 1 << 16, np.uint64), [], np.uint64(PRECISION), np.uint64(16)
+    shift, half = np.uint64(PRECISION), np.uint64(16)
+    states, words = np.full(lanes, 1 << 16, np.uint64), []
     for begin in range((n - 1) // lanes * lanes, -1, -lanes):  # last symbol first: what comes out is read backwards
         part = slice(begin, min(begin + lanes, n))
         index = table_of[part].astype(np.int32) * 256 + symbols[part]
@@ -1667,58 +1833,78 @@ def rans_decode(data: bytes, table_of: np.ndarray, tables: np.ndarray) -> np.nda
     return symbols
 
 
-def count_values(stored: dict[str, Stored]) -> tuple[dict[str, tuple], np.ndarray]:
-    """For each quantised tensor its (log spreads, table of each value, counts [CLASSES, 256]), and all counts' sum."""
-    parts, total = {}, np.zeros((CLASSES, 256), np.int64)
-    for name, s in stored.items():
-        if s.rows is not None:
-            table_of = classes(*(spread := spreads(s.values)))
-            index = table_of.astype(np.int32) * 256 + (s.values.ravel().astype(np.int32) + 128)
-            parts[name] = spread, table_of, np.bincount(index, minlength=CLASSES * 256).reshape(CLASSES, 256)
-            total += parts[name][2]
-    return parts, total
-
-
 def side_parts(tensors: list) -> list[tuple[tuple[str, str], int]]:
     """What the sides hold, in order, each ((tensor, part), words): all numbers, the steps of rows and then of columns
     (fp16 or int8), the int8 log spreads of rows and columns, and the frequencies of the values."""
-    coded = [(name, shape, kind) for name, shape, kind, *_ in tensors if kind in ("rows", "grid")]
-    parts = [((name, "values"), math.prod(shape) * (2 if kind == "fp32" else 1)) for name, shape, kind, *_ in tensors
-             if kind in ("fp16", "fp32")]
-    parts += [((name, "rows"), -(-shape[0] // 2) if kind == "grid" else shape[0]) for name, shape, kind in coded]
-    parts += [((name, "cols"), -(-shape[1] // 2)) for name, shape, kind in coded if kind == "grid"]
-    parts += [((name, f"spread{i}"), -(-shape[i] // 2)) for i in (0, 1) for name, shape, _ in coded]
-    return parts + [(("", "tables"), CLASSES * 256)] * bool(coded)
+    parts, coded = [], []
+    for name, shape, kind, *_ in tensors:
+        if kind in ("rows", "grid"):
+            coded.append((name, shape, kind))
+        else:
+            parts.append(((name, "values"), math.prod(shape) * (2 if kind == "fp32" else 1)))
+    pairs = [[math.ceil(n / 2) for n in shape] for _, shape, _ in coded]  # words of an int8 a row, a column
+    for (name, shape, kind), (rows, _) in zip(coded, pairs, strict=True):
+        parts.append(((name, "rows"), rows if kind == "grid" else shape[0]))
+    for (name, _, kind), (_, cols) in zip(coded, pairs, strict=True):
+        if kind == "grid":
+            parts.append(((name, "cols"), cols))
+    for axis in (0, 1):
+        parts += [((name, f"spread{axis}"), words[axis]) for (name, *_), words in zip(coded, pairs, strict=True)]
+    if coded:
+        parts.append((("", "tables"), CLASSES * 256))
+    return parts
 
 
-def lay_out(cfg: Config, stored: dict[str, Stored]) -> tuple[int, bytes, np.ndarray, list[np.ndarray]]:
-    """About how many bytes, to 0.1%, the file of these tensors has, by the counts of its values; what it holds before
-    them; their tables [CLASSES, 256]; and which of these each value takes, a tensor after another."""
-    config, table, ends = {f.name: getattr(cfg, f.name) for f in MODEL_FIELDS}, [], collections.Counter()
+@dataclass
+class Layout:
+    """A file of these tensors but for its coded values."""
+
+    size: int  # bytes of the whole file, to about 0.1%, by the counts of its values
+    head: bytes  # what comes before the values
+    tables: np.ndarray  # [CLASSES, 256]
+    table_of: list[np.ndarray]  # which of these each value takes, a coded tensor after another
+
+
+def lay_out(cfg: Config, stored: dict[str, Stored]) -> Layout:
+    """What a file of these tensors holds before their values, and how long it will be."""
+    table, ends = [], {True: 0, False: 0}
     for name, s in stored.items():
-        table.append([name, list(s.values.shape), s.kind, round(s.bits, 3), ends[s.rows is None]])
-        ends[s.rows is None] += s.values.size * (2 if s.kind == "fp32" else 1)
-    parts, counts = count_values(stored)
-    sides = {(name, what): getattr(s, what) for name, s in stored.items() for what in ("values", "rows", "cols")}
-    sides |= {(name, f"spread{i}"): part[0][i] for name, part in parts.items() for i in (0, 1)}
-    sides["", "tables"] = tables = frequencies(counts)
-    words = [np.ascontiguousarray(sides[key]).ravel() for key, _ in side_parts(table)]
-    words = np.concatenate([(np.pad(w, (0, len(w) % 2)) if w.dtype == np.int8 else w).view("<u2") for w in words])
-    sides = zstandard.compress(words.view(np.uint8).reshape(-1, 2).T.tobytes(), 22 if parts else 3)  # floats: in haste
-    header = {"config": config, "sides": len(sides), "tensors": table}
+        table.append([name, list(s.values.shape), s.kind, round(s.bits, 3), ends[s.coded]])
+        ends[s.coded] += s.values.size * (2 if s.kind == "fp32" else 1)
+    spread = {name: spreads(s.values) for name, s in stored.items() if s.coded}
+    table_of = {name: classes(*pair) for name, pair in spread.items()}
+    counts = sum((count(stored[name].values, tables) for name, tables in table_of.items()),
+                 np.zeros((CLASSES, 256), np.int64))
+    tables, words = frequencies(counts), []
+    for (name, what), _ in side_parts(table):
+        if what == "tables":
+            part = tables
+        elif what.startswith("spread"):
+            part = spread[name][int(what[-1])]
+        else:
+            part = getattr(stored[name], what)
+        part = np.ascontiguousarray(part).ravel()
+        if part.dtype == np.int8:
+            part = np.pad(part, (0, len(part) % 2))
+        words.append(part.view("<u2"))
+    by_bytes = np.concatenate(words).view(np.uint8).reshape(-1, 2).T.tobytes()
+    sides = zstandard.compress(by_bytes, 22 if spread else 3)  # floats: in haste
+    header = {"config": {f.name: getattr(cfg, f.name) for f in MODEL_FIELDS}, "sides": len(sides), "tensors": table}
     header = zstandard.compress(json.dumps(header, separators=(",", ":")).encode(), 22)
     head = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + sides
-    lanes = rans_lanes(counts.sum()) * bool(parts)
+    lanes = rans_lanes(counts.sum()) if spread else 0
     values = (counts * (PRECISION - np.log2(np.maximum(tables, 1)))).sum() / 8
     values = 4 * lanes + max(values - lanes, 0)  # a lane ends in 4 bytes, which hold one of its values' on the average
-    return len(head) + int(values) + 32, head, tables, [table_of for _, table_of, _ in parts.values()]
+    return Layout(len(head) + int(values) + 32, head, tables, list(table_of.values()))
 
 
 def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
     """A file's bytes from the model's settings and its tensors; the same give the same."""
-    _, head, tables, table_of = lay_out(cfg, stored)
-    symbols = [s.values.ravel().view(np.uint8) ^ 128 for s in stored.values() if s.rows is not None]  # as value + 128
-    blob = head + (rans_encode(np.concatenate(symbols), np.concatenate(table_of), tables) if symbols else b"")
+    layout = lay_out(cfg, stored)
+    blob = layout.head
+    symbols = [s.values.ravel().view(np.uint8) ^ 128 for s in stored.values() if s.coded]  # as value + 128
+    if symbols:
+        blob += rans_encode(np.concatenate(symbols), np.concatenate(layout.table_of), layout.tables)
     return blob + hashlib.sha256(blob).digest()
 
 
@@ -1737,37 +1923,43 @@ def check_header(header: dict, size: int) -> dict:
     cfg = Config(train_enabled=False, model_path="-", ttt_enabled=False, final_sliding_eval_enable=False, **config)
     if lines := conflicts(cfg, 1):
         raise ValueError(lines[0])
-    wanted, ends = shapes_of(cfg), collections.Counter()
+    wanted, ends = shapes_of(cfg), {True: 0, False: 0}
     for name, shape, kind, bits, offset in header["tensors"]:
         if wanted.pop(name, None) != tuple(shape):
             raise ValueError(f"{name} {shape} is not of the model that its header describes")
-        plain = kind in ("fp16", "fp32")
-        if not (plain or kind in ("rows", "grid") and len(shape) == 2) or offset != ends[plain] or not 0 <= bits <= 32:
+        coded = kind in ("rows", "grid")
+        if not (coded and len(shape) == 2 or kind in ("fp16", "fp32")) or offset != ends[coded] or not 0 <= bits <= 32:
             raise ValueError(f"{name} of kind {kind} at {offset} with {bits} bits")
-        ends[plain] += math.prod(shape) * (2 if kind == "fp32" else 1)
-    if wanted or ends.total() > 8 * size + (1 << 26):
-        raise ValueError(f"{ends.total()} elements in {size} bytes, {len(wanted)} tensors missing")
+        ends[coded] += math.prod(shape) * (2 if kind == "fp32" else 1)
+    if wanted or sum(ends.values()) > 8 * size + (1 << 26):
+        raise ValueError(f"{sum(ends.values())} elements in {size} bytes, {len(wanted)} tensors missing")
     return config
 
 
 def read_tensors(table: list, sides: bytes, values: bytes) -> dict[str, Stored]:
     """The tensors of a checked header. Raises ValueError or ZstdError where the parts have other sizes than it says."""
-    layout, n = side_parts(table), sum(n for _, n in side_parts(table))
-    words = np.frombuffer(decompress(sides, 2 * n), np.uint8).reshape(2, n).T.copy().view("<u2").ravel()
-    parts = dict(zip((key for key, _ in layout), np.split(words, np.cumsum([n for _, n in layout])[:-1]), strict=True))
-    coded, decoded = [t[:2] for t in table if t[2] in ("rows", "grid")], np.empty(0, np.int8)
+    layout = side_parts(table)
+    sizes = [words for _, words in layout]
+    low_and_high = np.frombuffer(decompress(sides, 2 * sum(sizes)), np.uint8).reshape(2, -1)
+    words = low_and_high.T.copy().view("<u2").ravel()
+    parts = dict(zip((key for key, _ in layout), np.split(words, np.cumsum(sizes)[:-1]), strict=True))
+    coded, decoded = [entry for entry in table if entry[2] in ("rows", "grid")], np.empty(0, np.int8)
     if coded:
-        spread = [[parts[name, f"spread{i}"].view(np.int8)[: shape[i]] for i in (0, 1)] for name, shape in coded]
+        table_of = [classes(*(parts[name, f"spread{i}"].view(np.int8)[: shape[i]] for i in (0, 1)))
+                    for name, shape, *_ in coded]
         tables = parts["", "tables"].reshape(CLASSES, 256)
-        decoded = (rans_decode(values, np.concatenate([classes(*s) for s in spread]), tables) ^ 128).view(np.int8)
+        decoded = (rans_decode(values, np.concatenate(table_of), tables) ^ 128).view(np.int8)
     elif values:
         raise ValueError("values that no tensor has")
     tensors = {}
     for name, shape, kind, bits, offset in table:
         form = {"fp32": "<f4", "fp16": "<f2", "rows": "<f2", "grid": np.int8}[kind]
-        rows, cols, numbers = (parts.get((name, what)) for what in ("rows", "cols", "values"))
-        rows, cols = (x if x is None else x.view(form)[:n] for x, n in zip((rows, cols), [*shape, 0, 0], strict=False))
-        numbers = decoded[offset : offset + math.prod(shape)] if numbers is None else numbers.view(form)
+        if kind in ("fp32", "fp16"):
+            numbers, rows, cols = parts[name, "values"].view(form), None, None
+        else:
+            numbers = decoded[offset : offset + math.prod(shape)]
+            rows = parts[name, "rows"].view(form)[: shape[0]]
+            cols = parts[name, "cols"].view(form)[: shape[1]] if kind == "grid" else None
         if kind != "grid" and not np.isfinite(numbers if rows is None else rows).all():
             raise ValueError(f"{name}: numbers that are not finite")
         tensors[name] = Stored(kind, float(bits), numbers.reshape(shape), rows, cols)
@@ -1778,9 +1970,9 @@ def read_file(path: str, variable: str = "") -> bytes:
     """The bytes of an artifact. Raises UserError for what is no file, cannot be read, or larger than any artifact."""
     shown = f"{variable}{path[:300]!r}"
     try:
-        if Path(path).exists() and not (Path(path).is_file() and Path(path).stat().st_size <= FILE_MOST):
-            raise UserError(f"{shown}: not an artifact of this script but a folder, a device or huge; "
-                            f"give the {ARTIFACT_NAME} of a run")
+        odd = Path(path).exists() and not (Path(path).is_file() and Path(path).stat().st_size <= FILE_MOST)
+        require(not odd, f"{shown}: not an artifact of this script but a folder, a device or huge; give the "
+                f"{ARTIFACT_NAME} of a run")
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(f"{shown}: {getattr(error, 'strerror', error)}; give the path of an artifact") from None
@@ -1791,58 +1983,22 @@ def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Stored]]:
 
     Raises UserError, naming `source`, for all but a whole, consistent file.
     """
-    magic, problem = ARTIFACT_MAGIC, ""
-    if len(blob) < 44 or blob[:7] != magic[:7]:
-        problem = f"not an artifact of this script; give the {ARTIFACT_NAME} of a run"
-    elif blob[7] != magic[7]:
-        problem = f"of format {blob[7]}, this script reads {magic[7]}; use its own script"
-    elif hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
-        problem = "damaged, its checksum does not match; copy or export it again"
+    magic, source = ARTIFACT_MAGIC, one_line(source)
+    require(len(blob) >= 44 and blob[:7] == magic[:7], f"{source}: not an artifact of this script; give the "
+            f"{ARTIFACT_NAME} of a run")
+    require(blob[7] == magic[7], f"{source}: of format {blob[7]}, this script reads {magic[7]}; use its own script")
+    require(hashlib.sha256(blob[:-32]).digest() == blob[-32:], f"{source}: damaged, its checksum does not match; copy "
+            "or export it again")
     try:
-        if not problem:
-            cut = 12 + struct.unpack("<I", blob[8:12])[0]
-            header = json.loads(decompress(blob[12:cut], HEADER_MOST, exact=False))
-            header["config"], end = check_header(header, len(blob)), cut + header["sides"]
-            return header, read_tensors(header["tensors"], blob[cut:end], blob[end:-32])
+        cut = 12 + struct.unpack("<I", blob[8:12])[0]
+        header = json.loads(decompress(blob[12:cut], HEADER_MOST, exact=False))
+        header["config"] = check_header(header, len(blob))
+        end = cut + header["sides"]
+        return header, read_tensors(header["tensors"], blob[cut:end], blob[end:-32])
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
             zstandard.ZstdError) as error:  # whatever a forged header can cause
-        problem = f"its parts do not agree ({type(error).__name__}: {error})"[:400] + "; export it again"
-    raise UserError(one_line(f"{source}: {problem}"))
-
-
-def entropy(values: np.ndarray) -> float:
-    """Order-0 entropy in bits a value of int8 `values`."""
-    counts = np.bincount(values.ravel().view(np.uint8), minlength=256)
-    shares = counts[counts > 0] / max(values.size, 1)
-    return float(-(shares * np.log2(shares)).sum()) + 0.0  # no -0
-
-
-def inspect(path: str, limit: int) -> str:
-    """--inspect: what a file holds, tensor by tensor. Raises UserError where it cannot be read.
-
-    Bytes of a tensor: those of its values under their tables, and its share of the compressed sides.
-    """
-    blob = read_file(path)
-    (header, stored), code = unpack(blob, path), SCRIPT.stat().st_size
-    (parts, counts), words = count_values(stored), collections.Counter()
-    cost = PRECISION - np.log2(np.maximum(frequencies(counts), 1))
-    for (name, _), n in side_parts(header["tensors"]):
-        words[name] += n * header["sides"] / sum(n for _, n in side_parts(header["tensors"]))
-    lines = [" ".join(f"{n.upper()}={v}" for n, v in header["config"].items()), "",
-             f"{'tensor':32}{'shape':>14}{'kind':>6}{'bits':>7}{'entropy':>9}{'bytes':>12}{'share':>8}"]
-    for name, s in stored.items():
-        order0 = f"{entropy(s.values):.3f}" if name in parts else ""
-        size = words[name] + (float((parts[name][2] * cost).sum()) / 8 if name in parts else 0)
-        shape = "x".join(map(str, s.values.shape))
-        lines.append(f"{name:32}{shape:>14}{s.kind:>6}{s.bits:7.2f}{order0:>9}{size:12,.0f}{size / len(blob):8.2%}")
-    total, coded = sum(s.values.size for s in stored.values()), [stored[name].values for name in parts]
-    payload = len(blob) - 44 - header["sides"] - struct.unpack("<I", blob[8:12])[0]
-    lines += ["", f"elements: {total:,}, {8 * len(blob) / total:.3f} bits each; tables {words['']:,.0f} bytes",
-              f"values: {payload:,} bytes; their order-0 entropies are "
-              f"{sum(entropy(v) * v.size / 8 for v in coded):,.0f}",
-              f"file {len(blob):,} + code {code:,} = {len(blob) + code:,} bytes, "
-              f"{limit - len(blob) - code:,} left of {limit:,}"]
-    return "\n".join(lines)
+        problem = f"its parts do not agree ({type(error).__name__}: {error})"[:400]
+        raise UserError(one_line(f"{source}: {problem}; export it again")) from None
 
 
 def is_quantised(name: str, shape, min_numel: int) -> bool:
@@ -1897,29 +2053,31 @@ class Sensitivity:
         return torch.empty_like(values).scatter_(2, order, values)
 
 
-def quantize(w: Tensor, cfg: Config, bits: float, embedding: bool, sensitivity: Sensitivity | None) -> list[Stored]:
-    """Round matrices of one shape, [n, rows, cols], by the rule QUANT; one bit more halves every step.
-
-    "balanced" makes the expected rise of the loss, G e^2 / 2 by Sensitivity, the same for every value of the model:
-    coarse where a row or column matters little, which the coder then turns into bytes. Rows end at 8 bits a value.
+def balanced(w: Tensor, bits: float, embedding: bool, cost: Sensitivity) -> list[Stored]:
+    """Round matrices of one shape, [n, rows, cols], so that the expected rise of the loss, G e^2 / 2 by `cost`, is the
+    same for every value of the model: coarse where a row or column matters little, which the coder then turns into
+    bytes. One bit more halves every step; rows end at 8 bits a value.
     (A uniform step and an entropy coder are near the best: Gish and Pierce 1968; reverse water-filling.)
-    "rowmax", the published rule, lays 2**bits values between a row's largest and its negative, and has a floor that
-    gives every row of weights below 1 the same coarse step.
     """
-    if cfg.quant == "balanced":
-        weight, important = sensitivity.weight, sensitivity.factor.diagonal(dim1=1, dim2=2)
-        weight = weight.clamp(min=1e-3 * weight.mean(1, keepdim=True) + 1e-20)
-        wish = BALANCED_STEP * 2 ** (2 * embedding - bits) / weight.sqrt()
-        cols = torch.empty_like(w[:, 0]).scatter_(1, sensitivity.order, important)
-        cols = torch.maximum(cols, (w / wish[:, :, None]).square().mean(1).sqrt() * 4 / 127)  # 127 reach 4 deviations
-        cols = (8 * cols.log2()).round().clamp(-128, 127)
-        most = (w / 2 ** (cols / 8)[:, None]).abs().amax(2) / 127 + 1e-30
-        rows = (8 * torch.maximum(wish, most).log2()).ceil().clamp(-128, 127)
-        u = w / 2 ** (rows / 8)[:, :, None] / 2 ** (cols / 8)[:, None]
-        values = sensitivity.feed_back(u, 2 ** (cols / 8), -127, 127)
-        parts = (t.to(torch.int8).cpu().numpy() for t in (values, rows, cols))
-        return [Stored("grid", bits, *matrix) for matrix in zip(*parts, strict=True)]
-    top, low, high = 2 ** (bits - 1) - 1, max(-math.ceil(2 ** (bits - 1)), -127), math.ceil(2 ** (bits - 1)) - 1
+    weight, important = cost.weight, cost.factor.diagonal(dim1=1, dim2=2)
+    weight = weight.clamp(min=1e-3 * weight.mean(1, keepdim=True) + 1e-20)
+    wish = BALANCED_STEP * 2 ** (2 * embedding - bits) / weight.sqrt()
+    cols = torch.empty_like(w[:, 0]).scatter_(1, cost.order, important)
+    cols = torch.maximum(cols, (w / wish[:, :, None]).square().mean(1).sqrt() * 4 / 127)  # 127 reach 4 deviations
+    cols = (8 * cols.log2()).round().clamp(-128, 127)
+    most = (w / 2 ** (cols / 8)[:, None]).abs().amax(2) / 127 + 1e-30
+    rows = (8 * torch.maximum(wish, most).log2()).ceil().clamp(-128, 127)
+    u = w / 2 ** (rows / 8)[:, :, None] / 2 ** (cols / 8)[:, None]
+    values = cost.feed_back(u, 2 ** (cols / 8), -127, 127)
+    parts = (t.to(torch.int8).cpu().numpy() for t in (values, rows, cols))
+    return [Stored("grid", bits, *matrix) for matrix in zip(*parts, strict=True)]
+
+
+def rowmax(w: Tensor, bits: float, embedding: bool) -> list[Stored]:
+    """Round matrices of one shape, [n, rows, cols], by the published rule: 2**bits values between a row's largest and
+    its negative. It has a floor that gives every row of weights below 1 the same coarse step."""
+    top = 2 ** (bits - 1) - 1
+    low, high = max(-math.ceil(2 ** (bits - 1)), -127), math.ceil(2 ** (bits - 1)) - 1
     most = w.abs().amax(2)
     if embedding:  # in pieces, since torch.quantile takes at most 16 M values
         most = torch.cat([p.abs().quantile(0.9999984, dim=1) for p in w.flatten(0, 1).split(1024)]).view_as(most)
@@ -1928,188 +2086,203 @@ def quantize(w: Tensor, cfg: Config, bits: float, embedding: bool, sensitivity: 
     return [Stored("rows", bits, *matrix) for matrix in zip(values.cpu().numpy(), steps.cpu().numpy(), strict=True)]
 
 
-def calibrate(model: GPT, sequences: Tensor, size: int, may_go_on) -> tuple[dict[str, Sensitivity], int]:
-    """Sensitivities of all matrices on training text [n, T + 1], and how many sequences time allowed, one at least.
+class Calibration:
+    """Sums over training text that tell what rounding each matrix of `model` costs.
 
     Embeddings look rows up, so their H only tells how the gradient is spread over the columns; a tied one is seen as
-    the output layer. Layers that see the same input, as q, k and v do, share its H. Nothing is returned where the
-    model's gradients are not finite.
+    the output layer. Layers that see the same input, as q, k and v do, share its H.
     """
-    inputs = collections.defaultdict(lambda: [0.0, 1e-30])  # H, and what it is divided by, of the first that sees it
-    outputs, first, latest, hooks, used = collections.defaultdict(float), {}, ["", None], [], 0
 
-    def watch(name: str, y: Tensor, x: Tensor, gain: Tensor | float = 1.0):
-        if x is not latest[1]:
-            latest[:], flat, entry = (name, x), x.detach().flatten(0, 1).float(), inputs[name]
-            entry[:] = entry[0] + flat.T @ flat, entry[1] + len(flat)
-        first[name] = latest[0]
+    def __init__(self, model: GPT):
+        self.model, self.tokens = model, 0
+        self.inputs: dict[str, Tensor] = {}  # sum of x x', by the first layer that saw this input
+        self.seen: dict[str, float] = {}  # what it is divided by
+        self.outputs: dict[str, Tensor] = {}  # sum of (dL/dy)^2 a row, by layer
+        self.source: dict[str, str] = {}  # whose H is a layer's
+        self._latest = "", None  # the layer that last saw a new input, and this
+
+    def hooks(self) -> list:
+        """Listen to all layers."""
+        handles, tied = [], self.model.cfg.tie_embeddings
+        for path, module in self.model.named_modules():
+            name = f"{path}.weight"
+            if isinstance(module, Linear):
+                handles.append(module.register_forward_hook(
+                    lambda module, given, y, name=name: self.product(name, y, *given)))
+            elif isinstance(module, nn.Embedding) and not (tied and path == "tok_emb"):
+                handles.append(module.register_forward_hook(
+                    lambda module, given, y, name=name: self.look_up(name, len(module.weight), *given, y)))
+        head = "tok_emb.weight" if tied else "lm_head.weight"
+        self.model.watch_output = lambda y, x: self.product(head, y, x)
+        return handles
+
+    def product(self, name: str, y: Tensor, x: Tensor, gain: Tensor | float = 1.0):
+        """y [B, T, rows] = x [B, T, cols] times the matrix of this name, its rows times `gain`."""
+        if x is not self._latest[1]:
+            self._latest = name, x
+            flat = x.detach().flatten(0, 1).float()
+            self.inputs[name] = self.inputs.get(name, 0.0) + flat.T @ flat
+            self.seen[name] = self.seen.get(name, 1e-30) + len(flat)
+        self.source[name] = self._latest[0]
         scale = gain.detach()[:, 0] ** 2 if isinstance(gain, Tensor) else gain**2  # from y back to the bare product
 
         def gradient(g: Tensor):
-            outputs[name] = outputs[name] + g.flatten(0, 1).float().square().sum(0) * scale
+            self.outputs[name] = self.outputs.get(name, 0.0) + g.flatten(0, 1).float().square().sum(0) * scale
+
         y.register_hook(gradient)
 
-    def look_up(name: str, rows: int, ids: Tensor, y: Tensor):
+    def look_up(self, name: str, rows: int, ids: Tensor, y: Tensor):
+        """y [B, T, cols] = the rows `ids` [B, T] of the embedding of this name."""
+        self.source[name] = name
+
         def gradient(g: Tensor):
-            entry, squares = inputs[name], g.flatten(0, 1).float().square()
-            entry[:] = entry[0] + squares.sum(0).diag(), entry[1] + squares.sum(0).mean()
-            outputs[name] = outputs[name] + squares.new_zeros(rows).index_add_(0, ids.flatten(), squares.mean(1))
-        first[name] = name
+            squares = g.flatten(0, 1).float().square()
+            by_row = squares.new_zeros(rows).index_add_(0, ids.flatten(), squares.mean(1))
+            self.inputs[name] = self.inputs.get(name, 0.0) + squares.sum(0).diag()
+            self.seen[name] = self.seen.get(name, 1e-30) + squares.sum(0).mean()
+            self.outputs[name] = self.outputs.get(name, 0.0) + by_row
+
         y.register_hook(gradient)
 
-    for name, module in model.named_modules():
-        name = f"{name}.weight"
-        if isinstance(module, Linear):
-            hooks.append(module.register_forward_hook(lambda module, args, y, name=name: watch(name, y, *args)))
-        elif isinstance(module, nn.Embedding) and not (name == "tok_emb.weight" and model.cfg.tie_embeddings):
-            hooks.append(module.register_forward_hook(
-                lambda module, args, y, name=name: look_up(name, len(module.weight), args[0], y)))
-    model.watch_output = watch
-    for part in sequences.split(size):
-        model(part[:, :-1], part[:, 1:]).sum().backward()
-        used += len(part)
-        if part.is_cuda:
-            torch.cuda.synchronize()  # else the guard would see the host's time alone
-        if not may_go_on():
-            break
-    model.watch_output = None
-    for hook in hooks:
-        hook.remove()
-    model.zero_grad(set_to_none=True)
-    tokens = used * (sequences.size(1) - 1)
-    if not torch.stack([s.sum() for s in (*(h for h, _ in inputs.values()), *outputs.values())]).isfinite().all():
-        return {}, used
-    factors = {}
-    for width in {len(h) for h, _ in inputs.values()}:
-        names = [name for name, (h, _) in inputs.items() if len(h) == width]
-        found = feedback_factors(torch.stack([inputs[name][0] / inputs[name][1] for name in names]))
-        factors |= zip(names, zip(*found, strict=True), strict=True)
-    return {name: Sensitivity(*factors[first[name]], g / tokens) for name, g in outputs.items()}, used
+    def run(self, sequences: Tensor, size: int, may_go_on) -> int:
+        """Go through sequences [n, T + 1], `size` at a time, while may_go_on(). Returns how many were taken."""
+        handles, used = self.hooks(), 0
+        for part in sequences.split(size):
+            self.model(part[:, :-1], part[:, 1:]).sum().backward()
+            used += len(part)
+            if part.is_cuda:
+                torch.cuda.synchronize()  # else the guard would see the host's time alone
+            if not may_go_on():
+                break
+        self.model.watch_output = None
+        for handle in handles:
+            handle.remove()
+        self.model.zero_grad(set_to_none=True)
+        self.tokens += used * (sequences.size(1) - 1)
+        return used
+
+    def sensitivities(self) -> dict[str, Sensitivity]:
+        """Of each matrix; none where the model's gradients are not finite."""
+        sums = [t.sum() for t in (*self.inputs.values(), *self.outputs.values())]
+        if not torch.stack(sums).isfinite().all():
+            return {}
+        factors = {}
+        for width in {len(h) for h in self.inputs.values()}:  # a stack for each
+            names = [name for name, h in self.inputs.items() if len(h) == width]
+            found = feedback_factors(torch.stack([self.inputs[name] / self.seen[name] for name in names]))
+            factors |= zip(names, zip(*found, strict=True), strict=True)
+        return {name: Sensitivity(*factors[self.source[name]], g / self.tokens) for name, g in self.outputs.items()}
 
 
 class Exporter:
     """Rounds a trained model so that its file keeps the limit: at the bits asked for where that fits (EXPORT_FILL=0),
     else with one common term to all of them. Runs on one rank.
 
-    `room`: bytes that the file may take; `sequences` [n, T + 1]: training text, on which this calibrates; `seconds`:
-    the guard, 0 for none. A search rounds (`rounded`), counts bytes (`lay_out`) and in the end codes once (`pack`).
+    `room`: bytes that the file may take; `sequences` [n, T + 1]: training text, on which this calibrates, `size` of
+    them at a time; `seconds`: the guard, 0 for none. A search rounds, counts bytes, and in the end codes once.
     """
 
     def __init__(self, cfg: Config, log: Log, model: GPT, sequences: Tensor, size: int, room: int, seconds: float):
         self.cfg, self.log, self.room, self.guard, self.began = cfg, log, room, seconds, time.perf_counter()
-        self.report = {"rule": cfg.quant, "attempts": 0, "tokens": sequences[:, 1:].numel()}
+        self.rule, self.report = cfg.quant, {}
         self.weights = {name: p.detach().float() for name, p in model.named_parameters()}
-        coarse = {n: (group_of(n), w.shape) for n, w in self.weights.items()
-                  if is_quantised(n, w.shape, cfg.quant_min_numel)}
-        alike, found = {kind: [n for n in coarse if coarse[n] == kind] for kind in coarse.values()}, {}
-        self.groups = sorted({group for group, _ in alike})
-        if cfg.quant == "balanced" and alike:
-            found, used = calibrate(model, sequences, size, lambda: self.in_time(0.5))
-            self.bite(f"calibration on {used} of {len(sequences)} sequences" if used < len(sequences) else "")
-            if not found:
-                log("export: gradients on training text are not finite; QUANT=rowmax, which needs none, takes over")
-                self.cfg, self.report["rule"] = dataclasses.replace(cfg, quant="rowmax"), "rowmax"
+        alike = collections.defaultdict(list)  # names by group and shape
+        for name, w in self.weights.items():
+            if is_quantised(name, w.shape, cfg.quant_min_numel):
+                alike[group_of(name), w.shape].append(name)
+        found = self.calibrate(model, sequences, size) if cfg.quant == "balanced" and alike else {}
         self.stacks = []  # (group, names, weights [n, rows, cols], their sensitivity)
         for (group, _), names in alike.items():
-            parts = zip(*((found[n].factor, found[n].order, found[n].weight) for n in names if found), strict=True)
-            costs = Sensitivity(*map(torch.stack, parts)) if found else None
-            self.stacks.append((group, names, torch.stack([self.weights[n] for n in names]), costs))
-        self.low, self.high = (0.0, 12.0) if self.cfg.quant == "balanced" else (2.0, 8.0)
-        self.asked = {g: getattr(cfg, f"quant_bits_{g}") for g in self.groups}
-        self.tried, self.coded = {}, set()  # bytes by common term, counted; those terms whose bytes are known
-        self.kept, self.late, self.head, self.needs = (None, {}), 0, 0, 0.0  # kept: the best's term and its tensors
+            costs = None
+            if found:
+                costs = Sensitivity(*(torch.stack([getattr(found[name], part) for name in names])
+                                      for part in ("factor", "order", "weight")))
+            self.stacks.append((group, names, torch.stack([self.weights[name] for name in names]), costs))
+        self.low, self.high = (0.0, 12.0) if self.rule == "balanced" else (2.0, 8.0)
+        self.asked = {group: getattr(cfg, f"quant_bits_{group}") for group in sorted({group for group, _ in alike})}
+        self.report["rule"] = self.rule
+
+    def calibrate(self, model: GPT, sequences: Tensor, size: int) -> dict[str, Sensitivity]:
+        """Sensitivities, in half of the guard's time; none, and another rule, where gradients are not finite."""
+        calibration = Calibration(model)
+        used = calibration.run(sequences, size, lambda: self.in_time(0.5))
+        self.report["tokens"] = calibration.tokens
+        if used < len(sequences):
+            self.log(f"export: EXPORT_MAX_SECONDS={self.guard:g} leaves time to calibrate on {used} of "
+                     f"{len(sequences)} sequences")
+        found = calibration.sensitivities()
+        if not found:
+            self.log("export: gradients on training text are not finite; QUANT=rowmax, which needs none, takes over")
+            self.rule = "rowmax"
+        return found
 
     def in_time(self, share: float = 1.0, needs: float = 0.0) -> bool:
         """Whether `needs` more seconds end within `share` of the guard."""
         return not self.guard or time.perf_counter() - self.began + needs < share * self.guard
 
-    def bite(self, what: str):
-        if what:
-            self.log(f"export: EXPORT_MAX_SECONDS={self.guard:g} cut short: {what}")
-            self.report["cut_short"] = [*self.report.get("cut_short", []), what]
-
     def bits(self, common: float) -> dict[str, float]:
         """The bits of each group, those asked for and a common term: by "balanced" values cost the same in all."""
         return {g: min(max(bits + common, self.low), self.high) for g, bits in self.asked.items()}
 
-    def rounded(self, bits: dict[str, float]) -> dict[str, Stored]:
+    def rounded(self, common: float) -> dict[str, Stored]:
         """All tensors as the file holds them: the large ones rounded at their group's bits, the others in fp16."""
-        coarse = {}
+        coarse, bits = {}, self.bits(common)
         for group, names, w, cost in self.stacks:
-            coarse |= zip(names, quantize(w, self.cfg, bits[group], group in ("embed", "bigram"), cost), strict=True)
-        return {n: coarse[n] if n in coarse else Stored(
-            "fp16", 16, w.clamp(-65504, 65504).half().cpu().numpy()) for n, w in self.weights.items()}
+            embedding = group in ("embed", "bigram")
+            rounded = balanced(w, bits[group], embedding, cost) if cost else rowmax(w, bits[group], embedding)
+            coarse |= zip(names, rounded, strict=True)
+        fine = {name: Stored("fp16", 16, w.clamp(-65504, 65504).half().cpu().numpy())
+                for name, w in self.weights.items() if name not in coarse}
+        return {name: coarse[name] if name in coarse else fine[name] for name in self.weights}
 
-    def best(self) -> float | None:
-        """The common term of the largest file so far that keeps the room."""
-        fits = [common for common, size in self.tried.items() if size <= self.room]
-        return max(fits, key=self.tried.get, default=None)
-
-    def attempt(self, common: float):
-        """Round at a common term and count the bytes; the tensors of the largest file that fits are kept."""
-        began = time.perf_counter()
-        stored, counts = self.rounded(self.bits(common)), time.perf_counter()
-        (size, head, *_), ended = lay_out(self.cfg, stored), time.perf_counter()
-        self.tried[common], self.head = size, len(head)
-        self.needs = ended - began + 3 * (ended - counts)  # seconds of one more and of coding, 2.5 times the counting's
-        self.report["attempts"] += 1
-        if self.best() == common:
-            self.kept = common, stored
-
-    def common_for(self, size: float) -> float:
-        """The common term at which the file should have this size, by the latest one or two that were tried. At r bits
-        a value one less saves a bit, and ever less as more values are 0: log2(4**r - 1) / 2 falls evenly."""
-        def level(size: float) -> float:
-            rate = max(8 * (size - self.head) / sum(weights.numel() for _, _, weights, _ in self.stacks), 1e-6)
-            return rate + math.log2(1 - 4**-rate) / 2
-
-        points = list(self.tried.items())[-2:]
-        (latest, bytes_), slope = points[-1], 0.65 if self.cfg.quant == "balanced" else 1.0  # as trained models have it
-        if len(points) > 1:
-            slope = (level(bytes_) - level(points[0][1])) / (latest - points[0][0])
-        common = latest + (level(size) - level(bytes_)) / min(max(slope, 0.3), 2.0)
-        return min(max(common, self.low - max(self.asked.values())), self.high - min(self.asked.values()))
-
-    def next_common(self) -> float | None:
-        """The common term to try next; None where what fits is near enough, no time is left, or nothing to try.
-        Where nothing fits yet and it is late, ever wider margins end the search in a few attempts more."""
-        best, size = self.best(), self.tried.get(self.best(), 0)
-        if not self.groups or size >= 0.995 * self.room or (best == 0 and not self.cfg.export_fill):
+    def next_common(self, tried: dict[float, int], late: bool) -> float | None:
+        """The common term to try next, by the bytes of those that were tried; None where what fits is near enough, or
+        it is late. Between one that fits and one that does not log sizes lie near a line; halves surely come nearer."""
+        fits = {common: size for common, size in tried.items() if size <= self.room}
+        over = {common: size for common, size in tried.items() if size > self.room}
+        filled = fits and max(fits.values()) >= FILLED * self.room
+        if not self.asked or filled or (fits and (late or 0.0 in fits and not self.cfg.export_fill)):
             return None
-        in_time = self.in_time(needs=self.needs)
-        self.bite("the search" if not in_time and not self.late else "")
-        self.late += not in_time or self.report["attempts"] >= MOST_ATTEMPTS
-        common = self.common_for(AIMS[min(self.late, len(AIMS) - 1)] * self.room)
-        fits, over = ([c for c, size in self.tried.items() if (size <= self.room) == it] for it in (True, False))
-        if fits and over and (self.report["attempts"] > 5 or not max(fits) < common < min(over)):
-            common = (max(fits) + min(over)) / 2  # halves surely come nearer, where sizes do not follow a line
-        return None if common in self.tried or (self.late and best is not None) else common
-
-    def to_code(self) -> float | None:
-        """The common term whose file is to be coded: the best, else the smallest if its count may be too high."""
-        near = [common for common, size in self.tried.items() if size <= 1.001 * self.room]
-        smallest = min(set(near) - self.coded, key=self.tried.get, default=None)
-        return smallest if self.best() is None else self.best()
-
-    def code(self, common: float) -> bytes | None:
-        """The file at a common term that was tried, None where it is larger than was counted and breaks the limit."""
-        blob = pack(self.cfg, self.kept[1] if self.kept[0] == common else self.rounded(self.bits(common)))
-        self.tried[common] = len(blob)
-        self.coded.add(common)
-        return blob if len(blob) <= self.room else None
+        least, most = self.low - max(self.asked.values()), self.high - min(self.asked.values())
+        aim = (LATE_AIM if late else AIM) * self.room
+        if fits and over:
+            low, high = max(fits, key=fits.get), min(over, key=over.get)
+            share = math.log(aim / fits[low]) / math.log(over[high] / fits[low]) if len(tried) < 6 else 0.5
+            common = low + min(max(share, 0.02), 0.98) * (high - low)
+            while common in tried:  # sizes are not quite even
+                common = (low + common) / 2
+        else:
+            common, size = list(tried.items())[-1]
+            step = (aim - size) / sum(w.numel() for _, _, w, _ in self.stacks) / BYTES_A_BIT[self.rule]
+            common += step * 2 ** (len(tried) - 1)  # further each time that was not enough
+        common = min(max(common, least), most)
+        if common in tried and late:
+            common = least
+        return None if common in tried else common
 
     def search(self) -> bytes | None:
         """The file, or None where no setting keeps it within `room`."""
-        blob, common = None, 0.0
+        blob, best, common, tried = None, 0.0, 0.0, {}
         while common is not None:
-            self.attempt(common)
-            common = self.next_common()
-            while common is None and blob is None and (chosen := self.to_code()) is not None:
-                blob = self.code(chosen)
-                common = None if blob else self.next_common()  # with what is known now
-        self.report |= {"bits": self.bits(chosen if blob else 0.0), "bytes_first": self.tried[0.0]}
-        if blob and chosen:
-            self.log(f"export: {chosen:+.2f} bits to all; {self.tried[0.0]} -> {len(blob)} bytes of {self.room}")
+            began = time.perf_counter()
+            stored = self.rounded(common)
+            counted = time.perf_counter()
+            tried[common] = lay_out(self.cfg, stored).size
+            ended = time.perf_counter()
+            needs = ended - began + 3 * (ended - counted)  # of one more and of coding, 2.5 times the counting's
+            late = len(tried) >= MOST_ATTEMPTS or not self.in_time(needs=needs)
+            latest, common = common, self.next_common(tried, late)
+            fits = [c for c, size in tried.items() if size <= self.room]
+            while common is None and blob is None and fits:
+                best = max(fits, key=tried.get)
+                blob = pack(self.cfg, stored if best == latest else self.rounded(best))
+                tried[best] = len(blob)  # which was counted to 0.1%
+                if len(blob) > self.room:
+                    blob, common = None, self.next_common(tried, late)
+                    fits.remove(best)
+        self.report |= {"attempts": len(tried), "bits": self.bits(best if blob else 0.0), "bytes_first": tried[0.0]}
+        if blob and best:
+            self.log(f"export: {best:+.2f} bits to all; {tried[0.0]} -> {len(blob)} bytes of {self.room}")
         return blob
 
 
@@ -2147,21 +2320,16 @@ class Evaluator:
 
     A window is EVAL_SEQ_LEN inputs; windows stand `stride` apart and each scores its last `stride` targets, the
     first all of its own. A target's window follows from its position in the stream (or, for `record`, from what the
-    caller gives), not from the batch or number of ranks. For the audit, the whole distribution of the targets in
-    `probe` is kept too, and `peek` is the largest change of a loss when the inputs after its place are others.
+    caller gives), not from the batch or number of ranks.
     """
 
-    made = 0  # how many there have been
-
-    def __init__(self, cfg: Config, process: Process, forward, stream: Stream, stride: int, probe=()):
+    def __init__(self, cfg: Config, process: Process, forward, stream: Stream, stride: int):
         self.cfg, self.process, self.forward, self.stream = cfg, process, forward, stream
         self.window, self.stride, self.started, self.batch = cfg.eval_len, stride, time.perf_counter(), 0
         self.nats = torch.zeros(stream.targets, device=process.device)
         self.count = torch.zeros(stream.targets, dtype=torch.int32, device=process.device)
         self.learnt = torch.zeros(stream.targets + 1, dtype=torch.int32, device=process.device)
         self.early = torch.zeros((), dtype=torch.int64, device=process.device)
-        self.probe, self.distributions, self.peek = torch.tensor(list(probe), device=process.device), {}, 0.0
-        Evaluator.made += 1
 
     def blocks(self, begin: int, end: int) -> np.ndarray:
         """Blocks that cover targets [begin, end), [3, n]: first target, end, and first input of each one's window."""
@@ -2179,7 +2347,8 @@ class Evaluator:
         mine, n = mine.to(device), mine.size(1)
         if not self.batch:  # of equal size, so that a compiled model sees one shape; later calls keep it
             most = min(self.cfg.val_batch_size // world, tokens_per_pass(self.cfg, self.process, False)) // self.window
-            self.batch = -(-n // -(-n // max(most, 1))) if n else 0
+            batches = math.ceil(n / max(most, 1))
+            self.batch = math.ceil(n / batches) if n else 0
         for first in range(0, n, self.batch or 1):
             pick = torch.arange(first, first + self.batch, device=device)
             low, high, start = mine[:, pick.clamp(max=n - 1)]
@@ -2200,24 +2369,6 @@ class Evaluator:
         for book, entry in ((self.nats, nats), (self.count, scored.int())):
             book.index_add_(0, targets.flatten(), torch.where(scored, entry, 0).flatten())
         self.early += torch.where(scored, self.learnt[targets + 1], 0).sum()
-        if len(self.probe) and bool(scored.any()):
-            slot = (low[:, None] // self.stride * 7919) % scored.sum(1, keepdim=True).clamp(min=1)  # one place a window
-            later = torch.arange(length, device=low.device) > rows.gather(1, slot)
-            other = torch.where(later, (inputs * 31 + 17) % self.cfg.vocab_size, inputs)
-            change = (self.forward(other, tokens[targets + 1], rows, self.cfg.eval_len) - nats).abs()
-            upto = scored & (torch.arange(self.stride, device=low.device) <= slot)
-            self.peek = max(self.peek, float(change[upto].nan_to_num(torch.inf).max()) if upto.any() else 0.0)
-            for at, slot in (torch.isin(targets, self.probe) & scored).nonzero().tolist():
-                self._ask(inputs, rows, at, slot, int(targets[at, slot]))
-
-    def _ask(self, inputs: Tensor, rows: Tensor, at: int, slot: int, target: int):
-        """Keep the nats of every vocabulary entry at a target's place: the same batch is asked again with each entry
-        in turn as the target, so that a score which is no probability shows."""
-        place, vocab = rows[at, slot].expand_as(rows).contiguous(), self.cfg.vocab_size
-        entries = torch.arange(-(-vocab // self.stride) * self.stride, device=inputs.device).clamp(max=vocab - 1)
-        self.distributions[target] = torch.cat([
-            self.forward(inputs, part.expand_as(rows).contiguous(), place, self.cfg.eval_len)[at] for part in
-            entries.split(self.stride)])[:vocab].cpu()
 
     def lesson(self, positions: Tensor, who: Tensor | None = None) -> Tensor:
         """The tokens at `positions` [n, length], which an optimizer step is about to learn from: noted as such, in
@@ -2226,17 +2377,6 @@ class Evaluator:
         positions = positions.clamp(max=self.stream.targets)
         self.learnt.index_add_(0, positions.flatten(), marks.flatten())
         return self.stream.tokens[positions]
-
-    def books(self, shared: bool) -> dict[str, Tensor]:
-        """What has been scored so far, to be kept: by all ranks when `shared`, else by this one."""
-        mine = {"nats": self.nats, "count": self.count, "early": self.early}
-        return {n: self.process.sum_(t.clone()) if shared else t for n, t in mine.items()} | {"learnt": self.learnt}
-
-    def restore(self, books: dict[str, Tensor], seconds: float, shared: bool):
-        """Go on with these books; shared ones are rank 0's."""
-        for name in ("learnt", "nats", "count", "early") if self.process.main or not shared else ("learnt",):
-            getattr(self, name).copy_(books[name])
-        self.started = time.perf_counter() - seconds
 
     def running_bpb(self, shared: bool = True) -> float:
         """BPB of what all ranks, or this rank, have scored so far."""
@@ -2248,19 +2388,27 @@ class Evaluator:
         """Gather all ranks' books into the score. Call once, when everything has been scored."""
         nats, n = self.process.sum_(self.nats).cpu(), self.stream.targets
         odd, early = int((self.process.sum_(self.count) != 1).sum()), int(self.process.sum_(self.early))
-        faults = [f"{odd} of {n} targets were not scored exactly once"] * (odd > 0)
-        faults += [f"{early} optimizer steps had seen a target before its score"] * (early > 0)
+        faults = []
+        if odd:
+            faults.append(f"{odd} of {n} targets were not scored exactly once")
+        if early:
+            faults.append(f"{early} optimizer steps had seen a target before its score")
         total = float(nats.double().sum())
+        if not math.isfinite(total):
+            faults.append("the score is not a finite number")
         bpb, seconds = total / math.log(2) / (self.stream.bytes or math.nan), time.perf_counter() - self.started
         return Score(total / n, bpb, seconds, n, self.stream.bytes, faults, nats.numpy())
 
 
-def evaluate(cfg: Config, process: Process, log: Log, forward, stream: Stream, stride: int, label: str,
-             probe=()) -> Evaluator:
+def evaluate(cfg: Config, process: Process, log: Log, forward, stream: Stream, stride: int, label: str) -> Evaluator:
     """Score the whole stream, or until a signal that is held; stride = EVAL_SEQ_LEN gives non-overlapping windows."""
-    evaluator = Evaluator(cfg, process, forward, stream, stride, probe)
-    evaluator.score(0, stream.targets, lambda done: log.live(label, done, time.perf_counter() - evaluator.started) or
-                    process.signals.caught)
+    evaluator = Evaluator(cfg, process, forward, stream, stride)
+
+    def tick(done: float) -> bool:
+        log.progress(label, done, time.perf_counter() - evaluator.started)
+        return bool(process.signals.caught)
+
+    evaluator.score(0, stream.targets, tick)
     return evaluator
 
 
@@ -2292,134 +2440,47 @@ def ttt_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
 
 
 class Walk:
-    """One walk of test-time training over a stream: its clock, its lines, when it must stop learning, and with
-    `checkpoints` its states. In lora mode ranks walk apart and each keeps its own; else they walk in step and rank 0
-    keeps one. `saved` is the state to go on from: facts and tensors."""
+    """One walk of test-time training over a stream: its clock, its lines, and when it must stop learning. In lora mode
+    ranks walk apart, else in step (`shared`)."""
 
-    counters = ("scoring", "work", "stopped", "chunks", "adapted", "undone", "said", "lesson")
-
-    def __init__(self, cfg: Config, process: Process, log: Log, evaluator: Evaluator, budget: Budget,
-                 checkpoints: Checkpoints | None = None):
+    def __init__(self, cfg: Config, process: Process, log: Log, evaluator: Evaluator, budget: Budget):
         self.cfg, self.process, self.log, self.evaluator, self.budget = cfg, process, log, evaluator, budget
-        self.scoring, self.work, self.total = 0.0, 0, 0  # seconds of the scoring that is done, its units, and all units
-        self.lesson, self.lesson_began = 0.0, None  # seconds of the longest lesson; where one that goes on began
-        self.pieces: collections.deque = collections.deque()  # of work, whose seconds are not known yet
-        self.stopped, self.chunks, self.adapted, self.undone, self.said = False, 0, 0, 0, 0
-        self.checkpoints, self.shared, self.saved, self.latest = checkpoints, cfg.ttt_mode == "full", None, None
-        self.begun = budget.spent()
-        if checkpoints:
-            self._restore()
-            self.kept = self._clock()[0]
+        self.shared, self.begun = cfg.ttt_mode == "full", budget.spent()
+        self.work, self.total = 0, 0  # units of scoring that are done, and all
+        self.pace, self.lesson, self.asked = 0.0, 0.0, None  # seconds a unit, a lesson; when the last lesson began
+        self.stopped, self.chunks, self.adapted, self.undone, self.said = False, 0, 0, 0, -1
 
-    def _clock(self) -> tuple[float, int]:
-        """Seconds of the budget and the signal caught; of rank 0 and of any rank where the ranks walk in step."""
-        now = self.budget.spent()
-        return self.process.heard(now) if self.shared else (now, self.process.signals.caught)
-
-    def _key(self) -> str:
-        """What a state must have been made with for this walk to go on from it."""
-        settings = {n: v for n, v in self.cfg.settings().items() if n.startswith(("ttt_", "eval_s", "val_b", "comp"))}
-        form = 2  # of the tensors, which the script before had otherwise
-        where = [self.process.world, self.process.device.type, self.evaluator.stream.targets]
-        return json.dumps([form, settings, self.checkpoints.about["artifact"], *where])
-
-    def _restore(self):
-        self.state = f"ttt_rank{0 if self.shared else self.process.rank}.npz"
-        path, saved = self.checkpoints.folder / self.state, None
-        try:
-            if path.exists() and (self.process.main or not self.shared):
-                saved = read_state(path)
-                if saved[0].get("key") != self._key():
-                    raise UserError(f"{path}: of another artifact, other settings or other ranks")
-        except UserError as error:
-            saved = None
-            self.log(f"ttt: {error}; starting over")
-        self.saved = saved = self.process.agree(saved) if self.shared else saved
-        if saved:
-            facts = saved[0]
-            self.evaluator.restore(saved[1], facts["seconds"], self.shared)
-            self.evaluator.batch = facts["batch"]
-            for name in self.counters:
-                setattr(self, name, facts[name])
-            self.budget.started -= facts["seconds"]
-            self.log(f"ttt: goes on from {facts['file']}, after {facts['chunks']} chunks and {facts['seconds']:.1f} s")
-
-    def keep(self, tensors, **facts):
-        """Between chunks: where CKPT_EVERY_SECONDS have passed or a signal was caught, keep the books, the tensors
-        that tensors() gives, and the facts that say where the walk is. Raises Interrupted after a signal."""
-        if not self.checkpoints:
-            return
-        (now, caught), self.latest = self._clock(), (tensors, facts)
-        if caught:
-            self.write()
-            raise Interrupted(caught)
-        if 0 < self.cfg.ckpt_every_seconds <= now - self.kept:
-            self.write(wait=False)
-            self.kept = now
-
-    def write(self, wait: bool = True):
-        """Write the latest state that `keep` was given."""
-        if not self.latest:
-            return
-        self.end_lesson()
-        self.settle(0)
-        (tensors, facts), now, books = self.latest, self.budget.spent(), self.evaluator.books(self.shared)
-        facts |= {name: getattr(self, name) for name in self.counters} | {
-            "key": self._key(), "seconds": now - self.begun, "batch": self.evaluator.batch}
+    def now(self, wait: bool) -> float:
+        """The budget's seconds, on a GPU after what was asked of it so far if it is to be waited for."""
         if wait:
-            self.checkpoints.wait()
-        if self.process.main or not self.shared:
-            self.checkpoints.save(self.state, books | tensors(), facts)
-        if wait:
-            self.checkpoints.wait()
-            if self.shared:  # no rank leaves before rank 0 has written
-                self.process.agree(None)
-
-    def place(self):
-        """Where the work is: the budget's seconds, or on a GPU a mark whose time is known once the device is there."""
-        return self.process.mark() if self.process.cuda else self.budget.spent()
-
-    def settle(self, most: int):
-        """Count the seconds of the pieces of work, but for the newest `most`. On a GPU the latest of them is waited
-        for, so that the host is never more than a turn ahead of it."""
-        if self.process.cuda and len(self.pieces) > most:
-            self.process.reached(self.pieces[-1 - most][1])
-        while len(self.pieces) > most:
-            begin, end, work = self.pieces.popleft()
-            seconds = begin.elapsed_time(end) / 1000 if self.process.cuda else end - begin
-            if work:
-                self.scoring, self.work = self.scoring + seconds, self.work + work
-            else:
-                self.lesson = max(self.lesson, seconds)
-
-    def end_lesson(self):
-        """A lesson that has been going on is over."""
-        if self.lesson_began is not None:
-            self.pieces.append((self.lesson_began, self.place(), 0))
-            self.lesson_began = None
+            self.process.synchronize()
+        return self.budget.spent()
 
     @contextlib.contextmanager
     def scored(self, work: int):
-        """A piece of scoring of `work` units. The turn before it is waited for, this one only on a CPU."""
-        self.end_lesson()
-        begin = self.place()
+        """A piece of scoring of `work` units. On a GPU its pace is taken once a twentieth of the walk: to wait each
+        time would leave the device idle."""
+        part = int(20 * self.work / self.total)
+        timed = not self.process.cuda or part > self.said
+        began = self.now(timed)
         yield
-        self.pieces.append((begin, self.place(), work))
-        self.settle(1 if self.process.cuda else 0)
+        self.work += work
+        if timed:
+            self.pace, self.said = max(self.pace, (self.now(True) - began) / work), part
 
     def may_learn(self) -> bool:
         """Whether there is time for a lesson, with the rest left to score after it and a quarter for unevenness. Ranks
         that walk in step ask at the same place and hear rank 0's answer."""
-        self.end_lesson()
-        if self.shared:  # lessons follow each other
-            self.settle(1 if self.process.cuda else 0)
-        rest = self.total - self.work
-        need = self.lesson + 1.25 * rest * self.scoring / max(self.work, 1)
-        stop = self.stopped or 0 < self.budget.limit <= self.budget.spent() + need
-        stop = self.process.agree(stop) if self.shared and self.budget.limit else stop
+        now = self.now(False)
+        if self.asked is not None:
+            self.lesson = max(self.lesson, now - self.asked)
+        need = self.lesson + 1.25 * (self.total - self.work) * self.pace
+        stop = self.stopped or 0 < self.budget.limit <= now + need
+        if self.shared and self.budget.limit:
+            stop = self.process.agree(stop)
         if stop and not self.stopped:
             self.log(f"EVAL_MAX_SECONDS={self.budget.limit:g}: adaptation stops, the time left is for scoring")
-        self.stopped, self.lesson_began = stop, None if stop else self.place()
+        self.stopped, self.asked = stop, now
         return not stop
 
     def line(self, i: int, n: int, rate: float):
@@ -2429,13 +2490,6 @@ class Walk:
         self.log(f"ttt_chunk [{i}/{n}] bpb={bpb:.6f} rate={rate:.3g} time={seconds:.1f}s "
                  f"eta={seconds / i * (n - i):.1f}s")
         self.log.metric(ttt_chunk=i, chunks=n, running_bpb=bpb, rate=rate, ttt_seconds=seconds)
-
-    def twentieths(self):
-        """Say so where another twentieth of the work is done."""
-        part = int(20 * self.work / max(self.total, 1))
-        if self.log.main and part > self.said:
-            self.said = part
-            self.line(part, 20, self.cfg.ttt_lora_lr)
 
 
 class FullAdapter:
@@ -2451,9 +2505,10 @@ class FullAdapter:
         for block in model.blocks[: cfg.ttt_freeze_blocks]:
             block.requires_grad_(False)
         adapted = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = (torch.optim.SGD(adapted, cfg.ttt_lr, cfg.ttt_momentum, weight_decay=cfg.ttt_wd)
-                          if cfg.ttt_optimizer == "sgd" else
-                          torch.optim.AdamW(adapted, cfg.ttt_lr, weight_decay=cfg.ttt_wd))
+        if cfg.ttt_optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(adapted, cfg.ttt_lr, cfg.ttt_momentum, weight_decay=cfg.ttt_wd)
+        else:
+            self.optimizer = torch.optim.AdamW(adapted, cfg.ttt_lr, weight_decay=cfg.ttt_wd)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """The nats of whole sequences, with RoPE as in the windows that are scored."""
@@ -2466,7 +2521,8 @@ class FullAdapter:
         length = min(cfg.train_seq_len, end)
         starts = torch.arange(begin, end, length, device=flat.weights.device).clamp(max=end - length)
         group, size = cfg.ttt_batch_seqs * world or len(starts), tokens_per_pass(cfg, self.process, True) // length
-        per_epoch, before, bad, step = -(-len(starts) // group), flat.weights.clone(), flat.loss.new_zeros(()), 0
+        per_epoch, before = math.ceil(len(starts) / group), flat.weights.clone()
+        bad, step = flat.loss.new_zeros(()), 0
         while step < cfg.ttt_epochs * per_epoch and may_go_on():
             self.optimizer.param_groups[0]["lr"] = rate * ttt_factor(cfg, step, per_epoch)
             batch = starts[step % per_epoch * group :][:group]
@@ -2480,7 +2536,8 @@ class FullAdapter:
             # what has been scored proves the weights usable; a copy, as a view's strides would ask for another graph
             last = self.evaluator.stream.tokens[end - length : end + 1].clone()[None]
             bad += ~torch.isfinite(self.forward(last[:, :-1], last[:, 1:]).sum() + flat.weights.sum())
-        if undone := bool(bad):
+        undone = bool(bad)
+        if undone:
             flat.weights.copy_(before)
             self.optimizer.state.clear()
         return step, undone
@@ -2489,11 +2546,9 @@ class FullAdapter:
 def walk_full(walk: Walk, model: GPT):
     """Score and learn chunk by chunk."""
     cfg, evaluator, n = walk.cfg, walk.evaluator, walk.evaluator.stream.targets
-    adapter, chunks, walk.total = FullAdapter(cfg, walk.process, model, evaluator), -(-n // cfg.ttt_chunk_tokens), n
-    if walk.saved:
-        adapter.flat.weights.copy_(walk.saved[1]["weights"])
-        restore_optimizer(adapter.optimizer, walk.saved[1])
-    for i in range(walk.chunks, chunks):
+    adapter = FullAdapter(cfg, walk.process, model, evaluator)
+    chunks, walk.total = math.ceil(n / cfg.ttt_chunk_tokens), n
+    for i in range(chunks):
         begin, end = i * cfg.ttt_chunk_tokens, min((i + 1) * cfg.ttt_chunk_tokens, n)
         with walk.scored(end - begin):
             evaluator.score(begin, end)
@@ -2506,7 +2561,6 @@ def walk_full(walk: Walk, model: GPT):
                 walk.log(f"ttt_chunk {i + 1}: its adaptation was not finite and is undone")
         walk.chunks = i + 1
         walk.line(walk.chunks, chunks, rate)
-        walk.keep(lambda: {"weights": adapter.flat.weights} | optimizer_tensors(adapter.optimizer))
 
 
 class LoraAdapters:
@@ -2521,8 +2575,8 @@ class LoraAdapters:
         self.shapes, parts = [], []
         for layer in self.layers:  # the first factor random, the second zero: no effect before the first step
             self.shapes += [(rank, layer.in_features), (layer.out_features, rank)]
-            parts += [torch.randn(self.shapes[-2], generator=generator) / math.sqrt(layer.in_features),
-                      torch.zeros(self.shapes[-1])]
+            parts.append(torch.randn((rank, layer.in_features), generator=generator) / math.sqrt(layer.in_features))
+            parts.append(torch.zeros(layer.out_features, rank))
         self.initial = torch.cat([p.flatten() for p in parts]).to(process.device)
         own_kernels = process.cuda and compiles(cfg, process)
         self.update = torch.compile(adam_rows, dynamic=False) if own_kernels else adam_rows
@@ -2542,22 +2596,14 @@ class LoraAdapters:
             for state in (self.first, self.second, self.steps):
                 state.index_fill_(0, places, 0.0)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that the next step depends on."""
-        return {"adapters": self.weights, "first": self.first, "second": self.second, "steps": self.steps,
-                "undone": self.undone}
-
-    def restore(self, tensors: dict[str, Tensor]):
-        """Put back what `tensors` gave."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
-
     def attach(self, places: Tensor, times: int = 1):
         """Give the layers the adapters in `places`, a row of the next batch each, the whole repeated so many times."""
         everyone = len(places) == len(self.weights)
         self.leaf = (self.weights.detach() if everyone else self.weights[places]).requires_grad_()
-        parts = self.leaf.to(self.dtype).repeat(times, 1) if times > 1 else self.leaf.to(self.dtype)
-        parts = parts.split([math.prod(shape) for shape in self.shapes], dim=1)
+        rows = self.leaf.to(self.dtype)
+        if times > 1:
+            rows = rows.repeat(times, 1)
+        parts = rows.split([math.prod(shape) for shape in self.shapes], dim=1)
         matrices = [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
         for layer, down, up in zip(self.layers, matrices[::2], matrices[1::2], strict=True):
             layer.adapter = (down, up)
@@ -2600,28 +2646,27 @@ def adam_rows(weights: Tensor, first: Tensor, second: Tensor, steps: Tensor, gra
 
 
 def document_groups(cfg: Config, process: Process, stream: Stream, weights: int) -> list[tuple[int, int, np.ndarray]]:
-    """This rank's documents by length: (window, places, documents [n, 2] as first target and end, longest first).
+    """This rank's documents, long ones and short ones: (window, places, documents [n, 2] as first target and end,
+    longest first).
 
-    A document is the targets from its BOS to the next; what comes before the first BOS is one too. A short one gets
-    a shorter window: half or a quarter. `places` go through the model side by side, as many as the activations of the
-    longest window and, with all that Adam needs, adapters of `weights` numbers leave room for; they are as many for
-    every window, so that a compiled model learns in one shape.
+    A document is the targets from its BOS to the next; what comes before the first BOS is one too. A short one, all of
+    whose blocks see its first token in half a window, gets that. `places` go through the model side by side, as many
+    as the activations of the longest window and, with all that Adam needs, adapters of `weights` numbers leave room
+    for; they are as many for both windows, so that a compiled model learns in one shape.
     """
     starts = np.union1d([0], torch.nonzero(stream.tokens[:-1] == BOS_ID)[:, 0].cpu().numpy())
     documents = np.stack((starts, np.append(starts[1:], stream.targets)), axis=1)
-    lengths, groups, chunk = documents[:, 1] - documents[:, 0], [], min(cfg.ttt_lora_chunk_tokens, cfg.eval_len)
-    stride = min(cfg.eval_stride, chunk)
-    windows = sorted({w for w in (cfg.eval_len, cfg.eval_len // 2, cfg.eval_len // 4) if w >= stride}, reverse=True)
-    # a document's length must not show before its end: in the shorter windows all its blocks see its first token
-    longest = {w: w if w % stride == chunk % stride == 0 else w - stride + 1 for w in windows[1:]}
-    for window, shorter in zip(windows, [*windows[1:], None], strict=True):
-        chosen = documents[(lengths <= longest.get(window, math.inf)) & (lengths > longest.get(shorter, 0))]
-        if len(chosen):
-            groups.append((window, chosen[np.argsort(chosen[:, 0] - chosen[:, 1], kind="stable")]))
-    room = min(tokens_per_pass(cfg, process, True), cfg.val_batch_size // process.world) // cfg.eval_len
+    documents = documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
+    window, chunk = cfg.eval_len, min(cfg.ttt_lora_chunk_tokens, cfg.eval_len)
+    half, stride = window // 2, min(cfg.eval_stride, chunk)
+    # a document's length must not show before its end, so the last stride must lie within the half window too
+    longest = half if half % stride == chunk % stride == 0 else half - stride + 1
+    short = (documents[:, 1] - documents[:, 0] <= longest) & (half >= stride)
+    groups = [(size, chosen) for size, chosen in ((window, documents[~short]), (half, documents[short])) if len(chosen)]
+    room = min(tokens_per_pass(cfg, process, True), cfg.val_batch_size // process.world) // window
     room = min(room, process.memory()[0] // 8 // (32 * weights))
-    most = max(-(-len(chosen) // process.world) for _, chosen in groups)
-    return [(window, max(min(room, most), 1), chosen[process.rank :: process.world]) for window, chosen in groups]
+    most = max(math.ceil(len(chosen) / process.world) for _, chosen in groups)
+    return [(size, max(min(room, most), 1), chosen[process.rank :: process.world]) for size, chosen in groups]
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -2630,8 +2675,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def walk_documents(walk: Walk, adapters: LoraAdapters, group: int, window: int, places: int, documents: np.ndarray,
-                   fixed: bool):
+def walk_documents(walk: Walk, adapters: LoraAdapters, window: int, places: int, documents: np.ndarray, fixed: bool):
     """Score and learn a group's documents chunk by chunk, `places` at a time; one that ends gives its place to the
     next. `fixed`: places without a document stay in the batch, so that a compiled model sees one shape.
 
@@ -2639,11 +2683,8 @@ def walk_documents(walk: Walk, adapters: LoraAdapters, group: int, window: int, 
     """
     device, chunk = walk.process.device, min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len)
     queue = collections.deque(documents.tolist())
-    begin, end, at = table = np.zeros((3, places), np.int64)  # of each place's document; its next target
+    begin, end, at = np.zeros((3, places), np.int64)  # of each place's document; its next target
     adapters.reset(places)
-    if walk.saved and walk.saved[0]["group"] == group:
-        table[:], queue = walk.saved[1]["places"].numpy(), collections.deque(walk.saved[0]["queue"])
-        adapters.restore(walk.saved[1])
     while True:
         free = np.flatnonzero(at >= end)[: len(queue)]
         for place in free:
@@ -2654,29 +2695,25 @@ def walk_documents(walk: Walk, adapters: LoraAdapters, group: int, window: int, 
         if not left.any():
             return
         active = np.arange(places) if fixed else np.flatnonzero(left)
-        learners = active[fixed | (left[active] > chunk)]
         rows = to_device(np.stack((active, begin[active], at[active], end[active])), device)
         with walk.scored(window * int(np.minimum(left, chunk).sum())):
-            reach = chunk if fixed else min(chunk, int(left.max()))
-            score_documents(walk, adapters, window, chunk, reach, *rows)
+            score_documents(walk, adapters, window, chunk, *rows)
         walk.chunks += int((left > 0).sum())
         if (left > chunk).any() and walk.may_learn():
-            if len(learners) < len(active):
-                rows = to_device(np.stack((learners, begin[learners], at[learners], end[learners])), device)
             learn_documents(walk, adapters, chunk, *rows)
             walk.adapted += int((left > chunk).sum())
-        walk.twentieths()
+        part = int(20 * walk.work / walk.total)
+        if walk.log.main and part > walk.said:
+            walk.line(part, 20, walk.cfg.ttt_lora_lr)
         np.minimum(at + chunk, end, out=at)
-        walk.keep(lambda: {"places": torch.from_numpy(table), **adapters.tensors()}, group=group, queue=list(queue))
 
 
-def score_documents(walk: Walk, adapters: LoraAdapters, window: int, chunk: int, reach: int, places: Tensor,
-                    first: Tensor, low: Tensor, end: Tensor):
+def score_documents(walk: Walk, adapters: LoraAdapters, window: int, chunk: int, places: Tensor, first: Tensor,
+                    low: Tensor, end: Tensor):
     """Score the next `chunk` targets, from `low` on, of the documents [first, end) in `places`, a stride in each row
-    of the batch; a window ends where its stride does and does not begin before the document. None of them has more
-    than `reach` targets left in its chunk."""
+    of the batch; a window ends where its stride does and does not begin before the document."""
     evaluator, stride = walk.evaluator, walk.evaluator.stride
-    offsets = torch.arange(0, reach, stride, device=low.device)[:, None]
+    offsets = torch.arange(0, chunk, stride, device=low.device)[:, None]
     strides = max(tokens_per_pass(walk.cfg, walk.process, False) // (window * len(places)), 1)
     for some in offsets.split(strides):
         adapters.attach(places, len(some))
@@ -2706,18 +2743,9 @@ def walk_lora(walk: Walk, model: GPT):
     process, adapters = walk.process, LoraAdapters(walk.cfg, walk.process, model)
     groups = document_groups(walk.cfg, process, walk.evaluator.stream, len(adapters.initial))
     walk.total = sum(window * int((documents[:, 1] - documents[:, 0]).sum()) for window, _, documents in groups)
-    for i, group in enumerate(groups):
-        if not walk.saved or walk.saved[0]["group"] <= i:
-            walk_documents(walk, adapters, i, *group, walk.evaluator.forward is not model)
+    for group in groups:
+        walk_documents(walk, adapters, *group, fixed=walk.evaluator.forward is not model)
     adapters.detach()
-    walk.end_lesson()
-    walk.settle(0)
-    walk.twentieths()
-    try:
-        process.heard(0.0)  # ranks that are done wait here for the others
-    except PeerLost:  # which were interrupted
-        walk.write()
-        raise
     counts = torch.tensor((walk.adapted, int(adapters.undone), walk.chunks, walk.stopped), device=process.device)
     walk.adapted, walk.undone, walk.chunks, walk.stopped = process.sum_(counts).tolist()
 
@@ -2732,966 +2760,559 @@ def prime(cfg: Config, process: Process, log: Log, stream: Stream, tokenizer: To
     rng, starts, n = np.random.default_rng(0), [], min(2 * cfg.ttt_chunk_tokens, stream.targets)
     if cfg.ttt_mode == "lora":  # a whole batch for each length of window
         groups = document_groups(cfg, process, stream, len(LoraAdapters(cfg, process, model).initial))
-        starts = np.cumsum([window + (window == cfg.eval_len) for window, places, _ in groups  # one more: it learns
-                            for _ in range(places * process.world)])
-        n, starts = int(starts[-1]), [0, *starts[:-1]]
+        lengths = [window + (window == cfg.eval_len) for window, places, _ in groups  # one more: it learns
+                   for _ in range(places * process.world)]
+        starts = np.cumsum([0, *lengths])
+        n, starts = int(starts[-1]), starts[:-1]
     ids = rng.integers(BOS_ID + 1, max(cfg.vocab_size, BOS_ID + 2), n + 1)
     ids[starts] = BOS_ID
     cfg = dataclasses.replace(cfg, eval_max_seconds=0.0)
     test_time_train(cfg, process, log.silent(), model, Stream(ids, tokenizer, process.device))
-    note_graphs(process, "")
-    for graph in process.graphs:
-        log(f"compile: {graph['graph']} {graph['shape']} {graph['seconds']:.1f} s")
 
 
-def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream, budget: Budget | None = None,
-                    probe=(), checkpoints: Checkpoints | None = None) -> tuple[Evaluator, dict]:
+def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream,
+                    budget: Budget | None = None) -> tuple[Evaluator, dict]:
     """Walk the stream once: score a chunk for good, learn from it, score the next. Changes `model` in full mode.
-    Returns the books and what to report of the walk. With `checkpoints` states of it are kept and gone on from."""
+    Returns the books and what to report of the walk."""
     lora = cfg.ttt_mode == "lora"
     stride = min(cfg.eval_stride, cfg.ttt_lora_chunk_tokens, cfg.eval_len) if lora else cfg.eval_stride
-    evaluator = Evaluator(cfg, process, compiled(model, cfg, process), stream, stride, probe)
-    with process.signals.hold() if checkpoints else contextlib.nullcontext():
-        walk = Walk(cfg, process, log, evaluator, budget or Budget(cfg), checkpoints)
-        (walk_lora if lora else walk_full)(walk, model)
+    evaluator = Evaluator(cfg, process, compiled(model, cfg, process), stream, stride)
+    walk = Walk(cfg, process, log, evaluator, budget or Budget(cfg))
+    if lora:
+        walk_lora(walk, model)
+    else:
+        walk_full(walk, model)
     if walk.undone:
         log(f"ttt: the adaptation of {walk.undone} chunks was not finite and is undone")
     return evaluator, {"chunks": walk.chunks, "mode": cfg.ttt_mode, "adapted_chunks": walk.adapted - walk.undone,
                        "undone_chunks": walk.undone, "stopped_by_budget": bool(walk.stopped)}
 
 
-# ==== Audit: proof, on an excerpt, that the evaluation behind val_bpb is causal =======================================
+# ==== Main: find what to go on with, open and check, run the stages, judge ============================================
+
+EXCERPT_WINDOWS = 4  # whose losses a run leaves behind, for ./run.sh audit to meet again
 
 
-def decoded_bytes(sp, ids: np.ndarray) -> int:
-    """Canonical bytes of the targets ids[1:], counted without the table: from the text that the pieces spell, in
-    which a space at the start of a document does not count."""
-    mark, boundary = b"\xff\xfe\xff", [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(len(sp))]
-    spelt = [mark if boundary[i] else bytes([int(p[3:5], 16)]) if sp.is_byte(i) else p.replace("\u2581", " ").encode()
-             for i, p in enumerate(map(sp.id_to_piece, range(len(sp))))]
-    first = spelt[ids[0]]  # the context of the first target, itself not scored
-    text = first + b"".join(map(spelt.__getitem__, ids[1:].tolist()))
-    return len(text) - len(first) - text.count(mark + b" ") - len(mark) * text[len(first) :].count(mark)
-
-
-def exact_audit(cfg: Config, process: Process) -> bool:
-    """Whether honest runs agree bit for bit: not on a GPU, nor where a cut changes the batches of documents. Where
-    they do not, the audit computes in fp32 and uncompiled, and allows for what is left."""
-    return not process.cuda and not (cfg.ttt_enabled and cfg.ttt_mode == "lora")
-
-
-def audit_length(cfg: Config) -> int:
-    """Targets of the excerpt that the audit evaluates."""
-    return max(cfg.audit_tokens, cfg.eval_len) if cfg.audit_tokens else 4 * cfg.eval_len
-
-
-def audit(cfg: Config, process: Process, log: Log, trial, stream: Stream, sp) -> dict:
-    """AUDIT=1: five checks of an evaluation, a black box: `trial(ids, probe, **changes)` evaluates any tokens with it
-    and returns its Evaluator; `changes` are settings to change. `sp`: the SentencePiece model. Returns the summary's
-    entry: ok, and for each check ok and detail."""
-    rng, ids = np.random.default_rng(cfg.seed), stream.tokens.cpu().numpy()
-    counted, ids = decoded_bytes(sp, ids), ids[: audit_length(cfg) + 1].copy()
-    n = len(ids) - 1
-    if n >= 16:  # several documents, to be kept apart
-        ids[rng.integers(1, n, 4)] = BOS_ID
-    starts = np.flatnonzero(ids[1:] == BOS_ID) + 1  # their ends are places worth cheating at
-    cuts = sorted({*rng.integers(max(n // 3, 1), n + 1, 4).tolist(),
-                   *rng.choice(starts, min(2, len(starts)), replace=False).tolist()})
-    made = Evaluator.made
-    honest = trial(ids, sorted({cut - 1 for cut in cuts} | set(rng.integers(0, n, 4).tolist())))
-    walks, score, full = Evaluator.made - made, honest.result(), probed(process, honest)
-    checks = {"causal": causal(cfg, process, trial, ids, cuts, honest, score, full, rng)}
-    sums = [abs(float(nats.double().neg().exp().sum()) - 1) for nats in full.values()]
-    gaps = [abs(float(nats[int(ids[at + 1])]) - float(score.nats[at])) for at, nats in full.items()]
-    checks["normalised"] = bool(sums) and all(x <= 1e-4 for x in sums + gaps), (
-        f"at {len(sums)} places the sum is off 1 by at most {max(sums):.2g}, the loss off -log of its entry by at most "
-        f"{max(gaps):.2g}")
-    least, most, early = int(honest.count.min()), int(honest.count.max()), int(honest.early)
-    checks["one_pass"] = least == most == walks == 1, f"{n} targets, scored {least} to {most} times in {walks} walk(s)"
-    checks["score_before_update"] = early == 0, (f"{early} optimizer steps had seen a target before its score; "
-                                                 f"{int((honest.learnt > 0).sum())} tokens were learnt from")
-    checks["bytes"] = counted == stream.bytes, f"{stream.bytes} by the table, {counted} by the decoded pieces"
-    for name, (ok, detail) in checks.items():
-        log(f"audit {name}: {'ok' if ok else 'FAILED'}, {detail}")
-    return {"ok": all(ok for ok, _ in checks.values()), "seconds": 0.0,
-            **{name: {"ok": ok, "detail": detail} for name, (ok, detail) in checks.items()}}
-
-
-def probed(process: Process, evaluator: Evaluator) -> dict[int, Tensor]:
-    """The probed distributions of all ranks, as nats by target."""
-    return {at: nats for part in process.gather(evaluator.distributions) for at, nats in part.items()}
-
-
-def causal(cfg: Config, process: Process, trial, ids: np.ndarray, cuts: list[int], honest: Evaluator, score: Score,
-           full: dict[int, Tensor], rng) -> tuple[bool, str]:
-    """Random tokens from a cut on must leave every loss before it as it was, and the distribution at it."""
-    worst, noise, tolerance, learnt, peek = 0.0, 0.0, 0.0, [], max(process.gather(honest.peek))
-    if not exact_audit(cfg, process):  # how far honest runs differ whose batches have other shapes
-        noise = float(np.abs(trial(ids, val_batch_size=cfg.eval_len * process.world).result().nats - score.nats).max())
-        tolerance = min(1e-3, 1e-5 + 4 * noise)
-    for cut in cuts:  # tokens before position `cut` stay, so the losses of targets 0 to cut-2
-        after = rng.integers(0, cfg.vocab_size, len(ids) - cut).astype(ids.dtype)
-        other = trial(np.append(ids[:cut], after), [cut - 1])
-        losses = np.abs(other.result().nats - score.nats)[: cut - 1]
-        at_cut = (probed(process, other)[cut - 1].neg().exp() - full[cut - 1].neg().exp()).abs().numpy()
-        worst = max(worst, float(np.nan_to_num(np.concatenate((losses, at_cut)), nan=np.inf).max()))
-        learnt.append(int((process.sum_(other.learnt)[:cut] > 0).sum()))
-    return worst <= tolerance and peek <= max(tolerance, 1e-5) and noise <= 1e-3, (
-        f"cuts at {cuts} of {score.tokens}: what comes before differs by {worst:.3g}, allowed {tolerance:.3g} (a re-run"
-        f": {noise:.3g}); other inputs after a place change its loss by {peek:.3g}; tokens learnt from before the cuts"
-        f": {learnt}")
-
-
-# ==== Training ========================================================================================================
-
-NAN_MOST = 3  # steps in a row that NAN_POLICY=skip drops
-
-
-def rate_factor(cfg: Config, step: int, seconds: float) -> float:
-    """Learning rates at a step, as a share of their full values: 1, then a linear warmdown to 0.
-
-    Under a wall-clock cap the warmdown is the time that WARMDOWN_ITERS steps take at the speed measured so far.
-    """
-    if cfg.warmdown_iters == 0:
-        return 1.0
-    if cfg.max_wallclock_seconds == 0:
-        return min((cfg.iterations - step) / cfg.warmdown_iters, 1.0)
-    warmdown = cfg.warmdown_iters * seconds / max(step, 1)
-    left = max(cfg.max_wallclock_seconds - seconds, 0.0)
-    return left / max(warmdown, 1e-9) if left <= warmdown else 1.0
-
-
-class Trainer:
-    """One rank's training: its share of each batch, the step and the clock."""
-
-    def __init__(self, cfg: Config, process: Process, model: GPT):
-        self.cfg, self.process, self.started, self._marks = cfg, process, 0.0, collections.deque()
-        self.bad, self.dropped, self.fault = 0, 0, ""  # steps dropped in a row, in all, and the last one
-        self.flat, self.forward = FlatWeights(model, process.device), compiled(model, cfg, process)
-        self.optimizers = Optimizers(cfg, self.flat, process)
-        self.share = cfg.train_batch_tokens // cfg.train_seq_len // process.world
-        most = cfg.micro_batch_seqs or max(tokens_per_pass(cfg, process, True) // cfg.train_seq_len, 1)
-        self.micro = max(n for n in range(1, self.share + 1) if self.share % n == 0 and n <= most)
-
-    def step(self, tokens: Tensor, step: int, factor: float):
-        """One update from this rank's tokens [sequences, seq_len + 1]; leaves the mean loss in `flat.loss`, and says
-        in `bad`, `dropped` and `fault` what was dropped (on a GPU up to the step before, which is known by then)."""
-        self.flat.gather_gradients(self.forward, tokens, self.micro, self.share * self.process.world, self.process)
-        self.optimizers.step(step, factor)
-        bad = self.optimizers.bad.to("cpu", non_blocking=True)
-        self._marks.append((bad, self.process.mark(), step + 1, factor))
-        if not self.process.cuda or len(self._marks) > 1:
-            self._settle()
-
-    def _settle(self):
-        """Wait for the oldest step not waited for: the clock stays true and the device, one step ahead, never idles."""
-        bad, mark, step, factor = self._marks.popleft()
-        self.process.reached(mark)
-        self.bad = int(bad)
-        if self.bad:
-            self.dropped += 1
-            self.fault = (f"step {step}: the loss or a gradient is not finite, at rate {factor:.3g} x MATRIX_LR="
-                          f"{self.cfg.matrix_lr:g}, SCALAR_LR={self.cfg.scalar_lr:g}")
-
-    def warm_up(self):
-        """Prime compilation on random tokens at rate 0, which leaves the weights as they are; start the clock."""
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(self.cfg.warmup_steps):
-            tokens = torch.randint(self.cfg.vocab_size, (self.share, self.cfg.train_seq_len + 1), generator=generator)
-            self.step(tokens.to(self.process.device, torch.int32), 0, 0.0)
-        self.synchronize()
-        self.optimizers.reset()
-        self.started, self.bad, self.dropped = time.perf_counter(), 0, 0
-
-    def synchronize(self):
-        """Wait for all steps so far."""
-        self.process.synchronize()
-        while self._marks:
-            self._settle()
-
-    def state(self) -> dict[str, Tensor]:
-        """All that the steps to come depend on, whole on every rank."""
-        cuda = {"random_cuda": torch.cuda.get_rng_state()} if self.process.cuda else {}
-        return self.optimizers.tensors() | cuda | {"random": torch.get_rng_state()}
-
-    def restore(self, tensors: dict[str, Tensor], seconds: float):
-        """Go on from what `state` gave, with the clock at `seconds`. UserError for what another model gave."""
-        try:
-            if odd := [n for n, x in tensors.items() if x.dtype not in (torch.float32, torch.uint8)]:
-                raise TypeError(f"{odd[0]} is {tensors[odd[0]].dtype}")
-            self.optimizers.restore(tensors)
-            torch.set_rng_state(tensors["random"])
-            if self.process.cuda and "random_cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["random_cuda"])
-        except (LookupError, RuntimeError, ValueError, TypeError) as error:
-            raise UserError(f"the checkpoint is of another model or device ({error}); start afresh", True) from None
-        self.started = time.perf_counter() - seconds
-
-    def heard(self) -> tuple[float, int]:
-        """Training seconds so far and the signal that any rank has caught, the same on every rank."""
-        return self.process.heard(time.perf_counter() - self.started)
-
-    @contextlib.contextmanager
-    def off_the_clock(self):
-        self.synchronize()
-        begin = time.perf_counter()
-        yield
-        self.synchronize()
-        self.started += time.perf_counter() - begin
-
-    def keep(self, checkpoints: Checkpoints, step: int, seconds: float, last: bool):
-        """Begin to write the state after `step` steps; the `last` one after waiting for the one before."""
-        began, state = time.perf_counter(), self.state()
-        if self.process.main:
-            if last:
-                checkpoints.wait()
-            kept = checkpoints.save(f"step_{step:07d}.npz", state, {"step": step, "seconds": seconds,
-                                                                    "dropped": self.dropped})
-            said = "is being written" if kept else "left out, the one before is still being written"
-            checkpoints.log(f"checkpoint of step {step} {said}; training waited "
-                            f"{1000 * (time.perf_counter() - began):.0f} ms", console=False)
-
-    def drop(self, ends: bool, checkpoints: Checkpoints, log: Log):
-        """Say that a step was dropped. UserError where it `ends` the run."""
-        if not ends:
-            return log(f"{self.fault}; the step is dropped, {max(self.bad, 1)} in a row")
-        newest = self.process.agree(self.process.main and (checkpoints.wait() or checkpoints.newest))
-        skips = self.cfg.nan_policy == "skip"
-        advice = f"see why {NAN_MOST} in a row were not enough" if skips else "set NAN_POLICY=skip"
-        raise UserError(f"{self.fault}; the step is dropped and the run ends; lower the rates or {advice}; last good "
-                        f"checkpoint: {newest or 'none'}", shared=True)
-
-
-def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, stream: Stream,
-          checkpoints: Checkpoints, saved: tuple[dict, dict[str, Tensor]] | None = None) -> dict:
-    """Train `model` in place, from the start or from a `saved` state, and leave the averaged weights in it. Returns
-    the summary's `train` entry.
-
-    Raises UserError when a loss or gradient is not finite and NAN_POLICY does not let the step be dropped, and
-    Interrupted after a signal, when the state is written.
-    """
-    if process.cuda:
-        torch.cuda.reset_peak_memory_stats()  # what was compiled before has run too
-    trainer, first, seconds = Trainer(cfg, process, model), 0, 0.0
-    log(f"world_size:{process.world} grad_accum_steps:{trainer.share // trainer.micro} "
-        f"micro_batch_seqs:{trainer.micro} compute_dtype:{str(process.dtype)[6:]} warmup_steps:{cfg.warmup_steps}")
-    trainer.warm_up()
-    if saved:
-        first, seconds, trainer.dropped = (saved[0][name] for name in ("step", "seconds", "dropped"))
-        trainer.restore(saved[1], seconds)
-    loader, step, kept, caught, dropped = Loader(cfg, tokens, process, first), first, seconds, 0, trainer.dropped
-    with process.signals.hold():
-        while True:
-            stop = ("wallclock_cap" if 0 < cfg.max_wallclock_seconds <= seconds else
-                    "iterations" if step >= cfg.iterations else "")
-            if stop:
-                trainer.synchronize()
-            failed = trainer.dropped > dropped and (cfg.nan_policy == "stop" or trainer.bad > NAN_MOST)
-            last = bool(stop or caught or failed)
-            if step > first and (last or 0 < cfg.ckpt_every_seconds <= seconds - kept):
-                trainer.keep(checkpoints, step, seconds, last)
-                kept = seconds
-            if trainer.dropped > dropped:
-                trainer.drop(failed, checkpoints, log)
-            dropped = trainer.dropped
-            if caught:
-                process.agree(process.main and checkpoints.wait())  # no rank leaves before it is written
-                raise Interrupted(caught)
-            clock = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
-            if (cfg.val_loss_every and step % cfg.val_loss_every == 0) or (stop and cfg.final_eval_enable):
-                with trainer.off_the_clock():
-                    evaluator = evaluate(cfg, process, log, trainer.forward, stream, cfg.eval_len, "validation")
-                    if (caught := trainer.heard()[1]):
-                        continue
-                    raw = evaluator.result()
-                log(f"step:{step}/{cfg.iterations} val_loss:{raw.val_loss:.4f} val_bpb:{raw.val_bpb:.4f} {clock}")
-                log.metric(step=step, val_loss=raw.val_loss, val_bpb=raw.val_bpb, train_seconds=seconds)
-            if stop:
-                break
-            factor = rate_factor(cfg, step, seconds)
-            trainer.step(loader.next(), step, factor)
-            step, (seconds, caught) = step + 1, trainer.heard()
-            speed, done = step * cfg.train_batch_tokens / seconds, step / cfg.iterations
-            done = max(done, seconds / (cfg.max_wallclock_seconds or math.inf))
-            if cfg.train_log_every and (step <= first + 10 or step % cfg.train_log_every == 0 or done >= 1):
-                process.synchronize()
-                loss = trainer.flat.loss.item()
-                log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
-                    f"step_avg:{1000 * seconds / step:.2f}ms")
-                log.metric(step=step, train_loss=loss if math.isfinite(loss) else None, train_seconds=seconds,
-                           rate_factor=factor, tokens_per_second=speed)
-            log.live(f"step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s" if cfg.train_log_every else f"step {step}",
-                     done, seconds, every=60.0)
-    if stop == "wallclock_cap":
-        log(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{cfg.iterations}")
-    log(f"peak memory allocated: {process.memory()[1] // 2**20} MiB")
-    if trainer.optimizers.average is not None:
-        trainer.flat.weights.copy_(trainer.optimizers.average)
-    if not bool(torch.isfinite(trainer.flat.weights).all()):
-        raise UserError("training ended with weights that are not finite; lower the learning rates", shared=True)
-    return {"steps": step, "tokens": step * cfg.train_batch_tokens, "seconds": seconds, "dropped_steps": dropped,
-            "step_ms": 1000 * seconds / max(step, 1), "stop": stop}
-
-
-# ==== Main: find a run to go on with, open and check, run the stages, leave a record ==================================
-
-# What a run's continuation may change without a word; and what it may not, since the state hangs on it.
-UNBOUND = {"run_id", "log_dir", "resume", "preset", "strict_env", "env_extra", "train_log_every", "nll_dump",
-           "ckpt_every_seconds", "keep_ckpts", "nan_policy"}
-BOUND = {f.name for f in MODEL_FIELDS} | {"muon_beta2", "seed", "shuffle", "train_batch_tokens", "train_enabled",
-                                          "model_path"}
-NO_ROOM_SECONDS = 900.0  # how long a run waits for room on the disk before it gives up what is kept nowhere else
-
-
-def launcher() -> str:
-    """What tells this launch from any other, and stays the same when torchrun restarts its workers."""
-    began = ""
-    with contextlib.suppress(OSError):
-        began = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {platform.node()} {os.getppid()} {began}"
-
-
-def lock(folder: Path, patience: float = 0.0):
+def lock(folder: Path):
     """Lock a run's folder for as long as this process lives; the lock of a dead one is no obstacle. Returns the open
-    file. UserError when a live run still has it after `patience` seconds."""
-    file, began = open(folder / "lock", "a+"), time.monotonic()
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            require(time.monotonic() - began <= patience, f"RUN_ID={folder.name}: a live run writes into {folder}; "
-                    "wait for it or choose another RUN_ID")
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            break
+    file. UserError when a live run has it."""
+    file = open(folder / "lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"RUN_ID={folder.name}: a live run writes into {folder}; wait for it or choose another "
+                        "RUN_ID") from None
+    except OSError:  # a file system without locks
+        pass
     return file
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file, empty where it cannot be read."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return ""
+def unlock(process: Process):
+    """Leave the folder, if this rank has locked one."""
+    if process.lock:
+        Path(process.lock.name).unlink(missing_ok=True)
 
 
-def read_progress(folder: Path) -> dict:
-    """The record of a run's finished stages; empty where there is none that can be read."""
-    try:
-        text, _, checksum = (folder / "progress.json").read_bytes().rpartition(b"\n")
-        record = json.loads(text) if hashlib.sha256(text).hexdigest().encode() == checksum else {}
-        if record:
-            check_settings(record)
-        return record
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return {}
+@dataclass
+class Past:
+    """What RESUME=1 found in its run's folder: the summary where the artifact is whole, else the newest good
+    checkpoint, else nothing."""
+
+    notes: list[str]  # for the log
+    resumes: list[str]  # what the summary says of the times before
+    settings: dict | None = None  # of the run so far
+    explicit: tuple[str, ...] = ()  # fields that its environment had set
+    summary: dict | None = None
+    facts: dict | None = None  # of the checkpoint, and its tensors
+    tensors: dict[str, Tensor] | None = None
 
 
-def place_to_resume(cfg: Config, restart: bool) -> tuple[Path | None, dict, dict[str, Tensor]]:
-    """The folder that RESUME or a restart means, None for a new one; and what the checkpoint holds that RESUME names.
-
-    Raises UserError for a path that is no checkpoint and no run's folder.
-    """
-    path, folder = Path(cfg.resume), Path(cfg.log_dir, cfg.run_id) if cfg.run_id else None
-    if cfg.resume == "0":  # a restart: the run that this launch began, refused where it began none
-        runs = [folder] if folder else [p.parent for p in Path(cfg.log_dir).glob("*/progress.json")]
-        return next((f for f in runs if launcher() in read_progress(f).get("launchers", ())), None), {}, {}
-    if cfg.resume == "1":
-        return folder, {}, {}
-    if path.is_dir():
-        require(any((path / name).exists() for name in ("progress.json", "summary.json", "checkpoints")),
-                f"RESUME={path}: no run's folder; give LOG_DIR/RUN_ID or a file of its checkpoints")
-        return path, {}, {}
-    facts, tensors = read_state(path)
-    require("step" in facts, f"RESUME={path}: a state of test-time training, which only RESUME=1 goes on from")
-    around = path.absolute().parents  # LOG_DIR/RUN_ID/checkpoints, unless the file was moved
-    inside = around[0].name == "checkpoints" and around[1].name == facts["run_id"] and "log_dir" not in cfg.explicit
-    home = around[2] if inside else Path(cfg.log_dir)
-    return home / facts["run_id"] if cfg.run_id in ("", facts["run_id"]) else None, facts, tensors
-
-
-def find_run(cfg: Config, process: Process) -> tuple[dict | None, dict[str, Tensor]]:
-    """What RESUME, or a restart by torchrun, asks to go on with: {"folder", "facts" of its newest good checkpoint,
-    "notes" to log, and what is in its progress.json}; and that checkpoint's tensors. On rank 0, which locks the folder.
-
-    Raises UserError for a live run, and for a path that is no checkpoint and no run.
-    """
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if cfg.resume == "0" and not restart:
-        return None, {}
-    why, notes, later = "restart" if restart else f"RESUME={cfg.resume}", [], []
-    folder, facts, tensors = place_to_resume(cfg, restart)
-    if folder is None or not folder.is_dir():
-        notes.append(f"{why}: " + ("a new run starts from it" if facts else "nothing to resume, starting afresh"))
-        return {"folder": None, "facts": facts, "notes": notes, "summary": None, "nats": None}, tensors
-    if (folder / "summary.json").exists() and not (folder / "progress.json").exists():
-        require(not facts, f"{why}: the run in {folder} is finished; give a new RUN_ID to start from this checkpoint")
-        return {"finished": str(folder / "summary.json")}, {}
-    process.lock, states = lock(folder, 10.0 * restart), step_files(folder / "checkpoints")
-    progress = read_progress(folder)
-    if facts:  # that state and no later one; what was done after it is to be done again
-        progress |= {"summary": None, "nats": None}
-        later, states = [str(state) for state in states if int(state.stem[5:]) > facts["step"]], []
-    while states and not facts:
+def find_past(cfg: Config, process: Process) -> Past | None:
+    """What there is to go on with in LOG_DIR/RUN_ID, which is locked; None for a new run. On rank 0."""
+    folder = Path(cfg.log_dir, cfg.run_id)
+    if not cfg.resume or not folder.is_dir():
+        return None
+    process.lock, past = lock(folder), Past([], [])
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # none, or a foreign one
+        summary = json.loads((folder / "summary.json").read_bytes())
+        check_settings(summary["config"])
+        explicit = tuple(f.name for f in VARIABLES if f.name.upper() in summary["overrides"])
+        sum(part["seconds"] for part in (summary["train"], summary["eval"]["float"]) if part)  # raises unless numbers
+        whole, artifact, export = summary["finished"], summary["artifact"], summary["export"]
+        past.resumes = [str(line) for line in summary["resumes"]]
+        if artifact and not whole:
+            whole = hashlib.sha256((folder / ARTIFACT_NAME).read_bytes()).hexdigest() == artifact["sha256"]
+        if whole and (not export or export["fits"] in (True, False)):
+            past.summary, past.settings, past.explicit = summary, summary["config"], explicit
+            past.resumes.append("resumed from its artifact")
+            return past
+    for path in reversed(checkpoints(folder)):
         try:
-            facts, tensors = read_state(states.pop())
+            past.facts, past.tensors = read_checkpoint(path)
+            past.settings, past.explicit = past.facts["settings"], tuple(past.facts["explicit"])
+            past.resumes.append(f"resumed from step {past.facts['step']} in {path}")
+            return past
         except UserError as error:
-            notes.append(f"{why}: {error}; falling back to the one before")
-    summary = progress.get("summary") or {}
-    if artifact := summary.get("artifact"):
-        scored = folder / ARTIFACT_NAME
-        scored = scored if scored.exists() or not progress["settings"]["model_path"] else Path(artifact["path"])
-        if artifact["sha256"] != file_hash(scored):
-            notes.append(f"{why}: {scored} is not the artifact that this run scored; that is done again")
-            summary["artifact"] = None
-            summary["eval"] |= {"int6": None, "sliding": None, "ttt": None}
-    if not facts and not summary.get("artifact"):
-        notes.append(f"{why}: nothing to resume in {folder}, starting afresh there")
-    found = {"folder": str(folder), "facts": facts, "notes": notes, "summary": None, "nats": None, "later": later}
-    return found | progress, tensors
+            past.notes.append(f"RESUME=1: {error}; falling back to the one before")
+    past.notes.append(f"RESUME=1: nothing to resume in {folder}, starting afresh there")
+    return past
 
 
-def continued(cfg: Config, found: dict, ranks: int) -> Config:
-    """The settings of the run that was found, with what the environment sets anew. Raises UserError for a setting that
-    its state cannot go on with; others that change are noted."""
-    source, notes, summary = found if "settings" in found else found["facts"], found["notes"], found["summary"]
-    stored = {f.name: source["settings"][f.name] for f in VARIABLES if f.name in source.get("settings", {})}
-    changed = [n for n in sorted(cfg.explicit & stored.keys() - UNBOUND) if getattr(cfg, n) != stored[n]]
-    for name in changed:
-        require(name not in BOUND, f"{name.upper()}={getattr(cfg, name)}: the run to go on with has {stored[name]}; "
-                "unset it, or start another run")
-        notes.append(f"resumed with {name.upper()}={getattr(cfg, name)}, before {stored[name]}")
-    if changed and summary:  # what hung on them is done again
-        scores = all(n.startswith(("eval_", "val_", "final_", "ttt_", "audit")) for n in changed)
-        summary |= {"eval": dict.fromkeys(summary["eval"]), "audit": None, "reasons": []}
-        summary["artifact"] = summary["artifact"] if scores else None
-    if stored.get("nll_dump") and "nll_dump" not in cfg.explicit:  # no file chooses where this process writes
-        notes.append(f"NLL_DUMP={stored['nll_dump']} of the run so far is not taken over; give it again")
-    if stored.get("preset", cfg.preset) != cfg.preset and "preset" in cfg.explicit:
-        notes.append(f"PRESET={cfg.preset} is not taken over: the run was made with {stored['preset']}")
-    own = {*cfg.explicit, "run_id", "log_dir", "resume", "nll_dump"} - {"preset"}
-    kept = {n: v for n, v in stored.items() if n not in own}
-    if found["folder"]:
-        kept |= {"run_id": Path(found["folder"]).name, "log_dir": str(Path(found["folder"]).parent)}
-    cfg = dataclasses.replace(cfg, **kept, explicit=cfg.explicit | set(source.get("explicit", ())) - {"nll_dump"})
-    require(not (lines := conflicts(cfg, ranks)), "; ".join(lines))
+def continued(cfg: Config, past: Past | None, ranks: int) -> Config:
+    """The settings of the run so far, if there are any, with what the environment changes. UserError where its state
+    hangs on one of these, or they cannot go together."""
+    bound = {name for name, stage in STAGES.items() if stage in ("Model", "Data", "Optimizers")}
+    bound |= {"seed", "train_batch_tokens", "train_enabled", "model_path"}
+    own = {"run_id", "log_dir", "resume", "nll_dump", "strict_env", "env_extra"}  # where to write is no file's to say
+    if past and past.settings:
+        kept = {name: value for name, value in past.settings.items() if name in STAGES and name not in own}
+        for name in sorted(cfg.explicit - own - {"preset"}):
+            value, before = getattr(cfg, name), past.settings[name]
+            require(name not in bound or value == before, f"{name.upper()}={value}: the run to go on with has {before}"
+                    "; unset it, or start another run")
+            if value != before:
+                past.notes.append(f"resumed with {name.upper()}={value}, before {before}")
+            kept[name] = value
+        if "preset" in cfg.explicit and cfg.preset != kept["preset"]:
+            past.notes.append(f"PRESET={cfg.preset} is not taken over: the run has {kept['preset']}")
+        cfg = dataclasses.replace(cfg, **kept, explicit=cfg.explicit | set(past.explicit) - own)
+    problems = conflicts(cfg, ranks) if cfg.train_enabled else []  # else the artifact brings its model first
+    require(not problems, "; ".join(problems))
     return cfg
 
 
-class Run:
-    """One run: what it reads, opened and checked when it is made; its stages, in order; the summary they fill."""
+@dataclass
+class Inputs:
+    """What a run reads, opened and checked."""
 
-    def __init__(self, cfg: Config, process: Process, found: dict | None = None, tensors: dict | None = None):
-        """Open MODEL_PATH, tokenizer and data, look at the output folders. UserError for the first that fails.
-        `found` and `tensors` are `find_run`'s."""
-        self.process, self.code, self.artifact, self.train_tokens = process, SCRIPT.read_bytes(), None, None
-        self.read_seconds, self.nats, self.float, self.settings = 0.0, None, False, cfg.settings()
-        self.found, self.tensors = found or {"folder": None, "facts": {}, "notes": [], "summary": None}, tensors or {}
-        cfg, self.checkpoints = cfg if cfg.train_enabled else self.open_artifact(cfg), None
-        if cfg.eval_max_seconds < 0:
-            cfg = dataclasses.replace(cfg, eval_max_seconds=600.0 if process.cuda else 0.0)
-        self.cfg = cfg
-        self.open_data(find_path(cfg.data_path))
-        run_folder, dump = Path(cfg.log_dir, cfg.run_id).absolute(), Path(cfg.nll_dump).absolute()
-        require(not cfg.run_id or not run_folder.exists() or self.found["folder"], f"RUN_ID={cfg.run_id}: {run_folder} "
-                "exists and no run is overwritten; choose another RUN_ID, or RESUME=1 if that run is to go on")
-        here = next(p for p in (run_folder, *run_folder.parents) if p.exists())
-        require(here.is_dir() and os.access(here, os.W_OK),
-                f"LOG_DIR={cfg.log_dir}: {here} is not a folder that can be written to")
-        replaceable = dump.is_file() or not dump.exists()  # a device or a folder is not
-        require(not cfg.nll_dump or replaceable and dump.parent.is_dir() and os.access(dump.parent, os.W_OK),
-                f"NLL_DUMP={cfg.nll_dump}: not a file in a folder that can be written to")
-        weights, memory = sum(map(math.prod, shapes_of(cfg).values())), process.memory()[0]
-        need = 4 * weights if not cfg.train_enabled else (
-            20 * weights + 4 * cfg.train_batch_tokens // process.world + cfg.train_seq_len * activation_bytes(cfg))
-        require(need <= memory, f"MODEL_DIM={cfg.model_dim}, NUM_LAYERS={cfg.num_layers}, TRAIN_SEQ_LEN="
-                f"{cfg.train_seq_len}, TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: need about {need / 2**30:,.0f} GiB"
-                f", this machine has {memory / 2**30:,.0f}; make them smaller")
-        self.summary = {
-            "run_id": cfg.run_id, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
-            "overrides": cfg.overrides(), "hardware": process.hardware(), "train": None, "export": None,
-            "artifact": None, "eval": {"float": None, "int6": None, "sliding": None, "ttt": None}, "audit": None,
-            "val_bpb": None, "valid": False, "reasons": [], "caveats": [], "resumes": [],
-            "seconds": {"read": self.read_seconds}}
-        if record := self.found["summary"]:
-            done = ("train", "export", "artifact", "eval", "audit", "reasons", "resumes", "seconds", "eval_clocks")
-            self.summary |= {name: record[name] for name in done if name in record}
-            self.summary["seconds"]["read"] += self.read_seconds
-            self.nats = np.array(self.found["nats"], np.float32) if self.found["nats"] else None
+    tokenizer_path: Path
+    tokenizer: Tokenizer
+    train: Tokens | None
+    stream: Stream
+    blob: bytes | None  # the artifact to score
+    weights: dict[str, Tensor] | None  # of MODEL_PATH, when they are to be exported
 
-    def open_data(self, folder: Path):
-        """Open the tokenizer and the splits in `folder`. UserError for what is missing or does not fit."""
-        cfg = self.cfg
-        require(folder.is_dir(), f"DATA_PATH={folder}: no such folder; run ./run.sh data, or set DATA_PATH")
-        path = Path(cfg.tokenizer_path or folder / "tokenizer.model")
-        self.tokenizer_path = path if cfg.tokenizer_path or path.exists() else find_path(DEFAULT_TOKENIZER)
-        self.tokenizer, cut_with = Tokenizer(self.tokenizer_path, cfg.vocab_size), None
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # data/prepare.py says what it cut with
-            cut_with = json.loads((folder / "manifest.json").read_bytes())["tokenizer"]["sha256"]
-        require(cut_with in (None, file_hash(self.tokenizer_path)), f"TOKENIZER_PATH={self.tokenizer_path}: not the "
-                f"tokenizer that cut the data, by {folder / 'manifest.json'}; give that one")
-        if cfg.train_enabled or (self.float and cfg.export_enabled):
-            self.train_tokens = Tokens(folder, "train", cfg.vocab_size)
-        self.stream = open_stream(Tokens(folder, "val", cfg.vocab_size), self.tokenizer, cfg.val_token_limit,
-                                  self.process.device)
-        count = len(self.train_tokens) if self.train_tokens else 0
-        before = self.found["facts"].get("train_tokens", count)
+
+def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict) -> tuple[Config, Inputs]:
+    """Open MODEL_PATH, whose model comes with its settings, the tokenizer and the data. UserError for the first that is
+    missing or does not fit; the data must be that of a checkpoint."""
+    blob = weights = None
+    if not cfg.train_enabled and not (past and past.summary):
+        with timed(seconds, "read"):
+            blob = read_file(cfg.model_path, "MODEL_PATH=")
+            header, stored = unpack(blob, cfg.model_path)
+        for name in cfg.explicit & header["config"].keys():
+            value, made = getattr(cfg, name), header["config"][name]
+            require(value == made, f"{name.upper()}={value}: the artifact {cfg.model_path} was made with {made}; unset "
+                    "it")
+        cfg = dataclasses.replace(cfg, **header["config"])
+        problems = conflicts(cfg, 1)
+        require(not problems, "; ".join(problems))
+        if any(s.kind == "fp32" for s in stored.values()):  # what SAVE_FLOAT kept
+            blob, weights = None, {name: s.tensor() for name, s in stored.items()}
+    folder = find_path(cfg.data_path)
+    require(folder.is_dir(), f"DATA_PATH={folder}: no such folder; run ./run.sh data, or set DATA_PATH")
+    path = Path(cfg.tokenizer_path or folder / "tokenizer.model")
+    path = path if cfg.tokenizer_path or path.exists() else find_path(DEFAULT_TOKENIZER)
+    tokenizer, cut_with = Tokenizer(path, cfg.vocab_size), None
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # data/prepare.py says what it cut with
+        cut_with = json.loads((folder / "manifest.json").read_bytes())["tokenizer"]["sha256"]
+    require(cut_with in (None, hashlib.sha256(path.read_bytes()).hexdigest()), f"TOKENIZER_PATH={path}: not the "
+            f"tokenizer that cut the data, by {folder / 'manifest.json'}; give that one")
+    train = None
+    if cfg.train_enabled or (weights and cfg.export_enabled):
+        train = Tokens(folder, "train", cfg.vocab_size)
+    if past and past.facts:
+        count, before = len(train or ()), past.facts["train_tokens"]
         require(count == before, f"DATA_PATH={folder}: {count} training tokens where the run to go on with had {before}"
                 "; give the same data")
+    stream = open_stream(Tokens(folder, "val", cfg.vocab_size), tokenizer, cfg.val_token_limit, process.device)
+    return cfg, Inputs(path, tokenizer, train, stream, blob, weights)
 
-    def open_artifact(self, cfg: Config) -> Config:
-        """Read MODEL_PATH; returns the configuration with the artifact's model in it. Raises UserError."""
-        began = time.perf_counter()
-        blob = read_file(cfg.model_path, "MODEL_PATH=")
-        header, tensors = unpack(blob, cfg.model_path)
-        stored = header["config"]
-        self.float = any(s.kind == "fp32" for s in tensors.values())  # weights to export, not an artifact to score
-        for name in cfg.explicit & stored.keys():
-            require(getattr(cfg, name) == stored[name], f"{name.upper()}={getattr(cfg, name)}: the artifact "
-                    f"{cfg.model_path} was made with {stored[name]}; unset it")
-        cfg = dataclasses.replace(cfg, **stored)
-        self.artifact = blob, {name: s.tensor() for name, s in tensors.items()}
-        self.read_seconds = time.perf_counter() - began
-        require(not (lines := conflicts(cfg, 1)), "; ".join(lines))
-        return cfg
 
-    def check(self, ranks: int, step_ms: float) -> str:
-        """What a run would do; UserError for more ranks than GPUs. The bytes are a guess before any search: a value
-        takes about 1.6 bits less than its grid has, as in the run of record; other training will differ."""
-        cfg, counts, (memory, _) = self.cfg, dict.fromkeys((*GROUPS, "fp16"), 0), self.process.memory()
-        require(not self.process.cuda or ranks <= torch.cuda.device_count(), f"{ranks} ranks: this machine has "
-                f"{torch.cuda.device_count()} GPUs; launch at most as many")
-        for name, shape in shapes_of(cfg).items():
-            counts[group_of(name) if is_quantised(name, shape, cfg.quant_min_numel) else "fp16"] += math.prod(shape)
-        total, limit = sum(counts.values()), cfg.artifact_limit_bytes
-        scored = (f"test-time training, {cfg.ttt_mode}" if cfg.ttt_enabled else f"sliding windows, stride "
-                  f"{cfg.eval_stride}" if cfg.final_sliding_eval_enable and cfg.eval_stride else "windows side by side")
-        bits = {g: getattr(cfg, f"quant_bits_{g}") - 1.6 for g in GROUPS} | {"fp16": 16}
-        predicted = len(self.code) + int(sum(n * bits[g] / 8 for g, n in counts.items()))
-        lines = [
-            f"preset:     {cfg.preset} {json.dumps(cfg.overrides())}",
-            f"machine:    {ranks} x {self.summary['hardware']['name']}, {str(self.process.dtype)[6:]}",
-            f"tokenizer:  {self.tokenizer_path}, {cfg.vocab_size} pieces",
-            f"validation: {self.stream.targets:,} targets, {self.stream.bytes:,} bytes of {cfg.data_path}",
-            f"evaluation: {scored}, {f'within {cfg.eval_max_seconds:g} s' if cfg.eval_max_seconds else 'no time limit'}"
-            f"{', then an audit' if cfg.audit else ''}",
-            f"parameters: {total:,} ({', '.join(f'{n:,} {kind}' for kind, n in counts.items() if n)})",
-            f"artifact:   about {predicted:,} bytes with code at first, limit {limit:,}; "
-            + ("coarser values will be sought" if predicted > limit else "to be filled" if cfg.export_fill else "fits")]
-        if cfg.train_enabled:
-            tokens = cfg.micro_batch_seqs * cfg.train_seq_len or tokens_per_pass(cfg, self.process, True)
-            tokens = min(max(tokens, cfg.train_seq_len), cfg.train_batch_tokens // ranks)
-            need, cap = 20 * total + tokens * activation_bytes(cfg), cfg.max_wallclock_seconds
-            cap -= cfg.export_seconds if cfg.export_enabled else 0
-            steps = min(int(cap * 1000 / step_ms), cfg.iterations) if cap else cfg.iterations
-            lines += [f"training:   {len(self.train_tokens):,} tokens in {len(self.train_tokens.paths)} shards",
-                      f"memory:     about {need / 2**30:.1f} GiB of {memory / 2**30:.1f} GiB a rank",
-                      f"steps:      {steps:,} of {cfg.train_batch_tokens:,} tokens"
-                      + (f" in {cap:g} s at {step_ms:g} ms a step (--step-ms)" if cap else ", no time cap")]
-        return "\n".join(lines)
+def check_machine(cfg: Config, process: Process, past: Past | None):
+    """UserError where a run would end for want of room on the disk or a place to write to."""
+    folder, dump = Path(cfg.log_dir, cfg.run_id).absolute(), Path(cfg.nll_dump).absolute()
+    require(not cfg.run_id or past or not folder.exists(), f"RUN_ID={cfg.run_id}: {folder} exists and no run is "
+            "overwritten; choose another RUN_ID, or RESUME=1 if that run is to go on")
+    here = next(p for p in (folder, *folder.parents) if p.exists())
+    require(here.is_dir() and os.access(here, os.W_OK),
+            f"LOG_DIR={cfg.log_dir}: {here} is not a folder that can be written to")
+    replaceable = dump.is_file() or not dump.exists()  # a device or a folder is not
+    require(not cfg.nll_dump or replaceable and dump.parent.is_dir() and os.access(dump.parent, os.W_OK),
+            f"NLL_DUMP={cfg.nll_dump}: not a file in a folder that can be written to")
+    elements = sum(map(math.prod, shapes_of(cfg).values()))
+    need = SCRIPT.stat().st_size + 2**20  # the log, which holds the script
+    if cfg.train_enabled:
+        need += 16 * elements * (cfg.keep_ckpts + 1 if cfg.ckpt_every_seconds else 1)
+    if cfg.export_enabled:
+        need += min(2 * elements, cfg.artifact_limit_bytes)
+    free = shutil.disk_usage(here).free
+    require(free >= need or not process.main, f"LOG_DIR={cfg.log_dir}: log, checkpoints and artifact need about "
+            f"{need / 1e6:,.1f} MB, {here} has {free / 1e6:,.1f}; make room, or set LOG_DIR to another disk")
 
-    def start(self) -> Log:
-        """Make LOG_DIR/RUN_ID, or take it up again, and write into its log what someone needs who reads it a year from
-        now."""
-        cfg, found, summary = self.cfg, self.found, self.summary
-        name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"_seed{cfg.seed}"
-        if not cfg.run_id and Path(cfg.log_dir, name).exists():  # another run began in the same second
-            name += f"_{os.getpid()}"
-        self.folder = Path(cfg.log_dir) / (name := self.process.agree(name))
-        self.process.together(self.make, main=True)
-        self.log, summary["run_id"] = (log := Log(self.process, self.folder)), name
-        self.launchers = sorted(set(self.process.gather(launcher())))
-        about = {"run_id": name, "settings": self.settings, "explicit": sorted(cfg.explicit),
-                 "train_tokens": len(self.train_tokens) if self.train_tokens else 0}
-        self.checkpoints = Checkpoints(log, cfg.keep_ckpts, about, self.process.thread())
-        self.checkpoints.newest = found["facts"].get("file", "")
-        for note in found["notes"]:
-            log(note)
-        versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
-        if (code := hashlib.sha256(self.code).hexdigest()) != found.get("code"):
-            log(self.code.decode() + "=" * 100, console=False)
-        log(f"python {platform.python_version()} {versions}\nhardware {summary['hardware']}", console=False)
-        log(f"config {json.dumps(cfg.settings())}", console=False)
-        log(f"preset:{cfg.preset} seed:{cfg.seed} overrides:{json.dumps(cfg.overrides())}")
-        log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={self.tokenizer_path}")
-        if advice := attention_advice(self.process.device):
-            log(advice)
-        if self.train_tokens:
-            log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(self.train_tokens.paths)} "
-                f"tokens:{len(self.train_tokens)}")
-        log(f"val_loader:tokens:{self.stream.targets} bytes:{self.stream.bytes}")
-        scored, facts = [key for key, value in summary["eval"].items() if value], found["facts"]
-        if facts or scored or summary["artifact"]:
-            where = "its artifact" if summary["artifact"] else (
-                f"step {facts['step']} in {facts['file']}" if facts else "its float weights")
-            other = "" if code == found.get("code", code) else "; by another version of the script"
-            summary["resumes"].append(f"resumed from {where}, scored so far: {', '.join(scored) or 'nothing'}{other}")
-            log(summary["resumes"][-1])
-        self.checkpoints.remove("*.partial")
-        self.keep_progress()
-        return log
 
-    def make(self):
-        """A new run's folder, locked; in an old one what comes after the chosen checkpoint is set aside."""
-        for state in map(Path, self.found.get("later", ())):
-            os.replace(state, state.with_suffix(".aside"))
-        if not self.found["folder"]:
-            try:
-                self.folder.mkdir(parents=True)
-            except FileExistsError:
-                raise UserError(f"RUN_ID={self.folder.name}: another launch has just begun it; take another") from None
-            self.process.lock = lock(self.folder)
+def check(cfg: Config, process: Process, inputs: Inputs, ranks: int, step_ms: float) -> str:
+    """What a run would do; UserError for more ranks than GPUs. The bytes are a guess before any search: a value takes
+    about 1.6 bits less than its grid has, as in the run of record; other training will differ."""
+    require(not process.cuda or ranks <= torch.cuda.device_count(), f"{ranks} ranks: this machine has "
+            f"{torch.cuda.device_count()} GPUs; launch at most as many")
+    counts = dict.fromkeys((*GROUPS, "fp16"), 0)
+    for name, shape in shapes_of(cfg).items():
+        counts[group_of(name) if is_quantised(name, shape, cfg.quant_min_numel) else "fp16"] += math.prod(shape)
+    bits = {g: getattr(cfg, f"quant_bits_{g}") - 1.6 for g in GROUPS} | {"fp16": 16}
+    predicted = SCRIPT.stat().st_size + int(sum(n * bits[g] / 8 for g, n in counts.items()))
+    scored = f"windows, stride {cfg.eval_stride}"
+    if cfg.ttt_enabled:
+        scored = f"test-time training, {cfg.ttt_mode}, {scored}"
+    lines = [
+        f"preset:     {cfg.preset} {json.dumps(cfg.overrides())}",
+        f"machine:    {ranks} x {process.hardware()['name']}, {str(process.dtype)[6:]}",
+        f"tokenizer:  {inputs.tokenizer_path}, {cfg.vocab_size} pieces",
+        f"validation: {inputs.stream.targets:,} targets, {inputs.stream.bytes:,} bytes of {cfg.data_path}",
+        f"evaluation: {scored}, {f'within {cfg.eval_max_seconds:g} s' if cfg.eval_max_seconds else 'no time limit'}",
+        f"parameters: {sum(counts.values()):,} ({', '.join(f'{n:,} {kind}' for kind, n in counts.items() if n)})",
+        f"artifact:   about {predicted:,} bytes with code at first, limit {cfg.artifact_limit_bytes:,}"]
+    if cfg.train_enabled:
+        cap, steps = cfg.training_seconds, cfg.iterations
+        if cap:
+            steps = min(int(cap * 1000 / step_ms), steps)
+        lines += [f"training:   {len(inputs.train):,} tokens in {len(inputs.train.paths)} shards",
+                  f"steps:      {steps:,} of {cfg.train_batch_tokens:,} tokens"
+                  + (f" in {cap:g} s at {step_ms:g} ms a step (--step-ms)" if cap else ", no time cap")]
+    return "\n".join(lines)
 
-    def keep_progress(self):
-        """Record the stages that are finished, so that they need not be repeated."""
-        nats = self.nats[: audit_length(self.cfg)].tolist() if self.cfg.audit and self.nats is not None else []
-        record = {"run_id": self.summary["run_id"], "settings": self.settings, "explicit": sorted(self.cfg.explicit),
-                  "launchers": self.launchers, "code": hashlib.sha256(self.code).hexdigest(), "nats": nats,
-                  "summary": self.summary}
-        if self.process.main:
-            try:
-                text = json.dumps(record).encode()
-                text += b"\n" + hashlib.sha256(text).hexdigest().encode()
-                write_atomically(self.folder / "progress.json", text)
-            except UserError as error:
-                self.log(f"warning: {error}; the run goes on")
 
-    def how_to_resume(self) -> str:
-        """What to launch to go on after an end before the end."""
-        if not self.checkpoints:
-            return "nothing was done yet, launch it again"
-        newest = self.checkpoints.wait() or self.checkpoints.newest
-        where = f"LOG_DIR={shlex.quote(self.cfg.log_dir)} " if self.cfg.log_dir != Config.log_dir else ""
-        if newest and self.folder / "checkpoints" != Path(newest).parent:
-            return f"{where}RESUME={shlex.quote(newest)} goes on"
-        does = "goes on" if newest or self.summary["artifact"] else "starts again, nothing is saved yet"
-        problem = f"not saved: {self.checkpoints.problem}; " if self.checkpoints.problem else ""
-        return f"{problem}{where}RUN_ID={shlex.quote(self.summary['run_id'])} RESUME=1 {does}"
+@contextlib.contextmanager
+def timed(seconds: dict, name: str):
+    """Add what is done within to `seconds`[name]."""
+    began = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def stages(self):
-        """Train, average, export, read back, evaluate, audit: each if its switch is on and it is not done yet."""
-        cfg, summary = self.cfg, self.summary
-        adapts = cfg.ttt_enabled and not summary["eval"]["ttt"]
-        if adapts:  # first, while no clock runs; what it takes is counted where the evaluation's seconds are
-            summary["seconds"].pop("compile", None)
-            with self.timed("compile"):
-                prime(cfg, self.process, self.log, self.stream, self.tokenizer)
-        if self.artifact and not self.float:
-            model = self.adopt(cfg.model_path, *self.artifact)
-        elif summary["artifact"]:
-            model = self.read_back()
-        else:
-            model = self.trained()
-            if cfg.save_float:
-                self.process.together(lambda: self.keep_float(model), main=True)
-            if cfg.final_eval_enable:
-                self.score("float", "final_float", model, cfg.eval_len)
-            if cfg.export_enabled:
-                model = self.export(model)
-        self.keep_progress()
-        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        if cfg.final_eval_enable and summary["artifact"]:
-            self.score("int6", "final_int6_roundtrip", model, cfg.eval_len)
-        if cfg.final_sliding_eval_enable and cfg.eval_stride:
-            kind = "int6" if summary["artifact"] else "float"
-            self.score("sliding", f"final_{kind}_sliding_window", model, cfg.eval_stride)
-        before = summary["seconds"]["read"] + summary["seconds"].get("compile", 0.0)
-        if adapts:
-            self.checkpoints.about["artifact"] = (summary["artifact"] or {}).get("sha256", "float")
-            evaluator, details = self.final(cfg, self.log, model, self.stream, Budget(cfg, before),
-                                            checkpoints=self.checkpoints)
-            self.report("ttt", "legal_ttt", evaluator.result(), **details)
-        final = next((s for s in reversed(summary["eval"].values()) if s), None)
-        summary["val_bpb"] = final and final["val_bpb"]
-        if final and 0 < cfg.eval_max_seconds < before + final["seconds"]:
-            summary["reasons"].append(f"evaluation took {before + final['seconds']:.0f} s, EVAL_MAX_SECONDS="
-                                      f"{cfg.eval_max_seconds:g}")
-        if cfg.nll_dump and self.nats is not None and len(self.nats) == self.stream.targets:
-            np.save(buffer := io.BytesIO(), self.nats)
-            self.process.together(lambda: write_atomically(Path(cfg.nll_dump), buffer.getvalue()), main=True)
-        elif cfg.nll_dump:
-            self.log(f"warning: NLL_DUMP={cfg.nll_dump} is not written, no evaluation of this launch has the losses")
-        if cfg.audit and not summary["audit"]:
-            self.audit(weights)
 
-    def clocks(self):
-        """Say how long test-time training took by both clocks of this field."""
-        seconds = self.summary["seconds"]
-        walk, read, compiling = seconds["ttt"], seconds["read"], seconds.get("compile", 0.0)
-        self.summary["eval_clocks"] = {"all": walk + read + compiling, "without_compilation": walk + read}
-        self.log(f"evaluation clocks: {walk + read + compiling:.1f} s with all inside (reading {read:.1f}, compiling "
-                 f"{compiling:.1f}, walk {walk:.1f}), {walk + read:.1f} s with compilation outside; "
-                 f"EVAL_MAX_SECONDS={self.cfg.eval_max_seconds:g} holds for the first")
+def open_log(cfg: Config, process: Process, inputs: Inputs, past: Past | None) -> Log:
+    """Make LOG_DIR/RUN_ID, or take it up again, and write into its log what someone needs who reads it a year from
+    now."""
+    name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"_seed{cfg.seed}"
+    if not cfg.run_id and Path(cfg.log_dir, name).exists():  # another run began in the same second
+        name += f"_{os.getpid()}"
+    folder = Path(cfg.log_dir, process.agree(name))
 
-    def trained(self) -> GPT:
-        """The model with its averaged weights: read from a float file, else trained, which leaves the guard's seconds
-        of MAX_WALLCLOCK_SECONDS to the export."""
-        cfg = self.cfg
-        if self.float:
-            return build_model(cfg, self.artifact[1], self.process)
-        torch.manual_seed(cfg.seed)
-        model = GPT(cfg, self.process.dtype).to(self.process.device)
-        self.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
-        if cfg.export_enabled and cfg.max_wallclock_seconds:
-            cfg = dataclasses.replace(cfg, max_wallclock_seconds=cfg.max_wallclock_seconds - cfg.export_seconds)
-        saved = (self.found["facts"], self.process.agree(self.tensors)) if self.found["facts"] else None
-        with self.timed("train"):
-            self.summary["train"] = train(cfg, self.process, self.log, model, self.train_tokens, self.stream,
-                                          self.checkpoints, saved)
-        self.tensors = {}
-        self.keep_progress()
-        return model
+    def make():
+        if past is None:
+            folder.mkdir(parents=True)
+            process.lock = lock(folder)
 
-    @contextlib.contextmanager
-    def timed(self, name: str):
-        begin = time.perf_counter()
-        yield
-        self.summary["seconds"][name] = self.summary["seconds"].get(name, 0.0) + time.perf_counter() - begin
+    process.together(make, main=True)
+    log, code = Log(process, folder), SCRIPT.read_bytes()
+    versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
+    for note in [*past.notes, *(past.resumes[-1:] if past.settings else ())] if past else ():
+        log(note)
+    log(code.decode() + "=" * 100, console=False)
+    log(f"python {platform.python_version()} {versions}\nhardware {process.hardware()}", console=False)
+    log(f"config {json.dumps(cfg.settings())}", console=False)
+    log(f"preset:{cfg.preset} seed:{cfg.seed} overrides:{json.dumps(cfg.overrides())}")
+    log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={inputs.tokenizer_path}")
+    if advice := attention_advice(process.device):
+        log(advice)
+    if inputs.train:
+        log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(inputs.train.paths)} "
+            f"tokens:{len(inputs.train)}")
+    log(f"val_loader:tokens:{inputs.stream.targets} bytes:{inputs.stream.bytes}")
+    return log
 
-    def export(self, model: GPT) -> GPT:
-        """Write the artifact and read it back on every rank, from rank 0's disk: nodes need not share one."""
-        if self.process.agree(self.process.together(lambda: self.encode(model), main=True)):
-            return self.read_back()
-        self.summary["reasons"].append(f"no setting fits ARTIFACT_LIMIT_BYTES={self.cfg.artifact_limit_bytes}")
-        kept = self.cfg.model_path if self.float else self.folder / FLOAT_NAME
-        self.log(f"export: no setting fits the limit; TRAIN_ENABLED=0 MODEL_PATH={kept} exports again")
-        return model
 
-    def encode(self, model: GPT) -> bool:
-        """Round, code and write the artifact, and say whether one fits; else keep the float weights. On one rank."""
-        cfg, room = self.cfg, self.cfg.artifact_limit_bytes - len(self.code)
-        text, size = self.calibration_text()
-        with self.timed("search"):
-            exporter = Exporter(cfg, self.log, model, text, size, room, cfg.export_seconds)
+def new_summary(cfg: Config, process: Process, name: str) -> dict:
+    """What summary.json says before the first stage."""
+    return {"run_id": name, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
+            "overrides": cfg.overrides(), "hardware": process.hardware(), "train": None, "export": None,
+            "artifact": None, "eval": dict.fromkeys(("float", "int6", "sliding", "ttt")), "val_bpb": None,
+            "finished": False, "valid": False, "reasons": [], "caveats": [], "resumes": [], "seconds": {}}
+
+
+def write_summary(process: Process, folder: Path, summary: dict):
+    text = re.sub(r"(?<=: )(NaN|-?Infinity)(?=,?\n)", "null", json.dumps(summary, indent=1)) + "\n"  # not JSON
+    process.together(lambda: write_atomically(folder / "summary.json", text.encode()), main=True)
+
+
+def run(cfg: Config, process: Process, log: Log, inputs: Inputs, past: Past | None, summary: dict) -> int:
+    """One run, stage by stage. A stage whose switch is off does nothing; what the others find goes into the summary,
+    which is written after each. Returns the exit code."""
+    about, stream = (cfg, process, log, summary), inputs.stream
+    compile_ahead(*about, inputs)
+    model, scores = None, []
+    if not summary["artifact"] and inputs.blob is None:
+        model = train_and_average(*about, inputs, past)
+        scores.append(score(*about, model, stream, "float"))
+        export(*about, model, inputs)
+    model = read_back(*about, inputs) or model
+    scores.append(score(*about, model, stream, "int6"))
+    scores.append(score(*about, model, stream, "sliding"))
+    scores.append(adapt(*about, model, stream))
+    keep_losses(*about, [found for found in scores if found])
+    return judge(*about, stream, past)
+
+
+def compile_ahead(cfg: Config, process: Process, log: Log, summary: dict, inputs: Inputs):
+    """Compile what test-time training needs while no clock runs; the evaluation's seconds count it all the same."""
+    if cfg.ttt_enabled:
+        with timed(summary["seconds"], "compile"):
+            prime(cfg, process, log, inputs.stream, inputs.tokenizer)
+
+
+def train_and_average(cfg: Config, process: Process, log: Log, summary: dict, inputs: Inputs, past: Past | None) -> GPT:
+    """The model with its averaged weights: what MODEL_PATH holds of them, or trained."""
+    if inputs.weights:
+        return build_model(cfg, inputs.weights, process)
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg, process.dtype).to(process.device)
+    log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    saved = (past.facts, process.agree(past.tensors)) if past and past.facts else None
+    with timed(summary["seconds"], "train"):
+        summary["train"] = train(cfg, process, log, model, inputs.train, inputs.stream, saved)
+    write_summary(process, log.folder, summary)
+    if cfg.save_float:
+        process.together(lambda: save_float(model, log.folder), main=True)
+    return model
+
+
+def score(cfg: Config, process: Process, log: Log, summary: dict, model: GPT, stream: Stream, key: str) -> Score | None:
+    """Evaluate the model in windows side by side ("float", "int6") or EVAL_STRIDE apart ("sliding")."""
+    kind = "int6" if summary["artifact"] else "float"
+    stride = cfg.eval_stride if key == "sliding" else cfg.eval_len
+    enabled = cfg.final_sliding_eval_enable if key == "sliding" else cfg.final_eval_enable and key == kind
+    if not enabled or not stride:
+        return None
+    evaluator = evaluate(cfg, process, log, compiled(model, cfg, process), stream, stride, f"score, {key}")
+    if key == "sliding":
+        return report(process, log, summary, key, f"final_{kind}_sliding_window", evaluator.result(), stride=stride)
+    tag = "final_float" if key == "float" else "final_int6_roundtrip"
+    return report(process, log, summary, key, tag, evaluator.result())
+
+
+def adapt(cfg: Config, process: Process, log: Log, summary: dict, model: GPT, stream: Stream) -> Score | None:
+    """Score with test-time training."""
+    if not cfg.ttt_enabled:
+        return None
+    seconds = summary["seconds"]
+    budget = Budget(cfg, seconds.get("read", 0.0) + seconds["compile"])
+    evaluator, details = test_time_train(cfg, process, log, model, stream, budget)
+    return report(process, log, summary, "ttt", "legal_ttt", evaluator.result(), **details)
+
+
+def report(process: Process, log: Log, summary: dict, key: str, tag: str, score: Score, **details) -> Score:
+    """Log a score in the field's form and enter it."""
+    more = "".join(f"{k}:{v} " for k, v in details.items())
+    log(f"{tag} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} {more}eval_time:{1000 * score.seconds:.0f}ms")
+    log(f"{tag}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
+    summary["eval"][key], summary["seconds"][key] = {**score.summary(), **details}, score.seconds
+    summary["reasons"] += [f"{key}: {fault}" for fault in score.faults]
+    write_summary(process, log.folder, summary)
+    return score
+
+
+def save_float(model: GPT, folder: Path):
+    """Write the weights in fp32, to be exported again. On one rank."""
+    weights = {n: Stored("fp32", 32, p.detach().float().cpu().numpy()) for n, p in model.named_parameters()}
+    write_atomically(folder / FLOAT_NAME, pack(model.cfg, weights))
+
+
+def export(cfg: Config, process: Process, log: Log, summary: dict, model: GPT, inputs: Inputs):
+    """Round, fit, code and write the artifact, on rank 0; where nothing fits the float weights are kept."""
+    def encode() -> dict:
+        seconds = summary["seconds"]
+        text, size = calibration_text(cfg, process, inputs.train)
+        with timed(seconds, "search"):
+            room = cfg.artifact_limit_bytes - SCRIPT.stat().st_size
+            exporter = Exporter(cfg, log, model, text, size, room, cfg.export_seconds)
             blob = exporter.search()
-            seconds, self.summary["export"] = time.perf_counter() - exporter.began, exporter.report
-            if cfg.export_seconds:
-                self.log(f"export: took {seconds:.1f} s of the {cfg.export_seconds:g} s kept for it")
-        with self.timed("export"):
+        if cfg.export_seconds:
+            log(f"export: took {seconds['search']:.1f} s of the {cfg.export_seconds:g} s kept for it")
+        with timed(seconds, "export"):
             if blob:
-                patience = 0.0 if self.float or self.checkpoints.wait() else NO_ROOM_SECONDS
-                write_atomically(self.folder / ARTIFACT_NAME, blob, patience=patience, say=self.log)
-            elif not self.float and not cfg.save_float:
-                self.keep_float(model)
-        return blob is not None
+                write_atomically(log.folder / ARTIFACT_NAME, blob)
+            else:
+                kept = cfg.model_path or log.folder / FLOAT_NAME
+                if not cfg.model_path and not cfg.save_float:
+                    save_float(model, log.folder)
+                log(f"export: no setting fits the limit; TRAIN_ENABLED=0 MODEL_PATH={kept} exports again")
+        return exporter.report | {"fits": blob is not None}
 
-    def calibration_text(self) -> tuple[Tensor, int]:
-        """Sequences spread evenly over the training split, [n, T + 1], and how many of them a forward pass takes."""
-        tokens, length = self.train_tokens, self.cfg.train_seq_len
-        count = min(max(self.cfg.calibration_tokens // length, 1), max(len(tokens) // length, 1))
-        starts = [max(i * (len(tokens) - length) // count, 0) for i in range(count)]
-        text = torch.from_numpy(np.stack([tokens.read(s, length + 1) for s in starts]).astype(np.int32))
-        return text.to(self.process.device), max(tokens_per_pass(self.cfg, self.process, True) // length, 1)
+    if cfg.export_enabled:
+        summary["export"] = process.agree(process.together(encode, main=True))
 
-    def keep_float(self, model: GPT):
-        """Write the weights in fp32, to be exported again. On one rank."""
-        weights = {n: Stored("fp32", 32, p.detach().float().cpu().numpy()) for n, p in model.named_parameters()}
-        write_atomically(self.folder / FLOAT_NAME, pack(model.cfg, weights))
 
-    def read_back(self) -> GPT:
-        """The model of the artifact that this run wrote, now or before it was stopped."""
-        path = os.path.join(self.cfg.log_dir, self.summary["run_id"], ARTIFACT_NAME)
-        with self.timed("read"):
-            blob = self.process.agree(self.process.together(lambda: read_file(path), main=True))
-            return self.adopt(path, blob, {name: s.tensor() for name, s in unpack(blob, path)[1].items()})
+def calibration_text(cfg: Config, process: Process, tokens: Tokens) -> tuple[Tensor, int]:
+    """Sequences spread evenly over the training split, [n, T + 1], and how many of them a forward pass takes."""
+    length = cfg.train_seq_len
+    count = min(max(cfg.calibration_tokens // length, 1), max(len(tokens) // length, 1))
+    starts = [max(i * (len(tokens) - length) // count, 0) for i in range(count)]
+    text = torch.from_numpy(np.stack([tokens.read(s, length + 1) for s in starts]).astype(np.int32))
+    return text.to(process.device), max(tokens_per_pass(cfg, process, True) // length, 1)
 
-    def adopt(self, path: str, blob: bytes, tensors: dict[str, Tensor]) -> GPT:
-        """The model of an artifact. Its bytes are held against the limit; over it the run goes on, to end not valid."""
-        code, limit = len(self.code), self.cfg.artifact_limit_bytes
-        if self.artifact and not self.float and "artifact_limit_bytes" not in self.cfg.explicit:
+
+def read_back(cfg: Config, process: Process, log: Log, summary: dict, inputs: Inputs) -> GPT | None:
+    """The model of the artifact, of MODEL_PATH or of this run, on every rank from rank 0's disk: nodes need not share
+    one. Over the limit a run goes on, to end not valid."""
+    path, blob, limit = cfg.model_path, inputs.blob, cfg.artifact_limit_bytes
+    made = summary["artifact"] or summary["export"] and summary["export"]["fits"]
+    with timed(summary["seconds"], "read"):
+        if made:
+            path = str(log.folder / ARTIFACT_NAME)
+            blob = process.agree(process.together(lambda: read_file(path), main=True))
+        elif blob is None:
+            return None
+        elif "artifact_limit_bytes" not in cfg.explicit:
             limit = Config.artifact_limit_bytes  # another run made it, maybe with another preset
-        total = len(blob) + code
-        self.log(f"Code size: {code} bytes\nSerialized model int6+zstd: {len(blob)} bytes")
-        self.log(f"Total submission size int6+zstd: {total} bytes")
-        if total > limit:
-            self.summary["reasons"].append(f"artifact over the limit: {total} > {limit} bytes")
-            self.log(f"over the limit by {total - limit} bytes; all files are kept, the score is not valid")
-        self.summary["artifact"] = {"path": path, "bytes_model": len(blob), "bytes_code": code,
-                                    "bytes_total": total, "limit": limit, "sha256": hashlib.sha256(blob).hexdigest()}
-        return build_model(self.cfg, tensors, self.process)
+        weights = {name: s.tensor() for name, s in unpack(blob, path)[1].items()}
+        model = build_model(cfg, weights, process)
+    code = SCRIPT.stat().st_size
+    total = len(blob) + code
+    log(f"Code size: {code} bytes\nSerialized model int6+zstd: {len(blob)} bytes")
+    log(f"Total submission size int6+zstd: {total} bytes")
+    if total > limit:
+        summary["reasons"].append(f"artifact over the limit: {total} > {limit} bytes")
+        log(f"over the limit by {total - limit} bytes; all files are kept, the score is not valid")
+    summary["artifact"] = {"path": path, "bytes_model": len(blob), "bytes_code": code, "bytes_total": total,
+                           "limit": limit, "sha256": hashlib.sha256(blob).hexdigest()}
+    write_summary(process, log.folder, summary)
+    if process.main and not cfg.ckpt_every_seconds:  # nothing needs them any more
+        shutil.rmtree(log.folder / "checkpoints", ignore_errors=True)
+    return model
 
-    def score(self, key: str, tag: str, model: GPT, stride: int):
-        """Evaluate, unless that was done before the run was stopped."""
-        if not self.summary["eval"][key]:
-            forward = compiled(model, self.cfg, self.process)
-            evaluator = evaluate(self.cfg, self.process, self.log, forward, self.stream, stride, key)
-            self.report(key, tag, evaluator.result(), **({"stride": stride} if key == "sliding" else {}))
 
-    def report(self, key: str, tag: str, score: Score, **details):
-        """Log a score in the field's form and put it into the summary. The last one is val_bpb's."""
-        self.summary["eval"][key], self.nats = {**score.summary(), **details}, score.nats
-        self.summary["seconds"][key] = score.seconds
-        if key == "ttt":
-            self.clocks()
-        faults = score.faults + ["the score is not a finite number"] * (not math.isfinite(score.val_loss))
-        self.summary["reasons"] += [f"{key}: {fault}" for fault in faults]
-        more = "".join(f"{k}:{v} " for k, v in details.items())
-        self.log(f"{tag} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} {more}"
-                 f"eval_time:{1000 * score.seconds:.0f}ms")
-        self.log(f"{tag}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
-        self.keep_progress()
+def keep_losses(cfg: Config, process: Process, log: Log, summary: dict, scores: list[Score]):
+    """The last score is val_bpb. Write the losses behind it: of the first windows, and with NLL_DUMP all."""
+    if not scores:
+        if cfg.nll_dump:
+            log(f"warning: NLL_DUMP={cfg.nll_dump} is not written, there is no final evaluation")
+        return
+    summary["val_bpb"], nats = scores[-1].val_bpb, scores[-1].nats
 
-    def final(self, cfg: Config, log: Log, model: GPT, stream: Stream, budget=None, probe=(),
-              checkpoints=None) -> tuple[Evaluator, dict]:
-        """The evaluation behind val_bpb: test-time training, else sliding windows, else windows side by side."""
-        if cfg.ttt_enabled:
-            return test_time_train(cfg, self.process, log, model, stream, budget, probe, checkpoints)
-        stride = cfg.eval_stride if cfg.final_sliding_eval_enable and cfg.eval_stride else cfg.eval_len
-        return evaluate(cfg, self.process, log, compiled(model, cfg, self.process), stream, stride, "audit", probe), {}
+    def write():
+        files = {log.folder / "excerpt.npy": nats[: EXCERPT_WINDOWS * cfg.eval_len]}
+        if cfg.nll_dump:
+            files[Path(cfg.nll_dump)] = nats
+        for path, array in files.items():
+            write_atomically(path, lambda file, array=array: np.save(file, array), array.nbytes + 128)
 
-    def audit(self, weights: dict[str, Tensor]):
-        """AUDIT=1: try the evaluation behind val_bpb, on these weights, in chunks that leave room for updates."""
-        began, cfg, tokens, summary = time.perf_counter(), self.cfg, audit_length(self.cfg), self.summary
-        lora, chunk = cfg.ttt_enabled and cfg.ttt_mode == "lora", max(tokens // 16, 2 * cfg.eval_stride)
-        small = {"eval_max_seconds": 0.0, "ttt_chunk_tokens": max(tokens // 12, cfg.eval_stride, 1),
-                 "ttt_lora_chunk_tokens": max(min(cfg.ttt_lora_chunk_tokens, chunk), 1)}
-        if lora:  # two places, so that documents follow each other
-            small["val_batch_size"] = 2 * cfg.eval_len * self.process.world
+    process.together(write, main=True)
 
-        def trial(ids: np.ndarray, probe=(), **changes) -> Evaluator:
-            exact = exact_audit(cfg, self.process)
-            own = dataclasses.replace(cfg, **small | ({} if exact else {"use_compile": "0"}) | changes)
-            model = build_model(own, weights, self.process)
-            model.dtype = self.process.dtype if exact else torch.float32  # bf16 rounds more than a leak may show
-            return self.final(own, self.log.silent(), model, Stream(ids, self.tokenizer, self.process.device), None,
-                              probe)[0]
 
-        seed = int((summary["artifact"] or {"sha256": f"{cfg.seed:x}"})["sha256"][:8], 16)  # not to be chosen
-        result = audit(dataclasses.replace(cfg, seed=seed), self.process, self.log, trial, self.stream,
-                       self.tokenizer.sp)
-        if self.nats is not None and not (summary["eval"]["ttt"] or {}).get("stopped_by_budget"):
-            ids, real = self.stream.tokens[: tokens + 1].cpu().numpy(), {name: getattr(cfg, name) for name in small}
-            same = min(len(ids) - 1, cfg.ttt_chunk_tokens if cfg.ttt_mode == "full" else tokens)
-            nats = trial(ids, **real | {"eval_max_seconds": 0.0}).result().nats[:same]  # what was tried is what was run
-            gap = abs(float(np.mean(nats.astype(np.float64) - self.nats[:same])))  # the mean: rounding cancels out
-            said = f"the mean of {same} losses differs by {gap:.3g} nats between the run and a trial, allowed 0.01"
-            self.log(f"audit causal: {'ok' if gap <= 0.01 else 'FAILED'}, {said}")
-            result["causal"]["detail"] += f"; {said}"
-            result["causal"]["ok"] &= gap <= 0.01
-            result["ok"] &= result["causal"]["ok"]
-        summary["reasons"] += [f"audit: {name} failed, {check['detail']}" for name, check in result.items()
-                               if isinstance(check, dict) and not check["ok"]]
-        result["seconds"] = summary["seconds"]["audit"] = time.perf_counter() - began
-        summary["audit"] = result
+def judge(cfg: Config, process: Process, log: Log, summary: dict, stream: Stream, past: Past | None) -> int:
+    """Fill `valid`, `reasons` and `caveats`, and say them. Returns the exit code: 1 if a check failed."""
+    seconds, hardware, train, reasons = summary["seconds"], summary["hardware"], summary["train"], summary["reasons"]
+    scores, artifact = [s for s in summary["eval"].values() if s], summary["artifact"]
+    if summary["export"] and not summary["export"]["fits"]:
+        reasons.append(f"no setting fits ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes}")
+    if summary["eval"]["ttt"]:
+        walk, read, compiling = summary["eval"]["ttt"]["seconds"], seconds.get("read", 0.0), seconds["compile"]
+        summary["eval_clocks"] = {"all": walk + read + compiling, "without_compilation": walk + read}
+        log(f"evaluation clocks: {walk + read + compiling:.1f} s with all inside (reading {read:.1f}, compiling "
+            f"{compiling:.1f}, walk {walk:.1f}), {walk + read:.1f} s with compilation outside; "
+            f"EVAL_MAX_SECONDS={cfg.eval_max_seconds:g} holds for the first")
+    took = (scores[-1]["seconds"] if scores else 0.0) + seconds.get("read", 0.0) + seconds.get("compile", 0.0)
+    if 0 < cfg.eval_max_seconds < took:
+        reasons.append(f"evaluation took {took:.0f} s, EVAL_MAX_SECONDS={cfg.eval_max_seconds:g}")
+    failed = bool(reasons)
+    if artifact is None and not cfg.export_enabled:
+        reasons.append("EXPORT_ENABLED=0: no artifact, the scores are of float weights")
+    cap, data = cfg.max_wallclock_seconds, Path(cfg.data_path).name
+    spent = train["seconds"] + seconds.get("search", 0.0) if train else 0.0  # both are training time
+    changed = [note for note in past.notes if "resumed with" in note] if past else []
+    caveats = [  # (holds, what is said)
+        (not scores, "no final evaluation ran"),
+        (cap and spent > 1.01 * cap, f"training and export took {spent:.0f} s of MAX_WALLCLOCK_SECONDS"),
+        (not stream.complete, f"partial split: its first {stream.targets} targets"),
+        (not data.startswith("fineweb10B"), f"not the challenge's data: {data}"),
+        (summary["resumes"], f"resumed {len(summary['resumes'])} times; its seconds are those of the last launch"),
+        (changed, "; ".join(changed)),
+        (hardware["world_size"] != 8 or "H100" not in hardware["name"],
+         f"not 8 x H100: {hardware['world_size']} x {hardware['name']}"),
+        (True, f"not audited; ./run.sh audit {log.folder}")]
+    summary["caveats"] = [text for holds, text in caveats if holds]
+    summary["valid"], summary["finished"] = not reasons, True
+    summary["memory_peak_bytes"] = process.memory()[1]
+    seconds["total"] = time.perf_counter() - process.started
+    write_summary(process, log.folder, summary)
+    log("valid: yes" if not reasons else "valid: NO, " + "; ".join(reasons))
+    for caveat in summary["caveats"]:
+        log(f"note: {caveat}")
+    log(f"summary: {log.folder / 'summary.json'}")
+    return int(failed)
 
-    def judge(self) -> int:
-        """Fill `valid`, `reasons` and `caveats`. Returns the exit code: 1 if a check failed."""
-        summary, hardware, data, cap = self.summary, self.summary["hardware"], Path(self.cfg.data_path).name, (
-            self.cfg.max_wallclock_seconds)
-        train, changed = summary["train"] or {}, [note for note in self.found["notes"] if "resumed with" in note]
-        spent = train["seconds"] + summary["seconds"].get("search", 0.0) if train else 0.0  # both are training time
-        reasons = summary["reasons"] = list(dict.fromkeys(summary["reasons"]))  # a resumed run may have met one twice
-        failed = bool(reasons)
-        if summary["artifact"] is None and not self.cfg.export_enabled:
-            reasons.append("EXPORT_ENABLED=0: no artifact, the scores are of float weights")
-        caveats = [  # (holds, what is said)
-            (summary["val_bpb"] is None, "no final evaluation ran"),
-            (cap and spent > 1.01 * cap, f"training and export took {spent:.0f} s of MAX_WALLCLOCK_SECONDS"),
-            (not self.stream.complete, f"partial split: its first {self.stream.targets} targets"),
-            (not data.startswith("fineweb10B"), f"not the challenge's data: {data}"),
-            (summary["resumes"], f"resumed {len(summary['resumes'])} times; what was lost in between is not in its "
-             "seconds"),
-            (changed, "; ".join(changed)),
-            (train.get("dropped_steps"), "steps that were not finite were dropped"),
-            (hardware["world_size"] != 8 or "H100" not in hardware["name"],
-             f"not 8 x H100: {hardware['world_size']} x {hardware['name']}")]
-        summary["caveats"], summary["valid"] = [text for holds, text in caveats if holds], not reasons
-        return int(failed)
 
-    def finish(self, started: float) -> int:
-        """Judge the run, write summary.json, and remove what only a resumption needs. Returns the exit code."""
-        code, summary = self.judge(), self.summary
-        summary["memory_peak_bytes"] = self.process.memory()[1]
-        summary["seconds"]["total"] = summary["seconds"].get("total", 0.0) + time.perf_counter() - started
-        self.log(self.table())
-        text = re.sub(r"(?<=: )(NaN|-?Infinity)(?=,?\n)", "null", json.dumps(summary, indent=1)) + "\n"  # not JSON
-        self.process.together(lambda: write_atomically(self.folder / "summary.json", text.encode()), main=True)
-        self.checkpoints.wait()
-        self.checkpoints.remove("ttt_*")
-        if self.process.main:
-            if not self.cfg.ckpt_every_seconds:
-                self.checkpoints.remove("step_*")
-            for name in ("progress.json", "lock"):
-                (self.folder / name).unlink(missing_ok=True)
-        return code
-
-    def table(self) -> str:
-        """The result in one short table."""
-        names = {"float": "float, averaged", "int6": "int6, read back", "sliding": "sliding window",
-                 "ttt": "test-time training"}
-        lines = ["", f"{'score':20}{'nats/token':>12}{'BPB':>10}{'tokens':>12}{'seconds':>10}"]
-        lines += [f"{names[key]:20}{s['val_loss']:12.4f}{s['val_bpb']:10.4f}{s['tokens']:12,}{s['seconds']:10.1f}"
-                  for key, s in self.summary["eval"].items() if s]
-        if a := self.summary["artifact"]:
-            lines.append(f"bytes: {a['bytes_total']:,} of {a['limit']:,} ({a['bytes_total'] / a['limit']:.1%}): model "
-                         f"{a['bytes_model']:,} + code {a['bytes_code']:,}")
-        if t := self.summary["train"]:
-            lines.append(f"trained: {t['steps']:,} steps, {t['tokens']:,} tokens, {t['step_ms']:.1f} ms a step")
-        lines.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.summary["seconds"].items()))
-        lines.append("valid: yes" if self.summary["valid"] else "valid: NO, " + "; ".join(self.summary["reasons"]))
-        return "\n".join(lines + [f"note: {caveat}" for caveat in self.summary["caveats"]])
+def how_to_resume(cfg: Config, folder: Path) -> str:
+    """What to launch to go on after an end before the end."""
+    where = f"LOG_DIR={shlex.quote(cfg.log_dir)} " if cfg.log_dir != Config.log_dir else ""
+    saved = checkpoints(folder) or (folder / ARTIFACT_NAME).exists()
+    does = "goes on" if saved else "starts again, nothing is saved yet"
+    return f"{where}RUN_ID={shlex.quote(folder.name)} RESUME=1 {does}"
 
 
 def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
-    """One launch on one rank. Returns the exit code; raises UserError, Interrupted and PeerLost."""
-    started = time.perf_counter()
+    """One launch on one rank: set up the process, find, open and check, then run. Returns the exit code; raises
+    UserError and Interrupted."""
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode must not end a run
-    if options.inspect is not None:
-        own = cfg.artifact_limit_bytes if "artifact_limit_bytes" in cfg.explicit else Config.artifact_limit_bytes
-        show(inspect(options.inspect, own))
-        return 0
-    process = Process(cfg.compute_dtype, signals)
-    found, tensors = process.together(lambda: find_run(cfg, process), main=True) or (None, {})
-    found = process.agree(found)
-    if found and "finished" in found:
+    process, seconds = Process(cfg.compute_dtype, signals), {}
+    past = process.together(lambda: find_past(cfg, process), main=True)
+    tensors, past = past and past.tensors, process.agree(past and dataclasses.replace(past, tensors=None))
+    if past and past.summary and past.summary["finished"]:
         if process.main:
-            show(f"nothing to do: the run is finished, see {found['finished']}")
+            unlock(process)
+            show(f"nothing to do: the run is finished, see {Path(cfg.log_dir, cfg.run_id, 'summary.json')}")
         return 0
-    if found:
-        cfg = process.together(lambda: continued(cfg, found, process.world))
+    if past:
+        past.tensors = tensors
+    if cfg.resume:
+        cfg = process.together(lambda: continued(cfg, past, process.world))
         process.compute_in(cfg.compute_dtype)
-    run = process.together(lambda: Run(cfg, process, found, tensors))
+    cfg, inputs = process.together(lambda: open_inputs(cfg, process, past, seconds))
+    if cfg.eval_max_seconds < 0:
+        cfg = dataclasses.replace(cfg, eval_max_seconds=600.0 if process.cuda else 0.0)
+    process.together(lambda: check_machine(cfg, process, past))
     if options.check:
+        said = process.together(lambda: check(cfg, process, inputs, options.ranks, options.step_ms))
+        unlock(process)
         if process.main:
-            show(run.check(options.ranks, options.step_ms))
+            show(said)
         return 0
+    log = open_log(cfg, process, inputs, past)
+    summary = new_summary(cfg, process, log.folder.name)
+    if past:
+        summary["resumes"] = past.resumes
+        if past.summary:  # what is done stays; its evaluations are made anew, but for that of the float weights
+            summary |= {name: past.summary[name] for name in ("train", "export", "artifact")}
+            summary["eval"]["float"] = past.summary["eval"]["float"]
+            summary["reasons"] = [str(reason) for reason in past.summary["reasons"] if str(reason).startswith("float:")]
+    summary["seconds"] = seconds
     try:
-        log = run.start()
-        run.stages()
-        code = run.finish(started)
+        write_summary(process, log.folder, summary)
+        code = process.agree(run(cfg, process, log, inputs, past, summary))  # no rank leaves before rank 0 has written
     except Interrupted as stop:
-        stop.args = (f"interrupted by {stop}; {run.how_to_resume()}",)
+        stop.args = (f"{stop}; {how_to_resume(cfg, log.folder)}",)
         raise
     except UserError as error:
-        raise UserError(f"{error}; {run.how_to_resume()}", error.shared) from None
-    except PeerLost:
-        signals.held = True
-        run.how_to_resume()  # what is being written is finished
-        raise
-    log(f"summary: {log.folder / 'summary.json'}")
-    return process.agree(code)  # no rank leaves before rank 0 has written
+        raise type(error)(f"{error}; {how_to_resume(cfg, log.folder)}") from None
+    unlock(process)
+    return code
 
 
 if __name__ == "__main__":
-    second, caught = os.environ.get("RANK", "0") != "0", Signals(listens=True)
+    second = os.environ.get("RANK", "0") != "0"
     try:
-        leave(main(*LAUNCH, caught))
+        leave(main(*LAUNCH, Signals(listens=True)))
     except UserError as problem:
-        leave(2, f"error: {one_line(problem)}", silent=problem.shared and second)
-    except (Interrupted, KeyboardInterrupt) as problem:
-        said = str(problem) if "interrupted" in str(problem) else f"interrupted {problem}"
-        leave(128 + getattr(problem, "number", signal.SIGINT), "" if second else said)
-    except PeerLost as problem:  # the lost rank says why, and the launcher ends this one
-        caught.held, patience = True, time.monotonic() + 10
-        while not caught.caught and time.monotonic() < patience:
-            time.sleep(0.1)
-        said = f"error: rank {os.environ['RANK']}: another rank is gone, see its message ({problem})"
-        leave(128 + caught.caught if caught.caught else 1, "" if caught.caught else said)
+        leave(2, f"error: {one_line(problem)}", silent=second and isinstance(problem, SharedError))
+    except Interrupted as problem:
+        leave(128 + problem.number, "" if second else str(problem))
     except OSError as problem:
         leave(2, f"error: {problem.filename or 'output'}: {problem.strerror}; mend the path or make room")
     except Exception as problem:
         if "an't allocate memory" in str(problem) or isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
             leave(2, "error: out of memory; lower MICRO_BATCH_SEQS, VAL_BATCH_SIZE or the model's size")
+        if "gloo" in str(problem) or isinstance(problem, dist.DistError):  # the lost rank says why
+            leave(1, f"error: rank {os.environ['RANK']}: another rank is gone ({one_line(problem)[:200]})")
         traceback.print_exc()
         leave(1)

@@ -1,15 +1,19 @@
 """What the tests share: a tiny real corpus, a tiny model's variables, and ways to launch the script."""
 
+import contextlib
+import fcntl
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+import time
 from pathlib import Path
 
 import pytest
-from forks import Launched, prepare
+from forks import Launched, free_port, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
@@ -35,18 +39,80 @@ def clean_environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-@dataclass
-class Outcome:
-    """A finished launch."""
+class Launch:
+    """A launch of the script on the tiny corpus that can be watched, signalled and killed while it runs.
 
-    code: int
-    out: str
-    err: str
-    folder: Path  # LOG_DIR/RUN_ID
+    `ranks` above 1 are forks that see what torchrun would tell them; `torchrun`: options of torchrun itself, which then
+    launches them; `node`: which of how many machines, and their port; `prefix`: a command before a Python of its own.
+    """
 
-    @property
-    def summary(self) -> dict:
-        return json.loads((self.folder / "summary.json").read_text())
+    def __init__(self, home: Path, corpus: Path, ranks=1, script=SCRIPT, options=(), cwd=None, torchrun=(), restarts=0,
+                 node=None, prefix=(), stdout=None, limits=None, **variables):
+        env = clean_environment() | TINY | {"DATA_PATH": str(corpus), "LOG_DIR": str(home / "logs"), "RUN_ID": "run"}
+        env |= {k: str(v) for k, v in variables.items()}
+        env = {k: v for k, v in env.items() if v != "UNSET"}
+        command, nodes, cwd = [str(script), *options], None, cwd or home
+        if torchrun:
+            command = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={ranks}", *command]
+        elif ranks > 1 or restarts or node:
+            index, count, port = node or (0, 1, free_port())
+            nodes = {"ranks": ranks, "world": ranks * count, "first": ranks * index, "port": port, "restarts": restarts}
+        if prefix:
+            self.process = subprocess.Popen([*prefix, sys.executable, *command], env=env, cwd=cwd, text=True,
+                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        else:
+            self.process = Launched(command, env, cwd, nodes, stdout, limits)
+        self.folder = Path(cwd, env["LOG_DIR"], env.get("RUN_ID", ""))
+        self.lines = {"out": [], "err": []}
+        self.readers = [threading.Thread(target=self._read, args=(name, pipe), daemon=True) for name, pipe in
+                        (("out", self.process.stdout), ("err", self.process.stderr))]
+        for reader in self.readers:
+            reader.start()
+
+    def _read(self, name, pipe):
+        for line in pipe:
+            self.lines[name].append(line)
+
+    def until(self, pattern: str, seconds: float = 120) -> str:
+        """Wait for a line of stdout that matches."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            ended = self.process.poll() is not None and not self.readers[0].is_alive()
+            if found := next((x for x in list(self.lines["out"]) if re.search(pattern, x)), None):
+                return found
+            if ended:
+                break
+            time.sleep(0.005)
+        raise AssertionError(f"no line like {pattern!r}: {self.lines}")
+
+    def until_files(self, pattern: str, count: int = 1, seconds: float = 120):
+        """Wait for that many files in the run's folder."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            if len(list(self.folder.glob(pattern))) >= count:
+                return
+            time.sleep(0.005)
+        raise AssertionError(f"no {count} files like {pattern}: {self.lines}")
+
+    def workers(self) -> list[int]:
+        """Process numbers of the ranks, where there are several."""
+        done = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True)
+        return [int(x) for x in done.stdout.split()]
+
+    def kill(self):
+        """SIGKILL for the launcher and all its ranks."""
+        for pid in [self.process.pid, *self.workers()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return self.end()
+
+    def end(self, seconds: float = 300):
+        """Wait for the end; then `code`, `out` and `err` are known."""
+        self.process.wait(seconds)
+        for reader in self.readers:
+            reader.join(20)
+        self.code, self.out, self.err = self.process.returncode, "".join(self.lines["out"]), "".join(self.lines["err"])
+        return self
 
     def error_lines(self) -> list[str]:
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
@@ -59,6 +125,14 @@ class Outcome:
         assert all(word in lines[0] for word in words), lines[0]
         return lines[0]
 
+    @property
+    def summary(self) -> dict:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    @property
+    def artifact(self) -> bytes:
+        return (self.folder / "final_model.int6.ptz").read_bytes()
+
 
 @pytest.fixture(scope="session", autouse=True)
 def forks():
@@ -66,26 +140,49 @@ def forks():
 
 
 @pytest.fixture
-def launch(tmp_path, corpus):
+def start(tmp_path, corpus):
+    """start(ranks=1, script=SCRIPT, **variables) -> Launch; whatever still runs at the end is killed."""
+    launches = []
+
+    def go(**options) -> Launch:
+        launches.append(Launch(tmp_path, corpus, **options))
+        return launches[-1]
+
+    go.home = tmp_path
+    yield go
+    for launch in launches:
+        if launch.process.poll() is None:
+            launch.kill()
+
+
+@pytest.fixture
+def launch(start):
     """launch(ranks=1, options=(), script=SCRIPT, run_id="run", **variables): run the script on the tiny corpus."""
+    return lambda ranks=1, run_id="run", **options: start(ranks=ranks, RUN_ID=run_id, **options).end()
 
-    def go(ranks=1, options=(), script=SCRIPT, run_id="run", cwd=None, **variables) -> Outcome:
-        env = clean_environment() | TINY | {"DATA_PATH": str(corpus), "LOG_DIR": str(tmp_path / "logs")}
-        env |= {"RUN_ID": run_id} | {k: str(v) for k, v in variables.items()}
-        env = {k: v for k, v in env.items() if v != "UNSET"}
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        done = Launched([*command, str(script), *options], env, cwd or tmp_path)
-        said = {}
-        readers = [threading.Thread(target=lambda pipe=pipe: said.update({pipe: pipe.read()}), daemon=True)
-                   for pipe in (done.stdout, done.stderr)]
-        for reader in readers:
-            reader.start()
-        code = done.wait(300)
-        for reader in readers:
-            reader.join(20)
-        return Outcome(code, said[done.stdout], said[done.stderr], tmp_path / "logs" / run_id)
 
-    return go
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, corpus) -> Launch:
+    """A whole run with every stage, for tests that only look at it or score its artifact. Its losses: nats.npy."""
+    home = tmp_path_factory.mktemp("finished")
+    run = Launch(home, corpus, RUN_ID="finished", ITERATIONS=40, TRAIN_LOG_EVERY=10, VAL_LOSS_EVERY=20, TTT_ENABLED=1,
+                 NLL_DUMP=home / "nats.npy").end()
+    assert run.code == 0, run.err
+    run.nats = home / "nats.npy"
+    return run
+
+
+def patched(tmp_path: Path, change: str) -> Path:
+    """A script that runs the product with one thing changed: `change` stands before its last lines and calls it t."""
+    path = tmp_path / f"patched{len(list(tmp_path.glob('patched*')))}.py"
+    path.write_text(f"import sys, os, time, runpy\nsys.path.insert(0, {str(ROOT)!r})\nimport builtins\n"
+                    f"source = open({str(SCRIPT)!r}).read()\n"
+                    f"head, tail = source.rsplit('if __name__ == \"__main__\":', 1)\n"
+                    "class Names:\n    __getattr__ = lambda self, n: globals()[n]\n"
+                    "    __setattr__ = lambda self, n, v: globals().__setitem__(n, v)\n"
+                    f"__file__ = {str(SCRIPT)!r}\nexec(compile(head, __file__, 'exec'), globals())\nt = Names()\n"
+                    f"{change}\nexec(compile('if True:' + tail, __file__, 'exec'), globals())\n")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +198,19 @@ def corpus(tmp_path_factory) -> Path:
                "400", "--val-fraction", "0.1", "--out", str(folder / "tiny")]
     subprocess.run(command, check=True, capture_output=True)
     return folder / "tiny"
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory) -> Path:
+    """The embedded corpus with 1,024 pieces, made once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with open(base / "embedded.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / "embedded").exists():
+            command = [sys.executable, str(ROOT / "data" / "prepare.py"), "embedded", "--out", str(base / "embedded")]
+            subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": "1"})
+    return base / "embedded"
 
 
 @pytest.fixture

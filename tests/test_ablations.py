@@ -2,11 +2,14 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, TINY, clean_environment
+from tooling import call
+
+sys.path.insert(0, str(ROOT / "tools"))
+import ablations  # noqa: E402
 
 LIST = """# name | settings | verdict
 base | | as it was
@@ -15,19 +18,20 @@ both | MLP_SLOPE=0.50 XSA_LAST_N=1 WARMDOWN_ITERS=8 |
 """
 
 
-def ablations(folder, *words, **variables):
-    environment = clean_environment() | variables | {"LOG_DIR": str(folder / "logs")}
-    command = [sys.executable, str(ROOT / "tools" / "ablations.py"), *words]
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+@pytest.fixture
+def run(tmp_path):
+    """run(*arguments, **variables): the tool in a folder of its own."""
+    env = clean_environment() | {"LOG_DIR": str(tmp_path / "logs")}
+    return lambda *words, **more: call(ablations.main, words, env | more, tmp_path)
 
 
 @pytest.fixture
-def planned(tmp_path):
+def planned(tmp_path, run):
     """A folder with the list and what `plan` made of it."""
     (tmp_path / "mine.txt").write_text(LIST)
-    done = ablations(tmp_path, "plan", "mine.txt", "--rounds", "1", **TINY)
-    assert done.returncode == 0, done.stderr
-    return tmp_path, done.stdout.splitlines()
+    done = run("plan", "mine.txt", "--rounds", "1", **TINY)
+    assert done.code == 0, done.err
+    return tmp_path, done.out.splitlines()
 
 
 def summary(folder, name, seed, bpb, overrides, cost):
@@ -39,7 +43,7 @@ def summary(folder, name, seed, bpb, overrides, cost):
     (folder / "logs" / "mine" / name / "summary.json").write_text(json.dumps(text))
 
 
-def test_plan_and_table(planned):
+def test_plan_and_table(planned, run):
     """Steps in proportion to what a step costs; each run under its idea; differences on the same seed."""
     folder, lines = planned
     costs = json.loads((folder / "costs.json").read_text())["mine"]
@@ -55,28 +59,26 @@ def test_plan_and_table(planned):
     summary(folder, "e", 1, 1.0, {"MLP_SLOPE": 0.5, "XSA_LAST_N": 2}, both)  # of no idea
     summary(folder, "f", 1, 2.5, {"MLP_SLOPE": 0.5, "XSA_LAST_N": 1}, both)
     for _ in "logs", "what was kept of them":
-        assert ablations(folder, "table", "mine.txt").returncode == 0
+        assert run("table", "mine.txt").code == 0
         rows = [line.split(" | ") for line in (folder / "README.md").read_text().splitlines() if "of the" not in line]
         rows = {row[0].strip("| "): row for row in rows if re.match(r"\| (base|slope|both)", row[0])}
         assert rows["base"][6].startswith("2.1000 ± 0.1414") and rows["base"][5] == "1,002"
         assert rows["slope"][7].startswith("-0.1500 ± 0.0707") and rows["slope"][8].startswith("kept")
         assert rows["both"][7].startswith("+0.5000") and list(rows) == ["base", "slope", "both"]
         (folder / "logs").rename(folder / "gone") if (folder / "logs").exists() else None
-    again = ablations(folder, "plan", "mine.txt", "--rounds", "1", **TINY)
-    assert again.returncode == 2 and "mine.json holds runs of the costs beside it" in again.stderr
+    run("plan", "mine.txt", "--rounds", "1", **TINY).refused("mine.json holds runs of the costs beside it")
 
 
 @pytest.mark.parametrize("text, words", [
     (None, "No such file"), ("# nothing\n", "no line in it"), ("base | SLOPE |\n", "'SLOPE'"),
     ("base | |\nodd | MLP_SLOPES=1 |\n", "MLP_SLOPE"), ("base | |\nodd | MLP_SLOPE=2 |\n", "MLP_SLOPE='2'")])
-def test_bad_lists_are_refused(tmp_path, text, words):
+def test_bad_lists_are_refused(tmp_path, run, text, words):
     if text is not None:
         (tmp_path / "mine.txt").write_text(text)
-    done = ablations(tmp_path, "plan", "mine.txt", "--rounds", "1", **TINY)
-    assert done.returncode == 2 and words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    done = run("plan", "mine.txt", "--rounds", "1", **TINY)
+    assert done.code == 2 and words in done.err.splitlines()[-1] and done.err.splitlines()[-1].startswith("error: ")
 
 
-def test_a_table_needs_the_base(tmp_path):
+def test_a_table_needs_the_base(tmp_path, run):
     (tmp_path / "mine.txt").write_text(LIST)
-    done = ablations(tmp_path, "table", "mine.txt")
-    assert done.returncode == 2 and done.stderr.startswith("error: no finished run of the base")
+    run("table", "mine.txt").refused("no finished run of the base")

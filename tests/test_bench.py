@@ -1,11 +1,11 @@
 """The benchmark: what it reads from a script's log, and that its parts run on a tiny model."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, TINY, clean_environment
+from tooling import call, forked
 
 sys.path.insert(0, str(ROOT / "tools"))
 import bench  # noqa: E402
@@ -21,10 +21,12 @@ final_int6_sliding_window_exact val_loss:5.30000000 val_bpb:3.10000000
 LEGAL = "legal_ttt val_loss:5.2000 val_bpb:3.0500 eval_time:7500ms\nlegal_ttt_exact val_loss:5.2 val_bpb:3.05\n"
 
 
-def run(corpus, tmp_path, *arguments, **variables):
-    env = clean_environment() | TINY | {"DATA_PATH": str(corpus), "LOG_DIR": str(tmp_path / "logs")} | variables
-    return subprocess.run([sys.executable, str(ROOT / "tools" / "bench.py"), *arguments], env=env, cwd=tmp_path,
-                          text=True, capture_output=True, timeout=200)
+@pytest.fixture
+def run(corpus, tmp_path, monkeypatch):
+    """run(*arguments, **variables): the tool on the tiny model."""
+    env = clean_environment() | TINY | {"DATA_PATH": str(corpus), "LOG_DIR": str(tmp_path / "logs")}
+    monkeypatch.setattr(bench, "subprocess", forked)
+    return lambda *words, **more: call(bench.main, words, env | more, tmp_path)
 
 
 def test_a_log_of_the_field_is_read_without_its_first_steps():
@@ -35,23 +37,23 @@ def test_a_log_of_the_field_is_read_without_its_first_steps():
     assert bench.read_log("") == {}
 
 
-def test_each_part_is_timed_and_recorded(corpus, tmp_path):
-    done = run(corpus, tmp_path, "--steps", "1", "--repeats", "2", "--windows", "4", "--ttt-tokens", "64")
-    assert done.returncode == 0, done.stderr
+def test_each_part_is_timed_and_recorded(run, tmp_path):
+    done = run("--steps", "1", "--repeats", "2", "--windows", "4", "--ttt-tokens", "64")
+    assert done.code == 0, done.err
     (record,) = (tmp_path / "logs").glob("bench_*.json")
     parts = json.loads(record.read_text())["parts"]
     for part in ("training step", "training", "share of the measured peak", "optimizers' share of a step", "load",
                  "loader's share of a step", "evaluation, stride 8", "export", "peak memory"):
-        assert parts[part]["median"] > 0 and part in done.stdout
+        assert parts[part]["median"] > 0 and part in done.out
     assert any(part.startswith("test-time training") for part in parts)
 
 
-def test_a_script_beside_ours(corpus, tmp_path):
+def test_a_script_beside_ours(run, tmp_path):
     other = tmp_path / "other.py"
     other.write_text(f"print('''{PUBLISHED}''')\n")
-    done = run(corpus, tmp_path, "--against", str(other), "--repeats", "1", "--ranks", "1", ITERATIONS="14",
-               TRAIN_LOG_EVERY="2", TTT_ENABLED="0", EXPORT_FILL="0", AUDIT="0", SEED="7")
-    assert done.returncode == 0, done.stderr + done.stdout
+    done = run("--against", other, "--repeats", "1", "--ranks", "1", ITERATIONS="14", TRAIN_LOG_EVERY="2",
+               TTT_ENABLED="0", EXPORT_FILL="0", SEED="7")
+    assert done.code == 0, done.err + done.out
     (record,) = (tmp_path / "logs").glob("bench_*.json")
     rows = json.loads(record.read_text())["against"]["median"]
     assert rows["step_ms"]["other"] == 100.0 and rows["step_ms"]["ratio"] == 100.0 / rows["step_ms"]["ours"]
@@ -62,15 +64,15 @@ def test_a_script_beside_ours(corpus, tmp_path):
 
 @pytest.mark.parametrize("arguments, variables, says", [
     (["--against", "missing.py"], {}, "missing.py: no such file"), (["--steps", "0"], {}, "at least 1"),
-    ([], {"DATA_PATH": "/nowhere"}, "/nowhere"), ([], {"NUM_LAYERS": "x"}, "NUM_LAYERS")])
-def test_bad_input_is_one_line(corpus, tmp_path, arguments, variables, says):
-    done = run(corpus, tmp_path, *arguments, **variables)
-    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+    ([], {"DATA_PATH": "/nowhere"}, "/nowhere"), ([], {"NUM_LAYERS": "x"}, "NUM_LAYERS"),
+    ([], {"TRAIN_ENABLED": "0", "MODEL_PATH": "x"}, "TRAIN_ENABLED=0")])
+def test_bad_input_is_one_line(run, arguments, variables, says):
+    run(*arguments, **variables).refused(says)
 
 
-def test_a_script_that_fails_is_named(corpus, tmp_path):
+def test_a_script_that_fails_is_named(tmp_path, capsys):
     other = tmp_path / "other.py"
     other.write_text("raise SystemExit(3)\n")
-    done = run(corpus, tmp_path, "--against", str(other), "--repeats", "1", "--ranks", "1", ITERATIONS="12",
-               TTT_ENABLED="0", EXPORT_FILL="0", TRAIN_LOG_EVERY="1")
-    assert done.returncode == 2 and "other.py ended with exit code" in done.stderr.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        bench.whole_run(other, 1, tmp_path / "folder")
+    assert f"{other} ended with exit code 3" in capsys.readouterr().err

@@ -77,16 +77,13 @@ def test_all_bad_values_are_reported_at_once():
     ({"RANK": "x"}, ["--check"], "RANK='x'"), ({"WORLD_SIZE": "2"}, ["--check"], "launch with torchrun"),
     ({"MODEL_PATH": "x.ptz"}, [], "only TRAIN_ENABLED=0 starts from it"),
 ])
-def test_odd_launches_are_one_line(variables, options, word):
-    env = clean_environment() | variables
-    done = subprocess.run([sys.executable, str(SCRIPT), *options], env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and word in done.stderr, done.stderr
+def test_odd_launches_are_one_line(launch, variables, options, word):
+    launch(options=options, **variables).refused(word)
 
 
-def test_only_rank_0_speaks():
-    env = clean_environment() | {"SEED": "x", "RANK": "1", "WORLD_SIZE": "2"}
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+def test_only_rank_0_speaks(launch):
+    run = launch(SEED="x", RANK=1, WORLD_SIZE=2)
+    assert (run.code, run.out, run.err) == (2, "", "")
 
 
 @pytest.mark.parametrize(
@@ -171,14 +168,31 @@ def test_help_lists_every_variable_without_importing_torch(tmp_path):
         assert line in done.stdout, line
 
 
-@pytest.mark.parametrize("later", [{"TRAIN_ENABLED": "0", "MODEL_PATH": "a.ptz"}, {"RESUME": "1", "RUN_ID": "a"},
-                                   {"RESUME": "logs/a"}])
+@pytest.mark.parametrize("later", [{"TRAIN_ENABLED": "0", "MODEL_PATH": "a.ptz"}, {"RESUME": "1", "RUN_ID": "a"}])
 def test_what_the_artifact_or_the_run_brings_is_not_judged_by_the_preset(later):
     for given in ({"EVAL_STRIDE": "500"}, {"TTT_MODE": "full", "TTT_FREEZE_BLOCKS": "6"}, {"TTT_LORA_RANK": "200"}):
         assert problems(**given | {"TTT_ENABLED": "1"}) != []
         assert problems(**given | {"TTT_ENABLED": "1"} | later) == []
+
+
+def test_resume_is_a_switch_and_needs_the_name_of_the_run():
     (line,) = problems(RESUME="1", EVAL_STRIDE="500")
     assert line.startswith("RESUME=1: needs the RUN_ID")
+    (line,) = problems(RESUME="logs/a/checkpoints/step_0000001.npz", RUN_ID="a")
+    assert line.startswith("RESUME='logs/a/") and "0|1" in line
+    assert problems(RESUME="1", RUN_ID="a") == [] == problems(RESUME="0")
+
+
+def test_what_was_removed_says_what_took_its_place():
+    words = {"AUDIT": "./run.sh audit", "AUDIT_TOKENS": "--tokens", "NAN_POLICY": "ends the run",
+             "SHUFFLE": "order of the shards"}
+    assert words.keys() == train_gpt.REMOVED.keys()
+    for name, word in words.items():
+        (line,) = problems(**{name: 1})
+        assert line.startswith(f"{name}='1': ") and word in line and "unset it or set it to 0" in line
+        assert problems(**{name: 0}) == [] == problems(**{name: ""})
+    (line,) = problems(QUANT="gptq")
+    assert line == "QUANT='gptq': accepts str balanced|rowmax"
 
 
 def test_import_has_no_side_effects(tmp_path):

@@ -3,16 +3,19 @@
 import fcntl
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, TINY, clean_environment
+from test_parts import Lone
+from tooling import Called, call, forked
 
 sys.path.insert(0, str(ROOT / "tools"))
+import bench  # noqa: E402
 import measure  # noqa: E402
 import measure_book  # noqa: E402
 import measure_profile  # noqa: E402
@@ -22,14 +25,17 @@ import record_text  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
-TOOL = ROOT / "tools" / "measure.py"
 
-
-def run(corpus, tmp_path, *words, **variables):
+def run(corpus, tmp_path, *words, **variables) -> Called:
+    """The tool, in this process."""
     env = clean_environment() | TINY | {"DATA_PATH": str(corpus), "LOG_DIR": str(tmp_path / "logs")}
     env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")} | variables
-    return subprocess.run([sys.executable, str(TOOL), "--steps", "3", "--seconds", "1", *words], env=env, cwd=tmp_path,
-                          text=True, capture_output=True, timeout=300)
+    return call(measure.main, ["--steps", "3", "--seconds", "1", *words], env, tmp_path)
+
+
+@pytest.fixture
+def forks_for_stages(monkeypatch):
+    monkeypatch.setattr(measure, "subprocess", forked)
 
 
 def stages_of(tmp_path) -> dict:
@@ -46,12 +52,12 @@ def options(tmp_path):
 # ---- every stage -----------------------------------------------------------------------------------------------------
 
 
-def test_parts_are_measured_once_and_reported(corpus, tmp_path):
+def test_parts_are_measured_once_and_reported(corpus, tmp_path, forks_for_stages):
     words = "--stages", "step,export,ttt"
     first = run(corpus, tmp_path, *words, TTT_MODE="full")
-    assert first.returncode == 1 and first.stderr == "not done: ttt; the same command again tries these only\n"
+    assert first.code == 1 and first.err == "not done: ttt; the same command again tries these only\n"
     before = stages_of(tmp_path)
-    assert [entry["status"] for entry in before.values()] == ["done", "done", "failed"], first.stdout
+    assert [entry["status"] for entry in before.values()] == ["done", "done", "failed"], first.out
     assert "measures lora" in before["ttt"]["why"]
     step, export = (before[name]["figures"] for name in ("step", "export"))
     for name in ("peak_tflops", "first_step_s", "tokens_per_s", "share_of_peak_percent", "peak_memory_gib"):
@@ -64,8 +70,8 @@ def test_parts_are_measured_once_and_reported(corpus, tmp_path):
     assert 0 < export["rounding_s"] < export["search_s"] and export["bytes"] < export["limit_bytes"]
     assert export["loss_float"] > 1 and abs(export["loss_added"]) < 0.1
     again = run(corpus, tmp_path, *words)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count("done before, not repeated") == 2
+    assert again.code == 0, again.out + again.err
+    assert again.out.count("done before, not repeated") == 2
     after = stages_of(tmp_path)
     assert after["step"] == before["step"] and after["export"] == before["export"]
     ttt = after["ttt"]["figures"]
@@ -80,9 +86,9 @@ def test_parts_are_measured_once_and_reported(corpus, tmp_path):
 def reported(tmp_path, stages: dict):
     """The report of these stages, which the index of records does not take for one."""
     records = tmp_path / "records"
-    done = subprocess.run([sys.executable, str(TOOL), "--report", "--records", str(records), "--out",
-                           str(tmp_path / "logs" / "measure")], text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
+    words = ["--report", "--records", str(records), "--out", str(tmp_path / "logs" / "measure")]
+    done = call(measure.main, words, {}, tmp_path)
+    assert done.code == 0, done.err
     (folder,) = (records / "gpu").iterdir()
     assert folder.name.startswith(stages["step"]["began"][:10])
     assert {path.name for path in folder.iterdir()} == {"README.md", "measure.json", "profile.json", "step_time.png"}
@@ -93,30 +99,48 @@ def reported(tmp_path, stages: dict):
     assert "gpu" not in record_text.index(records)
 
 
-def test_whole_runs(corpus, tmp_path):
-    done = run(corpus, tmp_path, "--stages", "audit,run,frontier")
-    assert done.returncode == 0, done.stdout + done.stderr
-    stages = stages_of(tmp_path)
-    audited, seed, frontier = (stages[name]["figures"] for name in ("audit", "run", "frontier"))
-    assert audited["audit_ok"] and audited["audit"]["causal"]["ok"] and audited["valid"]
-    assert stages["frontier"]["settings"]["PRESET"] == "frontier" and stages["run"]["settings"]["PRESET"] == "demo"
-    for figures in (seed, frontier):
-        assert figures["train"]["steps"] == 12 and figures["eval"]["sliding"]["tokens"] == 1001
+@pytest.fixture
+def figures_of(corpus, tmp_path, options, monkeypatch):
+    """figures_of(stage, **variables): what a stage of whole runs finds, in this process."""
+    monkeypatch.setattr(bench, "subprocess", forked)
+    options.script, options.against = "0", []
+
+    def go(name: str, **variables) -> dict:
+        env = clean_environment() | TINY | {"DATA_PATH": str(corpus)} | variables
+        order = {"out": options.out, "work": tmp_path / name, "tokens": None, "steps": 3, "train_seconds": 1.0,
+                 "limit": 300.0, "against": options.against, "rounds": 1}
+        done = call(lambda _: measure_stages.STAGES[name](measure_stages.Stage(name, order)), [], env, tmp_path)
+        assert done.code == 0, done.out + done.err
+        options.said = done.out
+        return measure_book.read(options.out)["stages"][name]["figures"]
+
+    return go
+
+
+def test_whole_runs(figures_of, options):
+    for name, preset in ("run", "demo"), ("frontier", "frontier"):
+        figures = figures_of(name)
+        assert measure_book.read(options.out)["stages"][name]["settings"]["PRESET"] == preset
+        assert figures["train"]["steps"] == 12 and figures["eval"]["sliding"]["tokens"] == 1001 and figures["valid"]
         assert figures["artifact"]["bytes_model"] > 1000 and figures["step_ms"] > 0 and figures["eval"]["ttt"] is None
-    assert seed["val_bpb"] != frontier["val_bpb"]
-    assert "final_int6_sliding_window" in (tmp_path / "logs" / "measure" / "measure.log").read_text()
+        assert "final_int6_sliding_window" in options.said
 
 
-def test_presets_and_peers(corpus, tmp_path):
+def test_an_audited_run(figures_of):
+    figures = figures_of("audit")
+    assert figures["audit_ok"] and figures["audit"]["causal"]["ok"] and figures["valid"]
+
+
+def test_presets_and_peers(figures_of, options, tmp_path):
     other = tmp_path / "other.py"
     other.write_text("print('step:10/15 train_loss:5 train_time:100ms')\n"
                      "print('step:15/15 train_loss:5 train_time:135ms', flush=True)\nimport time\ntime.sleep(99)\n")
-    done = run(corpus, tmp_path, "--stages", "presets,peers", "--against", str(other), "--rounds", "1", ITERATIONS="15")
-    assert done.returncode == 0, done.stdout + done.stderr
-    stages = stages_of(tmp_path)
-    runs, steps = stages["presets"]["figures"]["runs"], stages["peers"]["figures"]["steps"]
-    assert [run["preset"] for run in runs] == ["seed", "frontier"] and all(run["seed"] == 1337 for run in runs)
-    assert stages["presets"]["figures"]["mean_bpb"] == {run["preset"]: run["val_bpb"] for run in runs}
+    found = figures_of("presets", ITERATIONS="15")
+    assert [(run["preset"], run["seed"]) for run in found["runs"]] == [("seed", 1337), ("frontier", 1337)]
+    assert found["mean_bpb"] == {run["preset"]: run["val_bpb"] for run in found["runs"]}
+    assert len(set(found["mean_bpb"].values())) == 2
+    options.against = [str(other)]
+    steps = figures_of("peers", ITERATIONS="15")["steps"]
     assert steps["ours"]["step_ms"] > 0
     (row,) = [row for name, row in steps.items() if name != "ours"]
     assert row["step_ms"] == 7.0 and row["seconds"] < 60
@@ -171,18 +195,16 @@ def test_a_stage_at_its_limit_leaves_its_figures_and_no_process(options, tmp_pat
         time.sleep(0.05)
 
 
-def test_what_no_longer_fits_is_skipped(corpus, tmp_path):
+def test_what_no_longer_fits_is_skipped(corpus, tmp_path, forks_for_stages):
     done = run(corpus, tmp_path, "--stages", "step,export", "--limit", "60", "--budget", "export=80")
-    assert done.returncode == 1 and done.stderr.startswith("not done: step, export;")
+    assert done.code == 1 and done.err.startswith("not done: step, export;")
     stages = stages_of(tmp_path)
     assert [entry["status"] for entry in stages.values()] == ["skipped", "skipped"]
     assert stages["step"]["why"].startswith("needs 150 s where ") and "--limit 60 are left" in stages["step"]["why"]
-    done = run(corpus, tmp_path, "--report")
-    assert done.returncode == 2 and "nothing was measured yet" in done.stderr and done.stderr.count("\n") == 1
+    run(corpus, tmp_path, "--report").refused("nothing was measured yet")
     with open(tmp_path / "logs" / "measure" / "measure.log") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        done = run(corpus, tmp_path, "--stages", "step")
-    assert done.returncode == 2 and "another call measures into it" in done.stderr and done.stderr.count("\n") == 1
+        run(corpus, tmp_path, "--stages", "step").refused("another call measures into it")
 
 
 def test_spare_seconds_go_to_the_stage_that_runs(options):
@@ -246,21 +268,41 @@ def test_kernels_are_put_down_to_their_class(tmp_path):
 
 
 def test_iterations_are_those_of_the_walk(tiny, corpus):
-    cfg = tiny(TTT_ENABLED=1, TTT_LORA_CHUNK_TOKENS=16, EVAL_STRIDE=8, VAL_BATCH_SIZE=256, DATA_PATH=corpus)
+    cfg = tiny(NUM_LAYERS=1, TTT_ENABLED=1, TTT_LORA_CHUNK_TOKENS=16, EVAL_STRIDE=8, VAL_BATCH_SIZE=256)
     process = t.Process(cfg.compute_dtype)
     model = t.GPT(cfg, process.dtype).to(process.device)
     tokens = t.Tokens(corpus, "val", cfg.vocab_size)
-    stream = t.open_stream(tokens, t.Tokenizer(corpus / "tokenizer.model", cfg.vocab_size), 6000, process.device)
+    stream = t.open_stream(tokens, t.Tokenizer(corpus / "tokenizer.model", cfg.vocab_size), 1500, process.device)
     weights = len(t.LoraAdapters(cfg, process, model).initial)
     groups = [measure_stages.Group(*group, 16) for group in t.document_groups(cfg, process, stream, weights)]
     log = t.Log(process, Path(os.devnull)).silent()
-    found = measure_stages.iterations(SimpleNamespace(synchronize=lambda: None), lambda: t.test_time_train(
-        cfg, process, log, model, stream))
+    found = measure_stages.iterations(process, lambda: t.test_time_train(cfg, process, log, model, stream))
     assert {group.window: group.iterations() for group in groups} == {
         window: times["iterations"] for window, times in found.items()}
     for times in found.values():
         assert times["score"]["n"] == times["iterations"] and times["score"]["median"] < 2 * times["whole"]
-    assert sum(group.iterations() for group in groups) > 20
+    assert sum(group.iterations() for group in groups) > 10
+
+
+def test_graphs_are_entered_with_shape_and_seconds(tiny, options, monkeypatch):
+    """By the eager backend, which takes no time; what is not compiled is left as it is."""
+    torch._dynamo.reset()
+    cfg, compile_ = tiny(NUM_LAYERS=1), torch.compile
+    model, ids = t.GPT(cfg), torch.randint(2, 400, (2, 33), dtype=torch.int32)
+    monkeypatch.setattr(torch, "compile", lambda model, **how: compile_(model, backend="eager", **how))
+    figures = measure_book.Figures(options.out, "step")
+    with measure_stages.Graphs(figures).watching():
+        assert t.compiled(model, cfg, Lone()) is model
+        monkeypatch.setattr(t, "compiles", lambda cfg, process: True)
+        forward = t.compiled(model, cfg, Lone())
+        for part in (ids, ids[:1], ids):
+            with torch.no_grad():
+                forward(part[:, :-1], part[:, 1:])
+        forward(ids[:, :-1], ids[:, 1:])
+    graphs = figures.known()["graphs"]
+    assert [graph["graph"] for graph in graphs] == ["forward"] * 3 and all(graph["seconds"] > 0 for graph in graphs)
+    assert [graph["shape"] for graph in graphs] == ["[2, 32] -> [2, 32]", "[1, 32] -> [1, 32]",
+                                                    "[2, 32] -> [2, 32], to learn from"]
 
 
 def test_the_estimate_shows_its_arithmetic(tmp_path):
@@ -296,23 +338,18 @@ def test_the_estimate_shows_its_arithmetic(tmp_path):
     (["--report", "--out", "broken"], {}, "not a book"),
     (["--report", "--out", "odd"], {}, "do not agree"), (["--out", "broken"], {}, "not a book"),
     ([], {"DATA_PATH": "/nowhere"}, "/nowhere"), ([], {"NUM_LAYERS": "x"}, "NUM_LAYERS"), (["more"], {}, "more")])
-def test_bad_input_is_one_line(corpus, tmp_path, words, variables, says):
+def test_bad_input_is_one_line(corpus, tmp_path, forks_for_stages, words, variables, says):
     for name, text in (("broken", '{"stages": {"step": 3}}'),
                        ("odd", '{"stages": {"step": {"status": "done", "began": "2026", "figures": {"kernels": 3, '
                                '"classes_ms": {"idle": "x"}}}}}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "measure.json").write_text(text)
-    done = run(corpus, tmp_path, *words, **variables)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert says in done.stderr
+    run(corpus, tmp_path, *words, **variables).refused(says)
 
 
 def test_without_a_gpu_or_a_size_a_full_preset_is_refused(corpus, tmp_path):
     if measure.has_gpu():
         pytest.skip("measures here")
-    env = {n: v for n, v in clean_environment().items()} | {"DATA_PATH": str(corpus), "PYTHON": sys.executable,
-                                                             "PIP_NO_INDEX": "1", "LOG_DIR": str(tmp_path / "x")}
-    done = subprocess.run([str(ROOT / "run.sh"), "measure", "--stages", "frontier"], env=env, capture_output=True,
-                          text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no GPU here; set MODEL_DIM" in done.stderr
+    env = clean_environment() | {"DATA_PATH": str(corpus), "LOG_DIR": str(tmp_path / "x")}
+    call(measure.main, ["--stages", "frontier"], env, tmp_path).refused("no GPU here; set MODEL_DIM")
     assert not (tmp_path / "x").exists()

@@ -4,55 +4,37 @@ import ast
 import csv
 import json
 import os
-import pty
 import re
 import signal
-import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from conftest import ROOT, SCRIPT, TINY, clean_environment
+from tooling import Called, call, forked
+
+import train_gpt as t
 
 sys.path.insert(0, str(ROOT / "tools"))
 import sweep  # noqa: E402
 import sweep_results as results  # noqa: E402
 
-import train_gpt as t  # noqa: E402
-
 GRID = ("QUANT=balanced,rowmax", "TTT_LR=1e-4,1e-3")
 FULL = {"TTT_ENABLED": "1", "TTT_MODE": "full", "TTT_CHUNK_TOKENS": "300"}
 
 
-def environment(corpus, folder, **variables):
-    return clean_environment() | TINY | {"DATA_PATH": str(corpus), "LOG_DIR": str(folder)} | variables
+@pytest.fixture(scope="module", autouse=True)
+def forks_for_runs():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "subprocess", forked)
+        yield
 
 
-def run(corpus, folder, *arguments, **variables):
-    command = [sys.executable, str(ROOT / "tools" / "sweep.py"), *arguments]
-    return subprocess.run(command, env=environment(corpus, folder, **variables), cwd=folder, text=True,
-                          capture_output=True, timeout=200)
-
-
-def here(monkeypatch, env, arguments) -> int:
-    """The exit code of a sweep in this process, which must not start a run."""
-    with monkeypatch.context() as patch:
-        for name in os.environ:
-            patch.delenv(name)
-        for name, value in env.items():
-            patch.setenv(name, value)
-        patch.setattr(sweep.Sweep, "start", None)
-        try:
-            return sweep.main(list(arguments))
-        except SystemExit as end:
-            return end.code
-
-
-def refused(monkeypatch, capsys, env, arguments, words: str):
-    """That a sweep ends with exit code 2 and one line, which holds `words`."""
-    code = here(monkeypatch, env, arguments)
-    said = capsys.readouterr().err
-    assert code == 2 and words in said and said.count("\n") == 1 and said.startswith("error: "), said
+def run(corpus, folder, *arguments, **variables) -> Called:
+    """A sweep on the tiny corpus, in this process."""
+    env = clean_environment() | TINY | {"DATA_PATH": str(corpus), "LOG_DIR": str(folder)} | variables
+    return call(sweep.main, arguments, env, folder.parent)
 
 
 def table(folder) -> list[dict]:
@@ -65,8 +47,8 @@ def swept(corpus, tmp_path_factory):
     """A finished sweep of two roundings and two rates of test-time training; its folder and what it printed."""
     folder = tmp_path_factory.mktemp("sweep")
     done = run(corpus, folder, *GRID, "--jobs", "2", "--name", "both", **FULL)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return folder / "both", done.stdout
+    assert done.code == 0, done.err + done.out
+    return folder / "both", done.out
 
 
 def test_shared_stages_run_once_and_give_what_a_whole_run_gives(swept, launch):
@@ -76,7 +58,7 @@ def test_shared_stages_run_once_and_give_what_a_whole_run_gives(swept, launch):
     assert [s["train"] is not None for s in summaries] == [True, False, False, False]
     assert [s["export"] is not None for s in summaries] == [True, False, True, False]
     assert [s["eval"]["sliding"] is not None for s in summaries] == [True, False, True, False]
-    assert "1 from the start, 1 from their float weights, 2 from their artifacts" in said
+    assert "1 whole, 1 from float weights of others, 2 from artifacts of others" in said
     whole = launch(QUANT="rowmax", TTT_LR="1e-3", **FULL)
     assert whole.code == 0, whole.err
     for key, column in (("float", "float_bpb"), ("int6", "int6_bpb"), ("sliding", "sliding_bpb"), ("ttt", "ttt_bpb")):
@@ -84,7 +66,7 @@ def test_shared_stages_run_once_and_give_what_a_whole_run_gives(swept, launch):
     assert float(rows[3]["val_bpb"]) == whole.summary["val_bpb"] and rows[3]["valid"] == "yes"
     assert float(rows[3]["val_loss"]) == whole.summary["eval"]["ttt"]["val_loss"]
     assert int(rows[3]["bytes"]) == whole.summary["artifact"]["bytes_total"]
-    exported = folder / rows[3]["artifact_of"] / t.ARTIFACT_NAME
+    exported = folder / rows[2]["run"] / t.ARTIFACT_NAME
     assert exported.read_bytes() == (whole.folder / t.ARTIFACT_NAME).read_bytes()
     assert len({row["ttt_bpb"] for row in rows}) == 4 and len({row["bytes"] for row in rows}) == 2
     assert float(rows[3]["train_seconds"]) >= summaries[0]["train"]["seconds"]
@@ -104,70 +86,82 @@ def test_results(swept):
     assert f"best {float(best['val_bpb']):.4f} BPB" in (folder / "results.svg").read_text()
 
 
-def test_again_skips_all_and_does_without_matplotlib(swept, corpus, monkeypatch, capsys):
+def test_again_skips_all_and_does_without_matplotlib(swept, corpus, monkeypatch):
     folder, _ = swept
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert here(monkeypatch, environment(corpus, folder.parent, **FULL), (*GRID, "--name", "both")) == 0
-    said = capsys.readouterr().out
-    assert "no plot: matplotlib is missing" in said and "| rowmax | 0.001 |" in said and "started" not in said
+    done = run(corpus, folder.parent, *GRID, "--name", "both", **FULL)
+    assert done.code == 0 and "no plot: matplotlib is missing" in done.out and "| rowmax | 0.001 |" in done.out
+    assert "started" not in done.out
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
     other = (GRID[0], "TTT_LR=1e-4,1e-3,1e-2")
-    for arguments, variables, words in ((GRID, {"MATRIX_LR": "0.01"}, "MATRIX_LR unset then, MATRIX_LR=0.01 now"),
-                                        (GRID, {"OMP_NUM_THREADS": "3"}, "1 threads for each run then, 3 threads"),
-                                        (other, {}, "2 of its runs new, such as QUANT=balanced TTT_LR=1e-2")):
-        env = environment(corpus, folder.parent, **FULL | variables)
-        refused(monkeypatch, capsys, env, (*arguments, "--name", "both"), words)
+    for arguments, variables, words in ((GRID, {"MATRIX_LR": "0.01"}, "another base (MATRIX_LR);"),
+                                        (GRID, {"OMP_NUM_THREADS": "3"}, "another share (1 threads);"),
+                                        (other, {}, "another runs (3_QUANT=balanced_TTT_LR=1e-2);")):
+        run(corpus, folder.parent, *arguments, "--name", "both", **FULL | variables).refused(words)
+    (folder / "sweep.json").rename(folder / "kept")
+    run(corpus, folder.parent, *GRID, "--name", "both", **FULL).refused("exists and holds no sweep")
+    (folder / "kept").rename(folder / "sweep.json")
+    lock = t.lock(folder)
+    run(corpus, folder.parent, *GRID, "--name", "both", **FULL).refused("still going")
+    lock.close()
 
 
-def test_a_failed_run_a_signal_and_going_on(corpus, tmp_path, monkeypatch, capsys):
+def interrupt(pattern: str, folder, text: str):
+    """Send this process SIGTERM once a file of the pattern holds the text."""
+    patience = time.monotonic() + 180
+    while not any(text in path.read_text() for path in folder.glob(pattern)):
+        if time.monotonic() > patience:
+            return
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_failed_run_a_signal_and_going_on(corpus, tmp_path):
     """The list's first run diverges, which also fails the one that needs its weights; the third is stopped."""
     (tmp_path / "list").write_text("# rates\nMATRIX_LR=1e12 SCALAR_LR=1e12 GRAD_CLIP_NORM=0 ITERATIONS=12\n\n"
                                    "MATRIX_LR=1e12 SCALAR_LR=1e12 GRAD_CLIP_NORM=0 ITERATIONS=12 'QUANT=rowmax' # it\n"
                                    "ITERATIONS=150\n")
-    arguments = ("--list", str(tmp_path / "list"), "SEED=7", "--name", "odd")
-    command = [sys.executable, str(ROOT / "tools" / "sweep.py"), *arguments]
-    env, folder = environment(corpus, tmp_path), tmp_path / "odd"
-    process = subprocess.Popen(command, env=env, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    began = time.monotonic()
-    while not any('"step": 10,' in path.read_text() for path in folder.glob("3_*/metrics.jsonl")):
-        assert process.poll() is None and time.monotonic() - began < 180
-        time.sleep(0.02)
-    refused(monkeypatch, capsys, env, arguments, "still going")  # one sweep at a time
-    process.send_signal(signal.SIGTERM)
-    said, complaint = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, said + complaint
-    assert complaint.startswith("interrupted by SIGTERM") and "--name odd" in complaint.splitlines()[-1]
+    arguments, folder = ("--list", tmp_path / "list", "SEED=7", "--name", "odd"), tmp_path / "logs" / "odd"
+    stopper = threading.Thread(target=interrupt, args=("3_*/metrics.jsonl", folder, '"step": 10,'), daemon=True)
+    stopper.start()
+    done = run(corpus, folder.parent, *arguments)
+    assert done.code == 128 + signal.SIGTERM, done.out + done.err
+    assert done.err.startswith("interrupted by SIGTERM") and "--name odd" in done.err.splitlines()[-1]
     (cut,) = folder.glob("3_*/checkpoints/*.npz")
-    states = [s["state"] for s in json.loads((folder / "sweep.json").read_text())["states"].values()]
-    assert states == ["failed", "failed", "cut"]
-    assert [row["valid"] for row in table(folder)] == ["no"] * 3 and "results.csv and results.md" in said
+    rows = table(folder)
+    assert [row["valid"] for row in rows] == ["no"] * 3 and rows[2]["reason"] == "interrupted by SIGTERM"
     assert "| 0 of 1 | - |" in (folder / "results.md").read_text(), "what is there is written after a signal too"
-    code, screen = on_a_terminal(command, env, tmp_path)
-    assert code == 1, screen
+    done = run(corpus, folder.parent, *arguments)
+    assert done.code == 1 and "2 failed; what they printed" in done.out, done.out + done.err
     rows = table(folder)
     assert [row["valid"] for row in rows] == ["no", "no", "yes"] and "not finite" in rows[0]["reason"]
+    assert "RUN_ID=" not in rows[0]["reason"], "how to go on without the sweep"
     assert rows[1]["reason"] == f"not started: {rows[0]['run']}, whose weights it needs, failed"
     resumed = json.loads((folder / rows[2]["run"] / "summary.json").read_text())["resumes"]
     assert resumed and resumed[0].startswith(f"resumed from step {int(cut.stem[5:])}")
-    assert re.search(r"running +3_\S+ +\d", screen) and "1 running, 0 waiting, 2 failed" in screen
-    assert "\033[" in screen and "1 of 3 finished, 0 running" in screen and "- MATRIX_LR=1e12" in screen
+    assert re.search(r"^finished 3_\S+: [\d.]+ BPB, \d+ s; 1 of 3 finished, 2 failed$", done.out, re.M), done.out
 
 
-def on_a_terminal(command, env, cwd) -> tuple[int, str]:
-    """Exit code and output of a command whose output is a terminal."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, env=env, cwd=cwd, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    screen = b""
-    while True:
-        try:
-            screen += os.read(ours, 65536)
-        except OSError:  # the other end is closed
-            break
-    os.close(ours)
-    return process.wait(timeout=60), screen.decode()
+AUDIT = """import json, pathlib, sys
+(folder,) = sys.argv[1:]
+assert "SEED=3" not in folder, "odd seed"
+causal = {"ok": "SEED=2" not in folder, "detail": "it peeks"}
+pathlib.Path(folder, "audit.json").write_text(json.dumps({"ok": causal["ok"], "seconds": 1.0, "causal": causal}))
+sys.exit(not causal["ok"])
+"""
+
+
+def test_each_run_is_audited_after_it_where_that_is_wanted(corpus, tmp_path, monkeypatch):
+    (tmp_path / "audit.py").write_text(AUDIT)
+    monkeypatch.setattr(sweep, "AUDIT", tmp_path / "audit.py")
+    variables = {"AUDIT": "1", "ITERATIONS": "2", "FINAL_EVAL_ENABLE": "0", "FINAL_SLIDING_EVAL_ENABLE": "0"}
+    done = run(corpus, tmp_path, "SEED=1,2,3", "--name", "all", **variables)
+    assert done.code == 1 and done.out.count("its audit is next") == 3, done.out + done.err
+    assert "failed   3_SEED=3: AssertionError: odd seed" in done.out
+    rows = table(tmp_path / "all")
+    assert [row["reason"] for row in rows] == ["", "audit, causal: it peeks", "not audited: AssertionError: odd seed"]
+    assert [row["valid"] for row in rows] == ["yes", "no", "no"]
 
 
 def planned(monkeypatch, tmp_path, *grid, **variables):
@@ -188,7 +182,7 @@ def test_what_the_export_leaves_to_training_tells_trainings_apart(monkeypatch, t
     runs = planned(monkeypatch, tmp_path, "QUANT=balanced,rowmax", MAX_WALLCLOCK_SECONDS="20")
     runs[0].folder.mkdir()
     (runs[0].folder / t.FLOAT_NAME).write_bytes(b"")
-    job = sweep.Sweep(tmp_path, runs, sweep.slots_of(1, [], 2), None)
+    job = sweep.Sweep(runs, sweep.slots_of(1, [], 2))
     assert job.environment(runs[1], job.slots[0])["EXPORT_MAX_SECONDS"] == "5.0", "a quarter of the cap, as in a run"
     assert job.environment(runs[0], job.slots[0])["SAVE_FLOAT"] == "1"
 
@@ -196,7 +190,7 @@ def test_what_the_export_leaves_to_training_tells_trainings_apart(monkeypatch, t
 def test_float_weights_are_kept_where_others_start_from_them(monkeypatch, tmp_path):
     for grid, switch, kept in ("TTT_LR=1,2", "1", None), ("TTT_LR=1,2", "0", "1"), ("QUANT=balanced,rowmax", "1", "1"):
         runs = planned(monkeypatch, tmp_path, grid, EXPORT_ENABLED=switch)
-        job = sweep.Sweep(tmp_path, runs, sweep.slots_of(1, [], 2), None)
+        job = sweep.Sweep(runs, sweep.slots_of(1, [], 2))
         assert job.environment(runs[0], job.slots[0]).get("SAVE_FLOAT") == kept
 
 
@@ -207,7 +201,7 @@ def scored(run, bpb: float | None, valid=True):
         score = {"val_bpb": bpb, "val_loss": 2 * bpb, "seconds": 7.0}
         run.folder.mkdir(parents=True)
         (run.folder / "summary.json").write_text(json.dumps({
-            "eval": {"float": None, "int6": score, "sliding": None, "ttt": None},
+            "finished": True, "eval": {"float": None, "int6": score, "sliding": None, "ttt": None},
             "seconds": {"read": 90.0, "total": 99.0},
             "reasons": [] if valid else ["a reason"], "val_bpb": bpb, "artifact": None, "valid": valid, "caveats": [],
             "train": {"seconds": 5.0}}))
@@ -219,19 +213,18 @@ def groups_of(monkeypatch, tmp_path, given: list[dict], scores, **variables) -> 
     runs = planned(monkeypatch, tmp_path, *given, **variables)
     for run, bpb in zip(runs, scores, strict=True):
         scored(run, bpb)
-    names = list(sweep.FIELDS)
-    return results.grouped(results.collect(runs, results.columns(runs, names)), names)
+    return results.grouped(results.collect(runs))
 
 
 def test_only_seeds_of_the_same_configuration_are_averaged(monkeypatch, tmp_path):
-    """TTT_LR chooses TTT_MODE, so these two differ although each gives the other's default; and a seed counts once."""
+    """TTT_LR chooses TTT_MODE, so these two differ although each gives the other's default."""
     default = {f.name: f.default for f in t.VARIABLES}
     given = [{"QUANT_BITS_MLP": str(default["quant_bits_mlp"])}, {"TTT_LR": str(default["ttt_lr"])}]
     groups = groups_of(monkeypatch, tmp_path, given, [2.0, 1.0], TTT_ENABLED="1")
     assert [g.title for g in groups] == ["TTT_MODE=lora", "TTT_MODE=full"] and [g.mean for g in groups] == [2.0, 1.0]
-    given = [{"SEED": seed, "NLL_DUMP": str(tmp_path / f"{i}.npy")} for i, seed in enumerate("112")]
-    groups = groups_of(monkeypatch, tmp_path / "dumps", given, [1.0, 2.0, 4.0])
-    assert [g.bpb() for g in groups] == [[1.0, 4.0], [2.0]]
+    given = [{"SEED": seed, "NLL_DUMP": str(tmp_path / f"{seed}.npy")} for seed in "12"]
+    groups = groups_of(monkeypatch, tmp_path / "dumps", given, [1.0, 4.0])
+    assert [g.bpb() for g in groups] == [[1.0, 4.0]]
     given = [{"PRESET": "seed"}, {"PRESET": "demo"}]
     (group, _) = groups_of(monkeypatch, tmp_path / "presets", given, [1.0, 2.0])
     assert list(group.settings) == ["PRESET"], "what a preset decides needs no columns"
@@ -265,6 +258,20 @@ def test_a_legend_is_not_cut_off(monkeypatch, tmp_path):
     plt.close(figure)
 
 
+def test_what_starts_from_a_file_or_exports_nothing(monkeypatch, tmp_path):
+    """Each starts from MODEL_PATH, but the scores before test-time training are found once; without an export the
+    others start from the float weights."""
+    rates = "TTT_LR=1,2"
+    runs = planned(monkeypatch, tmp_path, rates, TRAIN_ENABLED="0", MODEL_PATH="x.ptz", TTT_ENABLED="1")
+    job = sweep.Sweep(runs, sweep.slots_of(1, [], 2))
+    found = [job.environment(run, job.slots[0]) for run in runs]
+    assert [run.kind for run in runs] == ["whole"] * 2 and {env["MODEL_PATH"] for env in found} == {"x.ptz"}
+    assert [env.get("FINAL_EVAL_ENABLE") for env in found] == [None, "0"]
+    monkeypatch.setenv("TRAIN_ENABLED", "1")
+    runs = planned(monkeypatch, tmp_path, rates, EXPORT_ENABLED="0", TTT_ENABLED="1", MODEL_PATH="")
+    assert [run.kind for run in runs] == ["whole", "export"] and runs[1].source() is None
+
+
 def test_what_to_remove_where_shared_weights_are_gone(monkeypatch, tmp_path):
     first, second = planned(monkeypatch, tmp_path, "TTT_LR=1,2", TTT_ENABLED="1")
     scored(first, 1.0)
@@ -285,19 +292,19 @@ def test_each_job_has_its_own_gpus_or_threads(monkeypatch):
 
 # What each part of train_gpt.py may not read, if the runs that differ in it are to share that part's work.
 PARTS = {
-    ("Loader", "GPT", "Trainer", "Optimizers", "FlatWeights", "train", "rate_factor", "tokens_per_pass",
-     "activation_bytes", "compiled", "trained", "keep_float"): ("export", "score", "adapt"),
-    ("Exporter", "calibrate", "quantize", "encode", "export", "pack", "calibration_text"):
+    ("Loader", "GPT", "Trainer", "Muon", "Optimizers", "FlatWeights", "train", "rate_factor", "tokens_per_pass",
+     "activation_bytes", "compiled", "train_and_average", "save_float"): ("export", "score", "adapt"),
+    ("Exporter", "Calibration", "balanced", "rowmax", "lay_out", "export", "pack", "calibration_text"):
         ("score", "adapt"),
-    ("Evaluator", "evaluate", "score"): ("adapt",),
+    ("Evaluator", "evaluate"): ("adapt",),
 }
 # Validations in training are only logged. The seconds that an export leaves to training are compared as such.
-READ_ALL_THE_SAME = {"eval_len", "final_eval_enable", "export_enabled", "export_seconds"}
+READ_ALL_THE_SAME = {"eval_len", "final_eval_enable", "save_float", "export_enabled", "export_seconds"}
 
 
 def test_every_variable_has_the_stage_that_reads_it():
-    assert set(sweep.SECTIONS.values()) == {"Run", "Data", "Model", "Training", "Optimizers", "Export", "Evaluation",
-                                            "Test-time training", "Audit"}, "say in AFTER_TRAINING whose the new one is"
+    assert set(t.STAGES.values()) == {"Run", "Data", "Model", "Training", "Optimizers", "Export", "Evaluation",
+                                      "Test-time training"}, "say in AFTER_TRAINING whose the new one is"
     parts = {node.name: node for node in ast.walk(ast.parse(SCRIPT.read_text()))
              if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     later = {"eval_len": "score", "export_seconds": "export"} | {n.lower(): s for n, s in sweep.STAGES.items()}
@@ -313,6 +320,7 @@ def test_every_variable_has_the_stage_that_reads_it():
     ((), {}, "nothing to run"),
     (("TTT_RL=1",), {}, "TTT_RL: no such variable; did you mean TTT_LR?"),
     (("NUM_LOOPS=1",), {}, "NUM_LOOPS: not implemented in this script"),
+    (("SHUFFLE=1",), {}, "SHUFFLE: sequences are taken in the order"),
     (("SEED",), {}, "'SEED': not of the form VAR=value"),
     (("SEED=1,,2",), {}, "SEED=1,,2: a value is missing"),
     (("SEED=1,2", "SEED=3"), {}, "SEED: given twice"),
@@ -334,16 +342,15 @@ def test_every_variable_has_the_stage_that_reads_it():
     (("--list", "empty"), {}, "--list empty: holds no run"),
     (("SEED=1,2",), {"NLL_DUMP": "x.npy"}, "NLL_DUMP=x.npy: more than one run"),
     (("SEED=1,2",), {"TRAIN_LERNING": "1"}, "TRAIN_LERNING: no such variable"),
-    (("SEED=1,2",), {"RESUME": "logs/a"}, "RESUME=logs/a"),
+    (("NLL_DUMP=a,b", "SEED=1"), {}, "the same run as NLL_DUMP=a"),
     (("SEED=1,2",), {"DATA_PATH": "/nowhere"}, "DATA_PATH=/nowhere: no such folder"),
     (("SEED=1,2",), {"TRAIN_ENABLED": "0", "MODEL_PATH": "nowhere"}, "MODEL_PATH='nowhere': No such file"),
 ])
-def test_bad_input_is_one_line_and_leaves_nothing(arguments, variables, words, corpus, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, variables, words, corpus, tmp_path):
     logs = tmp_path / "logs"
     (logs / "taken").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "good").write_text("\ufeffSEED=3\n")  # as some editors begin a file
     (tmp_path / "bad").write_text("SEED=3\nSEED='4\n")
     (tmp_path / "empty").write_text("# nothing\n")
-    refused(monkeypatch, capsys, environment(corpus, logs, **variables), arguments, words)
+    run(corpus, logs, *arguments, **variables).refused(words)
     assert os.listdir(logs) == ["taken"]

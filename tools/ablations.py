@@ -229,19 +229,20 @@ def table(paths: list[Path]):
     readme.write_text("\n".join(lines) + "\n")
 
 
-def main():
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=("plan", "table"))
     parser.add_argument("candidates", type=Path, nargs="+")
     parser.add_argument("--rounds", type=int, default=9, help="timed pairs of steps (%(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.rounds < 1:
         fail("--rounds must be at least 1")
     if options.job == "plan":
         plan(read_ideas(options.candidates[0]), options.candidates[0], options.rounds)
     else:
         table(options.candidates)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -54,27 +54,24 @@ class Bench:
     """The parts of a run, each timed alone after a warm-up."""
 
     def __init__(self, cfg: t.Config, steps: int, repeats: int):
-        self.cfg, self.steps, self.repeats = cfg, steps, repeats
-        self.process, self.rows = t.Process(cfg.compute_dtype), {}
+        t.require(cfg.train_enabled, "TRAIN_ENABLED=0: training is timed too; unset it")
+        self.steps, self.repeats, self.rows = steps, repeats, {}
+        self.process = t.Process(cfg.compute_dtype)
         self.device = self.process.device
+        self.cfg, inputs = t.open_inputs(cfg, self.process, None, {})
+        self.tokenizer, self.tokens = inputs.tokenizer, inputs.train
         torch.manual_seed(cfg.seed)
-        self.run = t.Run(cfg, self.process)  # opens and checks the data; writes nothing before it is started
-        self.tokens = self.run.train_tokens
         self.log = t.Log(self.process, Path(os.devnull)).silent()
         self.model = t.GPT(cfg, self.process.dtype).to(self.device)
         self.trainer = t.Trainer(cfg, self.process, self.model)
 
     def timed(self, action) -> float:
         """Seconds of `action`, the device's work included."""
-        self.synchronize()
+        self.process.synchronize()
         began = time.perf_counter()
         action()
-        self.synchronize()
+        self.process.synchronize()
         return time.perf_counter() - began
-
-    def synchronize(self):
-        if self.process.cuda:
-            torch.cuda.synchronize()
 
     def add(self, name: str, values: list[float], unit: str, digits: int = 1):
         middle, percent = spread(values)
@@ -128,7 +125,7 @@ class Bench:
 
     def stream(self, targets: int) -> t.Stream:
         tokens = t.Tokens(t.find_path(self.cfg.data_path), "val", self.cfg.vocab_size)
-        return t.open_stream(tokens, self.run.tokenizer, targets, self.device)
+        return t.open_stream(tokens, self.tokenizer, targets, self.device)
 
     def evaluation(self, windows: int):
         """Sliding windows over the start of the validation text."""
@@ -162,8 +159,8 @@ class Bench:
     def artifact(self):
         """Search and code the artifact, then read it back."""
         cfg = self.cfg
-        text, size = self.run.calibration_text()
-        room, blobs = cfg.artifact_limit_bytes - len(self.run.code), []
+        text, size = t.calibration_text(cfg, self.process, self.tokens)
+        room, blobs = cfg.artifact_limit_bytes - t.SCRIPT.stat().st_size, []
 
         def write():
             exporter = t.Exporter(cfg, self.log, self.model, text, size, room, cfg.export_seconds)
@@ -174,7 +171,7 @@ class Bench:
             return print("load: not measured, the artifact does not fit its limit")
 
         def load():
-            header, stored = t.unpack(blobs[-1], "the artifact")
+            _, stored = t.unpack(blobs[-1], "the artifact")
             t.build_model(cfg, {name: entry.tensor() for name, entry in stored.items()}, self.process)
 
         self.add("load", [self.timed(load) for _ in range(self.repeats)], "s", 2)
@@ -207,11 +204,11 @@ def read_log(text: str) -> dict:
 
 
 def launch(script: Path, ranks: int, folder: Path, hear=lambda line: None, last: int = 0) -> tuple[dict, int]:
-    """One launch of `script` with this environment, in a folder of its own, with 0 ranks without torchrun; the seconds
-    it took, and its log's, and its exit code. `hear` is given each line. With `last` the launch is ended once it has
-    logged that step."""
+    """One launch of `script` with this environment, in a folder of its own, by torchrun where several ranks are asked
+    for; the seconds it took, and its log's, and its exit code. `hear` is given each line. With `last` the launch is
+    ended once it has logged that step."""
     folder.mkdir(parents=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, str(script)]
     environment = dict(os.environ)  # that run is in another folder
     for name in ("DATA_PATH", "TOKENIZER_PATH"):
@@ -271,7 +268,7 @@ def against(other: Path, ranks: int, repeats: int, folder: Path) -> dict:
     return {"runs": runs, "median": rows, "script": str(other), "ranks": ranks}
 
 
-def main():
+def launched(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", metavar="SCRIPT", type=Path, help="another script of this field")
     parser.add_argument("--steps", type=int, default=5, help="training steps in one measurement (5)")
@@ -279,7 +276,7 @@ def main():
     parser.add_argument("--windows", type=int, default=64, help="windows that evaluation scores (64)")
     parser.add_argument("--ttt-tokens", type=int, default=4096, help="targets of test-time training (4096)")
     parser.add_argument("--ranks", type=int, default=max(torch.cuda.device_count(), 1), help="of whole runs (all GPUs)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if min(options.steps, options.repeats, options.windows, options.ttt_tokens, options.ranks) < 1:
         fail("--steps, --repeats, --windows, --ttt-tokens and --ranks must be at least 1")
     if options.against and not options.against.is_file():
@@ -302,12 +299,17 @@ def main():
         record["parts"] = bench.rows
     out.write_text(json.dumps(record, indent=1, default=str) + "\n")
     print(f"written: {out}")
+    return 0
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> int:
     try:
-        main()
+        return launched(argv)
     except t.UserError as problem:
         fail(t.one_line(problem))
     except OSError as problem:
         fail(f"{problem.filename or 'output'}: {problem.strerror}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

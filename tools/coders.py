@@ -15,7 +15,9 @@ import numpy as np
 import torch
 import zstandard
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 0)]
+from inspect_artifact import entropy  # noqa: E402
+
 import train_gpt as t  # noqa: E402
 
 
@@ -35,12 +37,12 @@ def main() -> int:
         except t.UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        decoded, cfg = time.perf_counter() - began, t.dataclasses.replace(t.Config(), **header["config"])
+        decoded, cfg = time.perf_counter() - began, t.Config(**header["config"])
         began = time.perf_counter()
         blob = t.pack(cfg, stored)
-        coded, values = time.perf_counter() - began, [s.values for s in stored.values() if s.rows is not None]
-        entropies = sum(t.entropy(v) * v.size / 8 for v in values)
-        others = len(t.pack(cfg, {n: s for n, s in stored.items() if s.rows is None}))
+        coded, values = time.perf_counter() - began, [s.values for s in stored.values() if s.coded]
+        entropies = sum(entropy(v) * v.size / 8 for v in values)
+        others = len(t.pack(cfg, {n: s for n, s in stored.items() if not s.coded}))
         zstd = len(zstandard.compress(b"".join(v.tobytes() for v in values), 22))
         saved = container(stored)
         print(f"{path}: entropies {entropies:,.0f}, zstd {zstd:,} ({zstd / entropies - 1:+.1%}), rANS with its tables "

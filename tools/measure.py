@@ -14,7 +14,7 @@ killed while it compiled has less to do the next time. Nothing is fetched: torch
 must be importable; pytest for the tests, matplotlib for the report's plot.
 
 Data and variables are those of train_gpt.py (DATA_PATH, MODEL_DIM, ...) and win over a stage's own, but for those that
-the stage is about (AUDIT in audit, PRESET in frontier and presets). Scripts of this field divide a step into 8 passes
+the stage is about (PRESET in frontier and presets). Scripts of this field divide a step into 8 passes
 on one GPU: TRAIN_BATCH_TOKENS=786432 gives each pass what one of eight GPUs has, for ours too.
 
 The plan, with seconds for one H100 whose cache is empty:
@@ -47,7 +47,7 @@ PLAN = {  # stage: (seconds, what it tells)
     "step": (150, "a training step: first, median, tokens/s, share of the peak, memory, attention, kernels by class"),
     "export": (40, "calibration, a rounding, the whole search; loss added at the limit"),
     "ttt": (150, "test-time training at the shape of eight GPUs: graphs, ms an iteration, seconds for FineWeb"),
-    "audit": (50, "a tiny whole run with AUDIT=1, not compiled"),
+    "audit": (50, "a tiny whole run, not compiled, and its audit"),
     "run": (120, "PRESET=seed: training, export, read back, sliding evaluation"),
     "frontier": (180, "the same with PRESET=frontier"),
     "peers": (120, "for each --against SCRIPT: its step beside ours"),
@@ -441,7 +441,7 @@ def budgets(entries: list[str]) -> dict[str, float]:
     return found
 
 
-def main(argv: list[str]) -> int:
+def launched(argv: list[str]) -> int:
     """One call. Returns the exit code: 0 all is done, 1 something is not."""
     began = time.monotonic()
     options = read_arguments(argv)
@@ -474,12 +474,16 @@ def main(argv: list[str]) -> int:
     return code
 
 
-if __name__ == "__main__":
-    for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as an exception, so that no stage is left running
-        signal.signal(caught, lambda number, frame: sys.exit(128 + number))
+def main(argv: list[str]) -> int:
     try:
-        sys.exit(main(sys.argv[1:]))
+        return launched(argv)
     except book_of.BookError as problem:
         fail(str(problem))
     except OSError as problem:
         fail(f"{problem.filename or 'output'}: {problem.strerror}; mend the path or make room")
+
+
+if __name__ == "__main__":
+    for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as an exception, so that no stage is left running
+        signal.signal(caught, lambda number, frame: sys.exit(128 + number))
+    sys.exit(main(sys.argv[1:]))

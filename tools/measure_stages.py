@@ -26,6 +26,7 @@ BEGAN = time.perf_counter()  # before torch is imported
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools")]
 
+import audit as audit_tool  # noqa: E402
 import bench  # noqa: E402
 import measure_book  # noqa: E402
 import measure_profile  # noqa: E402
@@ -99,21 +100,48 @@ def median(values: list[float]) -> dict:
     return {"median": middle, "spread_percent": percent, "n": len(values)}
 
 
-class Graphs(list):
-    """train_gpt.py's list of the graphs that it compiled, each entered when it is known."""
+class Graphs:
+    """What torch compiles, each graph entered as soon as it is known: its name, the shape that asked for it, seconds.
+    A backward pass is compiled when it first runs, and so is noted at the next pass, with the shape of the last."""
 
     def __init__(self, figures: measure_book.Figures):
-        self.figures = figures
+        self.figures, self.found, self.shape = figures, [], ""
+        torch._dynamo.utils.clear_compilation_metrics()
 
-    def append(self, graph: dict):
-        super().append(graph)
-        self.figures(graphs=list(self))
+    def note(self):
+        """Enter what was compiled since the last call."""
+        met = torch._dynamo.utils.get_compilation_metrics()
+        torch._dynamo.utils.clear_compilation_metrics()
+        for graph in met:
+            seconds = (graph.duration_us or 0) / 1e6
+            self.found.append({"graph": graph.co_name or "backward", "shape": self.shape, "seconds": seconds})
+        if met:
+            self.figures(graphs=self.found)
 
+    def watched(self, forward):
+        """A compiled forward pass that is watched."""
+        def call(ids, *more):
+            self.note()
+            result = forward(ids, *more)
+            learns = ", to learn from" if result.requires_grad else ""
+            self.shape = f"{list(ids.shape)} -> {list(result.shape)}{learns}"
+            self.note()
+            return result
 
-def watch_graphs(process: t.Process, figures: measure_book.Figures):
-    """Enter the seconds of each graph; where train_gpt.py keeps no such list, there is nothing to enter."""
-    if hasattr(process, "graphs"):
-        process.graphs = Graphs(figures)
+        return call
+
+    @contextlib.contextmanager
+    def watching(self):
+        """While this holds, every forward pass that train_gpt.py compiles is watched."""
+        plain = t.compiled
+
+        def compiled(model, cfg, process):
+            forward = plain(model, cfg, process)
+            return forward if forward is model else self.watched(forward)
+
+        with mock.patch.object(t, "compiled", compiled):
+            yield
+            self.note()
 
 
 # ---- step ------------------------------------------------------------------------------------------------------------
@@ -185,10 +213,11 @@ def steps(stage: Stage, parts: bench.Bench, peak: float):
     if parts.process.cuda:  # what was measured before is not of the step
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    watch_graphs(parts.process, stage.figures)
+    if trainer.forward is not parts.model:
+        trainer.forward = Graphs(stage.figures).watched(trainer.forward)
     first = parts.timed(lambda: parts.step(0))
     stage.figures(first_step_s=first, import_s=IMPORTED, parameters=len(parts.trainer.flat.weights),
-                  muon_parameters=len(trainer.optimizers.update))
+                  muon_parameters=len(trainer.optimizers.muon.update))
     loader = t.Loader(cfg, parts.tokens, parts.process, 1)
     for _ in range(3):
         trainer.step(loader.next(), 0, 1.0)
@@ -218,7 +247,7 @@ def profile(stage: Stage, parts: bench.Bench, count: int = 3):
 
     def marked(*arguments):
         with torch.profiler.record_function("optimizers"):
-            update(*arguments)
+            return update(*arguments)
 
     def some(steps: int):
         with torch.profiler.profile(activities=kinds) as found:
@@ -262,11 +291,6 @@ def mean_loss(model: t.GPT, text: torch.Tensor, size: int) -> float:
         return float(torch.cat(means).mean())
 
 
-def nominal(exporter: t.Exporter) -> dict[str, float]:
-    """The bits that are asked for."""
-    return {group: getattr(exporter.cfg, f"quant_bits_{group}") for group in exporter.groups}
-
-
 def export(stage: Stage):
     """Each part of the export, of a model that has trained for a few short steps, so that no weight is zero."""
     length = int(os.environ.get("TRAIN_SEQ_LEN", "2048" if has_gpu() else "256"))
@@ -275,22 +299,23 @@ def export(stage: Stage):
     loader = t.Loader(cfg, parts.tokens, parts.process)
     for number in range(5 * stage.steps):
         parts.trainer.step(loader.next(), number, 1.0)
-    text, size = parts.run.calibration_text()
-    whole, room = mean_loss(parts.model, text, size), cfg.artifact_limit_bytes - len(parts.run.code)
+    text, size = t.calibration_text(cfg, parts.process, parts.tokens)
+    whole, code = mean_loss(parts.model, text, size), t.SCRIPT.stat().st_size
+    room = cfg.artifact_limit_bytes - code
     stage.figures(trained_steps=5 * stage.steps, trained_tokens_a_step=cfg.train_batch_tokens, loss_float=whole,
                   calibration_tokens=text[:, 1:].numel(), guard_s=cfg.export_seconds)
     made = []
     calibration = parts.timed(lambda: made.append(t.Exporter(cfg, parts.log, parts.model, text, size, room, 0.0)))
     stage.figures(calibration_s=calibration)
-    stage.figures(rounding_s=parts.timed(lambda: made[0].rounded(nominal(made[0]))))
+    stage.figures(rounding_s=parts.timed(lambda: made[0].rounded(0.0)))
     search = parts.timed(lambda: made.append(made[0].search()))
     stage.figures(search_s=search, export_s=calibration + search, report=made[0].report)
     if made[1] is None:
         return stage.figures.missing("loss_added", f"no setting fits {cfg.artifact_limit_bytes} bytes")
     began, (_, stored) = time.perf_counter(), t.unpack(made[1], "the artifact")
     model = t.build_model(cfg, {name: entry.tensor() for name, entry in stored.items()}, parts.process)
-    parts.synchronize()
-    stage.figures(read_back_s=time.perf_counter() - began, bytes=len(made[1]) + len(parts.run.code),
+    parts.process.synchronize()
+    stage.figures(read_back_s=time.perf_counter() - began, bytes=len(made[1]) + code,
                   limit_bytes=cfg.artifact_limit_bytes, loss_added=mean_loss(model, text, size) - whole)
 
 
@@ -347,8 +372,8 @@ class Clock:
     """Times a walk by length of window: as a whole, or `split` into scoring and learning, for which the device is
     waited for more often than in a run."""
 
-    def __init__(self, parts: bench.Bench, split: bool):
-        self.parts, self.split, self.window, self.times, self.turns = parts, split, 0, {}, collections.Counter()
+    def __init__(self, process: t.Process, split: bool):
+        self.process, self.split, self.window, self.times, self.turns = process, split, 0, {}, collections.Counter()
         self.scored, self.learn, self.walk = t.Walk.scored, t.learn_documents, t.walk_documents
 
     @contextlib.contextmanager
@@ -356,10 +381,10 @@ class Clock:
         if self.split == (kind == "whole"):  # not what this clock is for
             yield
             return
-        self.parts.synchronize()
+        self.process.synchronize()
         began = time.perf_counter()
         yield
-        self.parts.synchronize()
+        self.process.synchronize()
         self.times.setdefault(self.window, {}).setdefault(kind, []).append(1000 * (time.perf_counter() - began))
 
     @contextlib.contextmanager
@@ -375,19 +400,19 @@ class Clock:
             with self.timed("learn"):
                 return self.learn(*arguments)
 
-        def walk(*arguments):
-            self.window = arguments[3]
+        def whole(walk, adapters, window, *more, **named):
+            self.window = window
             with self.timed("whole"):
-                return self.walk(*arguments)
+                return self.walk(walk, adapters, window, *more, **named)
 
         with mock.patch.object(t.Walk, "scored", scored), mock.patch.object(t, "learn_documents", learn), \
-                mock.patch.object(t, "walk_documents", walk):
+                mock.patch.object(t, "walk_documents", whole):
             yield
 
 
-def iterations(parts: bench.Bench, walk) -> dict:
+def iterations(process: t.Process, walk) -> dict:
     """Milliseconds an iteration of walk() for each window, from two walks: all of it, then scoring and learning."""
-    whole, split = Clock(parts, False), Clock(parts, True)
+    whole, split = Clock(process, False), Clock(process, True)
     for clock in (whole, split):
         with clock.running():
             walk()
@@ -411,11 +436,6 @@ def eight(groups: list[Group], times: dict) -> dict:
                           "at hand, repeated up to that many targets"}
 
 
-def prime(parts: bench.Bench, cfg: t.Config, stream: t.Stream):
-    """Compile what the walk will need, as a run does before it."""
-    t.prime(cfg, parts.process, parts.log, stream, parts.run.tokenizer)
-
-
 def ttt(stage: Stage):
     """Test-time training with adapters, in the shapes that each of eight ranks has."""
     parts = stage.bench(stage.configured(TTT_MODE="lora"))
@@ -430,12 +450,12 @@ def ttt(stage: Stage):
     weights = len(t.LoraAdapters(cfg, process, model).initial)
     groups = groups_of_a_rank(cfg, process, weights, ids)
     mine = dataclasses.replace(cfg, val_batch_size=max(cfg.val_batch_size // RANKS, 1))
-    stream = t.Stream(excerpt(ids, groups), parts.run.tokenizer, process.device)
+    stream = t.Stream(excerpt(ids, groups), parts.tokenizer, process.device)
     stage.figures(shape=[f"{g.places} documents of window {g.window}" for g in groups], adapter_weights=weights,
                   excerpt_targets=stream.targets, split_targets=len(tokens) - 1)
-    watch_graphs(process, stage.figures)
-    stage.figures(prime_s=parts.timed(lambda: prime(parts, mine, stream)))
-    times = iterations(parts, lambda: t.test_time_train(mine, process, parts.log, model, stream))
+    with Graphs(stage.figures).watching():
+        stage.figures(prime_s=parts.timed(lambda: t.prime(mine, process, parts.log, stream, parts.tokenizer)))
+        times = iterations(process, lambda: t.test_time_train(mine, process, parts.log, model, stream))
     stage.figures(iteration_ms=times, eight=eight(groups, times))
     stage.figures(peak_memory_gib=process.memory()[1] / 2**30)
 
@@ -450,16 +470,15 @@ def whole(stage: Stage, name: str, enter) -> dict:
     def hear(line: str):
         print(line, end="", flush=True)
         said.append(line)
-        if re.match(r"step:\d+/|final_|legal_ttt|stopping_early|audit ", line):
+        if re.match(r"step:\d+/|final_|legal_ttt|stopping_early", line):
             enter(bench.read_log("".join(said)))
 
     found, code = bench.launch(t.SCRIPT, 0, folder, hear)
     path = next(folder.glob("*/summary.json"), None)
     t.require(path, f"{name}: no summary, exit code {code}; {t.one_line(said[-1]) if said else 'it said nothing'}")
     summary = json.loads(path.read_text())
-    kept = ("train", "eval", "export", "artifact", "seconds", "val_bpb", "audit", "valid", "reasons",
-            "memory_peak_bytes")
-    result = found | {"launch_s": found["seconds"], "exit_code": code} | {key: summary[key] for key in kept}
+    kept = ("train", "eval", "export", "artifact", "seconds", "val_bpb", "valid", "reasons", "memory_peak_bytes")
+    result = found | {"launch_s": found["seconds"], "exit_code": code} | {key: summary.get(key) for key in kept}
     result["artifact"] = {key: value for key, value in (result["artifact"] or {}).items() if key.startswith("bytes")}
     enter(result)
     return result
@@ -467,12 +486,14 @@ def whole(stage: Stage, name: str, enter) -> dict:
 
 def audit(stage: Stage):
     """A tiny whole run that is audited."""
-    stage.configured({"AUDIT": 1}, PRESET="demo", TRAIN_BATCH_TOKENS=4096, USE_COMPILE=0, ITERATIONS=60,
+    stage.configured(PRESET="demo", TRAIN_BATCH_TOKENS=4096, USE_COMPILE=0, ITERATIONS=60,
                      WARMDOWN_ITERS=20, MAX_WALLCLOCK_SECONDS=0, VAL_TOKEN_LIMIT=16384, TRAIN_LOG_EVERY=10,
                      TTT_ENABLED=1, RUN_ID="audit")
-    result = whole(stage, "audit", lambda found: stage.figures(**found))
-    t.require(result["audit"], f"the run ended without an audit: {'; '.join(result['reasons'])}")
-    stage.figures(audit_ok=result["audit"]["ok"])
+    whole(stage, "audit", lambda found: stage.figures(**found))
+    (folder,) = (path.parent for path in (stage.work / "audit").glob("*/summary.json"))
+    t.require(audit_tool.main([str(folder)]) < 2, "the run could not be audited")
+    found = json.loads((folder / "audit.json").read_text())
+    stage.figures(audit=found, audit_s=found["seconds"], audit_ok=found["ok"])
 
 
 def schedule(stage: Stage, preset: str) -> dict:

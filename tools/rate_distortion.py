@@ -43,39 +43,43 @@ def by_rows(w: torch.Tensor, rule: str, bits: float, embedding: bool, sensitivit
 
 
 def rounded(exporter: t.Exporter, rule: str, bits: float) -> dict[str, t.Stored]:
-    """All tensors of a file at a setting."""
-    fine = min(bits + 2, 8)
-    wanted = {g: fine if g in ("embed", "bigram") else bits for g in exporter.groups}
-    own = rule in ("balanced", "rowmax")
-    exporter.cfg = dataclasses.replace(exporter.cfg, quant=rule if own else "rowmax")
-    stored = exporter.rounded(wanted)
-    for group, names, weights, sensitivity in [] if own else exporter.stacks:
-        found = by_rows(weights, rule, wanted[group], group in ("embed", "bigram"), sensitivity)
-        stored |= zip(names, found, strict=True)
-    return stored
+    """The large tensors of a file at a setting."""
+    found = {}
+    for group, names, weights, cost in exporter.stacks:
+        embedding = group in ("embed", "bigram")
+        wanted = min(bits + 2, 8) if embedding else bits
+        if rule == "balanced":
+            stored = t.balanced(weights, wanted, embedding, cost)
+        elif rule == "rowmax":
+            stored = t.rowmax(weights, wanted, embedding)
+        else:
+            stored = by_rows(weights, rule, wanted, embedding, cost)
+        found |= zip(names, stored, strict=True)
+    return found
 
 
 def measure(path: str, tokens: int, settings: list) -> list[dict]:
     """A row for each setting. Raises the script's UserError for what cannot be read."""
     cfg, problems, _ = t.load_config(os.environ | {"TRAIN_ENABLED": "0", "MODEL_PATH": path, "TTT_ENABLED": "0",
-                                                   "FINAL_SLIDING_EVAL_ENABLE": "0", "VAL_TOKEN_LIMIT": str(tokens)})
-    if problems:
-        raise t.UserError("; ".join(problems))
+                                                   "FINAL_SLIDING_EVAL_ENABLE": "0", "VAL_TOKEN_LIMIT": str(tokens),
+                                                   "EXPORT_ENABLED": "1"})
+    t.require(not problems, "; ".join(problems))
     process = t.Process(cfg.compute_dtype)
-    run = t.Run(cfg, process)
-    if not run.float:
-        raise t.UserError(f"{path}: holds no float weights; make it with SAVE_FLOAT=1")
-    cfg, log = run.cfg, t.Log(process, Path()).silent()
-    model, trained = (t.build_model(cfg, run.artifact[1], process) for _ in range(2))
-    text, size = run.calibration_text()
-    exporter = t.Exporter(dataclasses.replace(cfg, quant="balanced"), log, trained, text, size, 1 << 60, 0.0)
+    cfg, inputs = t.open_inputs(cfg, process, None, {})
+    t.require(inputs.weights, f"{path}: holds no float weights; make it with SAVE_FLOAT=1")
+    cfg, log = dataclasses.replace(cfg, quant="balanced"), t.Log(process, Path()).silent()
+    model, trained = (t.build_model(cfg, inputs.weights, process) for _ in range(2))
+    text, size = t.calibration_text(cfg, process, inputs.train)
+    exporter = t.Exporter(cfg, log, trained, text, size, 1 << 60, 0.0)
+    t.require(exporter.rule == "balanced", f"{path}: its gradients are not finite; give another file")
+    small_too = exporter.rounded(0.0)
 
     def score() -> float:
-        return t.evaluate(cfg, process, log, model, run.stream, cfg.eval_len, "score").result().val_loss
+        return t.evaluate(cfg, process, log, model, inputs.stream, cfg.eval_len, "score").result().val_loss
 
     whole, rows = score(), []
     for rule, bits in settings:
-        stored = rounded(exporter, rule, bits)
+        stored = small_too | rounded(exporter, rule, bits)
         blob = t.pack(cfg, stored)
         model.load_state_dict({name: entry.tensor() for name, entry in stored.items()})
         row = {"run": Path(path).parent.name, "rule": rule, "bits": bits, "bytes": len(blob), "loss_float": whole,

@@ -33,7 +33,7 @@ import figures  # noqa: E402
 import record_text as text  # noqa: E402
 import runs as reader  # noqa: E402
 from record_checks import check_submission, reasons_against  # noqa: E402
-from run_log import CODE_END, ROOT, TITLES, Run, read_text, t  # noqa: E402
+from run_log import ROOT, TITLES, Run, read_text, split_log, t  # noqa: E402
 from runs import hardware_of  # noqa: E402
 from show import Parser  # noqa: E402
 from sweep_results import NO_PLOT, counted, tell  # noqa: E402
@@ -137,9 +137,8 @@ def without_paths(log: str, run: Run) -> str:
 
 def log_of(run: Run) -> str:
     """A run's log for the record: the script, which lies beside it, is named instead of copied."""
-    log = read_text(run.path / "train.log")
+    _, body = split_log(read_text(run.path / "train.log"))
     digest = hashlib.sha256(run.code).hexdigest()
-    body = log[CODE_END.search(log).end() :]
     return f"script train_gpt.py bytes:{len(run.code)} sha256:{digest}\n" + without_paths(body, run)
 
 
@@ -164,6 +163,8 @@ def fill(folder: Path, place: str, runs: list[Run], options: argparse.Namespace,
     """Write everything into `folder`, which is to become records/`place`. Returns whether there are plots."""
     facts = submission(runs, options, time.strftime("%Y-%m-%d"))
     found = logs(runs)
+    audits = {f"audit_seed{run.seed}.json": run.path / "audit.json" for run in runs if run.audits}
+    found |= {name: read_text(path) for name, path in audits.items() if path.exists()}
     for name, log in found.items():
         (folder / name).write_text(log)
     (folder / "train_gpt.py").write_bytes(runs[0].code)

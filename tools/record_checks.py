@@ -61,7 +61,10 @@ def problems(run: Run) -> list[str]:
     failed = [name for name, ok in run.audits.items() if not ok and not any(f"audit: {name}" in f for f in found)]
     missing = [name for name in CHECKS if name not in run.audits]
     found += [f"the audit of {name} failed" for name in failed]
-    found += ["no audit (AUDIT=1)"] if len(missing) == len(CHECKS) else [f"no audit of {name}" for name in missing]
+    if run.audited or len(missing) == len(CHECKS):
+        found.append(f"{run.audited or 'no audit'} (./run.sh audit)")
+    else:
+        found += [f"no audit of {name}" for name in missing]
     limit = min(run.config.get("artifact_limit_bytes", LIMIT_BYTES), LIMIT_BYTES)
     if run.total_bytes is None:
         found.append("no artifact")

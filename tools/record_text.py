@@ -225,8 +225,8 @@ def readme(runs: list[Run], facts: dict, reasons: list[str] | None, folder: str,
                         "the copy of the script in each is left out: it is `train_gpt.py`."), "",
               paragraph("When this was made, each log was held against the run's metrics.jsonl and summary.json, and "
                         "against its artifact where that was still there. Nothing but the log tells the versions, nor "
-                        "the script, which was compiled and compared in length, and with its sha256 where the runs are "
-                        "of a sweep."), ""]
+                        "the script, which was compiled and compared in length, and with its sha256 in the audit, and "
+                        "in that of the sweep where there is one."), ""]
     return "\n".join(lines)
 
 

@@ -141,6 +141,9 @@ def check_log(run: Run):
         agree(run, "val_bpb of ttt", run.chunks[-1].bpb, run.own["ttt"].val_bpb, 1e-5, "its last chunk", "its score")
     if run.finished:
         check_notes(run)
+    beside = run.path.with_name(f"audit_seed{run.seed}.json")
+    if run.path.is_file() and beside.exists():  # in a record
+        read_audit(run, beside)
 
 
 def check_notes(run: Run):
@@ -200,13 +203,38 @@ def check_summary(run: Run):
                   ("training tokens", (run.steps or 0) * batch, s["train"]["tokens"], 0)]
     elif run.steps is not None:
         run.wrong("train.log has lines of training, summary.json none; one of them was edited")
-    pairs += [(f"seconds of {name}", run.spent.get(name), value, 0.0501) for name, value in s["seconds"].items()]
-    audit = {name: check["ok"] for name, check in (s.get("audit") or {}).items() if isinstance(check, dict)}
-    pairs += [(f"audit {name}", run.audits.get(name), audit.get(name), 0) for name in {**run.audits, **audit}]
     pairs += [("hardware", run.hardware, s["hardware"], 0)]
+    if "finished" in s:  # of this script; those before told all seconds and their audit in the log
+        pairs += [(f"seconds of {name}", value, s["seconds"].get(name), 0.0501) for name, value in run.spent.items()]
+    else:
+        audit = {name: check["ok"] for name, check in (s.get("audit") or {}).items() if isinstance(check, dict)}
+        pairs += [(f"seconds of {name}", run.spent.get(name), value, 0.0501) for name, value in s["seconds"].items()]
+        pairs += [(f"audit {name}", run.audits.get(name), audit.get(name), 0) for name in {**run.audits, **audit}]
     for pair in pairs:
         agree(run, *pair)
-    run.reasons = s["reasons"]  # as they were told apart
+    run.reasons, run.spent = s["reasons"], s["seconds"]  # as they were told apart, and exactly
+    if "finished" in s:
+        read_audit(run, run.path / "audit.json")
+
+
+def read_audit(run: Run, path: Path):
+    """Take the checks of an audit, which must be of this script, and of this artifact where one is named."""
+    run.audits, script = {}, hashlib.sha256(run.code).hexdigest() if run.code else (run.script or (0, ""))[1]
+    if not path.exists():
+        return
+    try:
+        found = json.loads(read_text(path))
+        checks = {name: bool(check["ok"]) for name, check in found.items() if isinstance(check, dict)}
+        if found["code_sha256"] != script:
+            run.audited = "its audit is of another train_gpt.py"
+        elif artifact(run) and found["artifact_sha256"] != artifact(run):
+            run.audited = "its audit is of another artifact"
+        elif abs((found["val_bpb"] or 0.0) - (run.score.val_bpb if run.score else 0.0)) > 5.01e-9:
+            run.audited = "its audit is of another score"
+        else:
+            run.audits = checks if found["ok"] == all(checks.values()) else dict.fromkeys(checks, False)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        run.wrong(f"{path.name} is not that of an audit; audit the run again with ./run.sh audit {run.path}")
 
 
 def check_artifact(run: Run):

@@ -91,7 +91,8 @@ class Run:
     code_bytes: int | None = None
     model_bytes: int | None = None
     total_bytes: int | None = None
-    audits: dict[str, bool] = field(default_factory=dict)
+    audits: dict[str, bool] = field(default_factory=dict)  # its checks, by audit.json; of older scripts by their lines
+    audited: str = ""  # what is wrong with its audit.json
     spent: dict[str, float] = field(default_factory=dict)  # seconds by stage
     valid: bool | None = None
     reasons: list[str] = field(default_factory=list)
@@ -190,8 +191,9 @@ class Run:
 
     @property
     def all_caveats(self) -> list[str]:
-        """Its own and those of the runs that worked for it, but for what concerns a stage that it did itself."""
-        lines = [line for run in (self, *self.makers) for line in run.caveats]
+        """Its own and those of the runs that worked for it, but for what concerns a stage that it did itself, and for
+        what every run says before its audit."""
+        lines = [line for run in (self, *self.makers) for line in run.caveats if not line.startswith("not audited; ")]
         return [line for line in dict.fromkeys(lines) if line != "no final evaluation ran" or not self.score]
 
     @property
@@ -256,6 +258,8 @@ FORMS = {
     "dropped": r".*; the step is dropped, \d+ in a row",
     "script": r"script train_gpt\.py bytes:(\d+) sha256:([0-9a-f]{64})",
     "trained": r"trained: ([\d,]+) steps, [\d,]+ tokens, ([\d.]+) ms a step",
+    "clocks": r"evaluation clocks: .*? \(reading ([\d.]+), compiling ([\d.]+), walk [\d.]+\), .*",
+    "exported": r"export: took ([\d.]+) s of the [\d.]+ s kept for it",
     "row": rf"(float, averaged|int6, read back|sliding window|test-time training) +{N} +{N} +([\d,]+) +[\d.]+",
     "seconds": r"seconds: (\w+ [\d.]+(?:, \w+ [\d.]+)*)",
     "valid": r"valid: (?:(yes)|NO, (.*))",
@@ -360,6 +364,10 @@ def add_fact(run: Run, kind: str, g: tuple):
         run.targets, run.bytes = int(g[0]), int(g[1]) if g[1] else None
     elif kind == "seconds":
         run.spent = {name: float(value) for name, value in (part.split() for part in g[0].split(", "))}
+    elif kind == "clocks":
+        run.spent |= {"read": float(g[0]), "compile": float(g[1])}
+    elif kind == "exported":
+        run.spent["search"] = float(g[0])
     elif kind == "resumed":  # what was logged of later steps is lost
         run.resumed, run.again, last = True, True, int(g[0])
         run.train, run.val = ([p for p in points if p.step <= last] for points in (run.train, run.val))
@@ -384,12 +392,25 @@ def read_text(path: Path) -> str:
         raise t.UserError(f"{path}: cannot be read ({error.strerror}); give a run's folder or a log") from None
 
 
+def split_log(text: str) -> tuple[str, str]:
+    """The script that a log begins with, and its lines without any copy of it: each launch leaves one. Before the first
+    there may be notes, so its size tells where it begins."""
+    end = CODE_END.search(text)
+    if not end:
+        return "", text
+    code = text[: end.start()].encode()
+    if sizes := re.findall(r"^Code size: (\d+) bytes$", text, re.M):
+        notes = code[: -int(sizes[-1])]
+        code = code[len(notes) :] if notes.endswith(b"\n") else code
+    code = code.decode()
+    return code, text.replace(code + end[0], "")
+
+
 def read_log(path: Path, run: Run):
     """Fill `run` from its log."""
-    text = read_text(path)
-    first, end = 1, CODE_END.search(text)
-    if end:  # the script that ran comes before
-        run.code, text, first = text[: end.start()].encode(), text[end.end() :], text.count("\n", 0, end.end()) + 1
+    whole = read_text(path)
+    code, text = split_log(whole)
+    run.code, first = code.encode(), whole.count("\n") - text.count("\n") + 1
     lines = text.split("\n")
     tail = lines.pop()
     ours = any(line.startswith("config {") or line.startswith("preset:") for line in lines)

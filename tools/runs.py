@@ -7,9 +7,9 @@ shares stages) is traced to the runs that trained and exported for it. Used by t
 
 import json
 import os
-import re
 from pathlib import Path
 
+from inspect_artifact import contents
 from run_checks import agree, check_artifact, check_log, check_scores, check_summary, read_metrics
 from run_log import Run, artifact, read_log, read_text, t
 
@@ -17,17 +17,13 @@ from run_log import Run, artifact, read_log, read_text, t
 def read_folder(folder: Path, trace: bool = True) -> Run:
     """A run's folder. `trace`: also the runs whose weights it took."""
     run = Run(folder, folder.name)
-    summary, metrics = folder / "summary.json", folder / "metrics.jsonl"
+    metrics = folder / "metrics.jsonl"
     read_log(folder / "train.log", run)
-    if summary.exists() and not (folder / "progress.json").exists():
-        try:
-            run.summary = json.loads(read_text(summary))
-        except (ValueError, RecursionError) as error:
-            run.wrong(f"summary.json is broken ({t.one_line(error)}); give the run as it was left")
-        if run.valid is None:
-            run.wrong("summary.json is there, but train.log has not come to its end; give the run as it was left")
-    elif run.valid is not None:
+    run.summary = read_summary(folder / "summary.json", run)
+    if run.summary is None:
         run.valid = None  # its end is being written, or it was taken up again
+    elif run.valid is None:
+        run.wrong("summary.json is finished, but train.log has not come to its end; give the run as it was left")
     if run.summary is not None and not run.ours:
         run.wrong("summary.json is there, but train.log has no line of config; give the run as it was left")
     if run.ours and run.finished and run.lacks:
@@ -43,6 +39,17 @@ def read_folder(folder: Path, trace: bool = True) -> Run:
     check_artifact(run)
     run.makers = makers_of(run) if trace else []
     return run
+
+
+def read_summary(path: Path, run: Run) -> dict | None:
+    """The summary of a run that has ended."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(read_text(path))
+        return found if found.get("finished", True) else None  # older scripts wrote it at their end alone
+    except (ValueError, RecursionError, AttributeError) as error:
+        return run.wrong(f"summary.json is broken ({t.one_line(error)}); give the run as it was left")
 
 
 def makers_of(run: Run) -> list[Run]:
@@ -141,16 +148,15 @@ def byte_parts(run: Run) -> dict[str, int]:
     parts = {"code": run.code_bytes}
     if path is None or path.stat().st_size != run.model_bytes:
         return parts | {"model": run.model_bytes}
-    sizes = {}
     try:
-        table = t.inspect(str(path), t.Config.artifact_limit_bytes)
+        found = contents(str(path))
     except t.UserError:  # of another version of the script
         return parts | {"model": run.model_bytes}
-    for line in table.splitlines():
-        if m := re.fullmatch(r"(\S+) +[\dx]* +(\w+) +[\d.]+ +(?:[\d.]+ +)?([\d,]+) +[\d.]+%", line):
-            group = t.group_of(m[1]) if m[2] in ("rows", "grid") else "fp16"
-            sizes[group] = sizes.get(group, 0) + int(m[3].replace(",", ""))
-    return parts | sizes | {"frame": run.model_bytes - sum(sizes.values())}
+    sizes = dict.fromkeys((*t.GROUPS, "fp16"), 0.0)
+    for name, s in found.tensors.items():
+        sizes[t.group_of(name) if s.coded else "fp16"] += found.bytes[name]
+    groups = {group: round(size) for group, size in sizes.items() if size}
+    return parts | groups | {"frame": run.model_bytes - sum(groups.values())}
 
 
 def hardware_of(run: Run) -> str:

@@ -48,8 +48,8 @@ class Result:
     """A run's figures; what it did not do itself is from the runs that did it for it."""
 
     run: object  # tools/sweep.py's Run
-    settings: dict[str, str]  # of the swept variables, and of the others in which the runs differ
-    bpb: dict[str, float | None]  # of each score
+    settings: dict[str, str]  # of the variables in which the runs differ
+    bpb: dict[str, float]  # of each score that there is
     val_bpb: float | None = None
     val_loss: float | None = None
     bytes: int | None = None
@@ -61,65 +61,56 @@ class Result:
     caveats: list[str] = field(default_factory=list)
 
 
-def columns(runs, names: list[str]) -> list[str]:
-    """The settings that tell the runs apart: the variables that any of them sets, and those that differ although none
-    does, such as TTT_MODE, which TTT_LR chooses; but for what PRESET alone decides, where presets are compared."""
-    swept = list(dict.fromkeys(name for run in runs for name in run.given))
-
-    def values(name: str, among) -> set:
-        return {plain(getattr(run.cfg, name.lower())) for run in among}
-
-    presets = {run.cfg.preset: [r for r in runs if r.cfg.preset == run.cfg.preset] for run in runs}
-    told = [name for name in names if name not in {*swept, *PLACES, "SEED"} and any(len(values(name, same)) > 1 for same
-                                                                                   in presets.values())]
-    return swept + told
+def columns(runs) -> list[str]:
+    """The settings that tell the runs apart: the variables that any of them sets, and TTT_MODE where another one
+    chooses it."""
+    swept = dict.fromkeys(name for run in runs for name in run.given)
+    modes = {run.cfg.ttt_mode for run in runs}
+    return list(swept | dict.fromkeys(["TTT_MODE"] if len(modes) > 1 else []))
 
 
-def identity(run, names: list[str]) -> tuple:
-    """The whole effective configuration but for the seed and for where the run writes: runs that agree in it may be
-    averaged."""
-    return tuple(plain(getattr(run.cfg, name.lower())) for name in names if name not in {*PLACES, "SEED"})
-
-
-def collect(runs, swept: list[str]) -> list[Result]:
+def collect(runs) -> list[Result]:
     """The figures of every run. A score that was not repeated comes from a run that agrees on all stages up to it."""
-    summaries = {run.name: run.summary() or {} for run in runs}
-    stages = {"float": ("train", "score"), "int6": ("train", "export", "score"), "ttt": ("train", "export", "score",
-                                                                                        "adapt")}
-    stages["sliding"] = stages["int6"]
-    scored: dict[tuple, tuple] = {}
+    summaries = {run.name: run.summary() for run in runs}
+    settings, before_adaptation = columns(runs), {}
     for run in runs:
-        for key, entry in summaries[run.name].get("eval", {}).items():
-            if entry:
-                scored.setdefault((key, run.stage_key(*stages[key])), (entry, summaries[run.name]))
-    return [result_of(run, swept, summaries, {key: scored.get((key, run.stage_key(*stages[key]))) for key in SCORES})
+        key = run.stage_key("train", "export", "score")
+        for score, entry in (summaries[run.name] or {"eval": {}})["eval"].items():
+            if entry and score != "ttt":
+                before_adaptation.setdefault(key, {}).setdefault(score, (entry, summaries[run.name]))
+    return [result_of(run, settings, summaries, before_adaptation.get(run.stage_key("train", "export", "score"), {}))
             for run in runs]
 
 
-def result_of(run, swept: list[str], summaries: dict, scores: dict) -> Result:
-    settings = {name: plain(getattr(run.cfg, name.lower())) for name in swept}
-    summary = summaries[run.name]
+def result_of(run, names: list[str], summaries: dict, shared: dict) -> Result:
+    """`shared`: by score what a run that agrees with this one has found, and that run's summary."""
+    settings, summary = {name: plain(getattr(run.cfg, name.lower())) for name in names}, summaries[run.name]
     if not summary:
-        return Result(run, settings, dict.fromkeys(SCORES), reason=run.reason or run.state)
-    own, spent = summary["eval"], summary["seconds"]
-    foreign = {key: found for key, found in scores.items() if found and not own[key]}
-    reasons = summary["reasons"] + [reason for key, (_, other) in foreign.items() for reason in other["reasons"]
-                                    if reason.startswith(f"{key}:")]
-    trained = (summaries[run.weights.name].get("train") or {}).get("seconds")
-    searched = (summaries[run.artifact.name].get("seconds") or {}).get("search", 0.0)
-    last = next((key for key in reversed(SCORES) if own[key]), None)
-    return Result(
-        run, settings, {key: (own[key] or (scores[key] or [{}])[0]).get("val_bpb") for key in SCORES},
-        summary["val_bpb"], own[last]["val_loss"] if last else None, (summary["artifact"] or {}).get("bytes_total"),
-        None if trained is None else trained + searched,
-        own[last]["seconds"] if last else None, spent["total"],
-        summary["valid"] and len(reasons) == len(summary["reasons"]), "; ".join(dict.fromkeys(reasons)),
-        summary["caveats"])
+        return Result(run, settings, {}, reason=run.reason or run.state)
+    own = {score: entry for score, entry in summary["eval"].items() if entry}
+    foreign = {score: found for score, found in shared.items() if score not in own}
+    found = own | {score: entry for score, (entry, _) in foreign.items()}
+    faults = [reason for score, (_, other) in foreign.items() for reason in other["reasons"]
+              if reason.startswith(f"{score}:")]
+    audit = run.audit_faults()
+    faults += [f"not audited: {run.reason}"] if audit is None else audit
+    result = Result(run, settings, {score: found[score]["val_bpb"] for score in SCORES if score in found})
+    result.val_bpb, result.seconds = summary["val_bpb"], summary["seconds"]["total"]
+    if last := next((score for score in reversed(SCORES) if score in own), None):
+        result.val_loss, result.eval_seconds = own[last]["val_loss"], own[last]["seconds"]
+    result.bytes = (summary["artifact"] or {}).get("bytes_total")
+    trainer, exporter = (summaries[other.name] or {} for other in (run.weights, run.artifact))
+    if trainer.get("train"):
+        result.train_seconds = trainer["train"]["seconds"] + exporter.get("seconds", {}).get("search", 0.0)
+    result.valid = summary["valid"] and not faults
+    result.caveats = [c for c in summary["caveats"] if not (run.audited and c.startswith("not audited"))]
+    result.reason = "; ".join(dict.fromkeys(summary["reasons"] + faults))
+    return result
 
 
 @dataclass
 class Group:
-    """Results that differ in SEED alone, each of another seed."""
+    """Results that differ in SEED alone."""
 
     settings: dict[str, str]
     results: list[Result]
@@ -169,18 +160,13 @@ def seed_of(result: Result) -> int:
     return result.run.cfg.seed
 
 
-def grouped(results: list[Result], names: list[str]) -> list[Group]:
-    """Groups in the order of their first run: the same effective configuration, and no seed twice. `names`: every
-    variable."""
+def grouped(results: list[Result]) -> list[Group]:
+    """Groups in the order of their first run."""
     groups: dict[tuple, Group] = {}
     for result in results:
         settings = {name: value for name, value in result.settings.items() if name not in {*PLACES, "SEED"}}
-        key, copy = identity(result.run, names), 0
-        while (key, copy) in groups and seed_of(result) in map(seed_of, groups[key, copy].results):
-            copy += 1  # the same run under another name, which would pass for one more seed
-        groups.setdefault((key, copy), Group(settings, [])).results.append(result)
-    found = list(groups.values())
-    seeds = set(map(seed_of, results))
+        groups.setdefault(tuple(settings.values()), Group(settings, [])).results.append(result)
+    found, seeds = list(groups.values()), set(map(seed_of, results))
     for group in found:
         group.shown = [name for name in group.settings if len({g.settings[name] for g in found}) > 1]
         group.missing = len(seeds - {seed_of(r) for r in group.results if r.val_bpb is not None})
@@ -209,11 +195,12 @@ def headline(groups: list[Group]) -> str:
 
 def write_csv(path: Path, results: list[Result]):
     rows = [["run", *results[0].settings, "val_bpb", *(f"{key}_bpb" for key in SCORES), "val_loss", "bytes",
-             "train_seconds", "eval_seconds", "seconds", "valid", "reason", "weights_of", "artifact_of"]]
+             "train_seconds", "eval_seconds", "seconds", "valid", "reason"]]
     for r in results:
-        figures = (r.val_bpb, *r.bpb.values(), r.val_loss, r.bytes, r.train_seconds, r.eval_seconds, r.seconds)
-        rows.append([r.run.name, *r.settings.values(), *("" if x is None else x for x in figures), "yes" if r.valid
-                     else "no", r.reason, r.run.weights.name, r.run.artifact.name])
+        bpb = [r.bpb.get(key) for key in SCORES]
+        figures = (r.val_bpb, *bpb, r.val_loss, r.bytes, r.train_seconds, r.eval_seconds, r.seconds)
+        known = ["" if x is None else x for x in figures]
+        rows.append([r.run.name, *r.settings.values(), *known, "yes" if r.valid else "no", r.reason])
     csv.writer(buffer := io.StringIO(), lineterminator="\n").writerows(rows)
     write_atomically(path, buffer.getvalue().encode())
 
@@ -231,7 +218,7 @@ def markdown(name: str, groups: list[Group], base: dict, command: str) -> str:
         done = len(g.bpb())
         seeds = str(done) if not g.missing else f"{done} of {done + g.missing}"
         cells = [*g.settings.values(), seeds, f"**{spread(g.bpb())}**" if done else "-"]
-        cells += [spread(g.values(lambda r, key=key: r.bpb[key])) for key in SCORES]
+        cells += [spread(g.values(lambda r, key=key: r.bpb.get(key))) for key in SCORES]
         sizes = g.values(lambda r: r.bytes)
         cells += [f"{max(sizes):,}" if sizes else "-"]
         cells += [spread(g.values(lambda r, key=key: getattr(r, key)), 1) for key in ("train_seconds", "eval_seconds")]
@@ -269,53 +256,31 @@ def choose_axis(groups: list[Group]) -> str | None:
     return best and best[1]
 
 
-def place(values: list[float]):
-    """Where numbers go on an axis: its scale and a function. Logarithmic where they span a decade or more; side by side
-    where they do but one is not above zero."""
-    ordered = sorted(set(values))
-    sizes = [abs(x) for x in ordered if x]
-    if max(sizes) < 10 * min(sizes):
-        return "linear", float
-    return ("log", float) if ordered[0] > 0 else ("side by side", ordered.index)
-
-
 def against_variable(axis, groups: list[Group], name: str):
-    """BPB against a variable: the mean as a line for each combination of the others, the seeds as small points, which
-    a thin line joins where they belong to the only combination."""
+    """BPB against a variable: the mean as a line for each combination of the others, the seeds as small points. The
+    axis is logarithmic where the values span a decade or more."""
     families: dict[tuple, list[Group]] = {}
     for g in groups:
         if g.bpb():
             families.setdefault(tuple((n, g.settings[n]) for n in g.shown if n != name), []).append(g)
     texts = {float(g.settings[name]): g.settings[name] for g in groups if g.bpb()}
-    scale, at = place(list(texts))
     for i, (others, members) in enumerate(families.items()):
         members.sort(key=lambda g: float(g.settings[name]))
-        spots = [at(float(g.settings[name])) for g in members]
+        spots = [float(g.settings[name]) for g in members]
         points = [(x, r) for x, g in zip(spots, members, strict=True) for r in g.results if r.val_bpb is not None]
         shade = str(0.6 * i / max(len(families) - 1, 1))
         if len({seed_of(r) for _, r in points}) > 1:
-            (join_seeds if len(families) == 1 else seeds_of)(axis, points, shade=shade)
+            seeds_of(axis, points, shade=shade)
         axis.plot(spots, [g.mean for g in members], color=shade, linestyle=LINES[i % 5], marker=MARKERS[i % 8],
                   markersize=7, label=", ".join(f"{n}={v}" for n, v in others) or "mean", zorder=3)
         crosses(axis, points)
-    if scale == "log":
-        axis.set_xscale("log")
+    sizes = [abs(x) for x in texts if x]
+    if max(sizes) >= 10 * min(sizes):
+        axis.set_xscale("symlog", linthresh=min(sizes))  # which has a place for 0
         axis.minorticks_off()
-    if scale != "linear" or len(texts) <= 12:
-        axis.set_xticks([at(x) for x in sorted(texts)], [texts[x] for x in sorted(texts)],
-                        rotation=30 if len(texts) > 8 else 0)
-    axis.set(xlabel=name + {"log": " (logarithmic)", "side by side": " (not to scale)"}.get(scale, ""),
-             ylabel="bits per byte")
-
-
-def join_seeds(axis, points: list, shade: str):
-    """Each seed's BPB, joined by a thin line, with a marker of its own for the first few."""
-    seeds = list(dict.fromkeys(seed_of(r) for _, r in points))
-    for i, seed in enumerate(seeds):
-        own = [(x, r.val_bpb) for x, r in points if seed_of(r) == seed]
-        axis.plot(*zip(*own, strict=True), color="0.65", linewidth=0.8, marker=MARKERS[1:][i % 7], markersize=4.5,
-                  markerfacecolor="white", markeredgecolor="0.35", zorder=4,
-                  label=f"SEED={seed}" if len(seeds) < len(MARKERS) else "_seed")
+    if len(texts) <= 12:
+        axis.set_xticks(list(texts), list(texts.values()), rotation=30 if len(texts) > 8 else 0)
+    axis.set(xlabel=name, ylabel="bits per byte")
 
 
 def seeds_of(axis, points: list, turned: bool = False, shade: str = "black"):
@@ -405,8 +370,7 @@ def plot(groups: list[Group], name: str, path: Path) -> str:
     several = any(len(g.bpb()) > 1 for g in groups)
     handles, drawn = axis.get_legend_handles_labels()
     notes = [f"{len(results) - failed} of {len(results)} runs have a score"] if failed else [f"{len(results)} runs"]
-    named = any(label.startswith("SEED=") for label in drawn)
-    notes += ["small circles: seeds"] * (several and not named) + [f"crosses: {bad} not valid"] * bool(bad)
+    notes += ["small circles: seeds"] * several + [f"crosses: {bad} not valid"] * bool(bad)
     figure.suptitle(f"{name}: {headline(groups)}", fontsize="medium", wrap=True)
     axis.set_title("; ".join(notes), fontsize="small", color="0.3")
     if len(drawn) > 1 or several:
@@ -417,23 +381,16 @@ def plot(groups: list[Group], name: str, path: Path) -> str:
     return ""
 
 
-def write_tables(folder: Path, runs, base: dict, command: str, names: list[str]) -> tuple[list[Group], str]:
-    """Write results.csv and results.md of what is finished. Returns the groups and the text. `names`: every variable
-    of train_gpt.py."""
-    results = collect(runs, columns(runs, names))
-    groups = grouped(results, names)
+def write(folder: Path, runs, base: dict, command: str):
+    """Write and print the results of a sweep, of what is finished."""
+    results = collect(runs)
+    groups = grouped(results)
     write_csv(folder / "results.csv", results)
     text = markdown(folder.name, groups, base, command)
     write_atomically(folder / "results.md", text.encode())
-    return groups, text
-
-
-def write(folder: Path, runs, base: dict, command: str, names: list[str]) -> int:
-    """Write and print the results of a sweep. Returns its exit code: 1 if a run failed, or failed a check."""
-    groups, text = write_tables(folder, runs, base, command, names)
     tell("\n" + text.split("\n\nMade by:")[0] + "\n")
-    if problem := plot(groups, folder.name, folder / "results"):
+    problem = plot(groups, folder.name, folder / "results")
+    if problem:
         tell(f"no plot: {problem}")
-    tell("written: " + ", ".join(str(folder / f"results.{end}") for end in ("csv", "md", *([] if problem else
-                                                                                         ["png", "svg"]))))
-    return int(any(run.state == "failed" or run.reason for run in runs))
+    ends = ("csv", "md") if problem else ("csv", "md", "png", "svg")
+    tell("written: " + ", ".join(str(folder / f"results.{end}") for end in ends))

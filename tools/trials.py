@@ -47,10 +47,7 @@ def attention_by(backend: SDPBackend):
 
 
 class PlainAdamW(torch.optim.AdamW):
-    """AdamW a tensor at a time over the groups of a fused one, each of which says that it is fused and must not. It
-    knows no `found_inf`, by which the fused one leaves out a step that is not finite."""
-
-    found_inf = property(lambda self: None, lambda self, value: None)
+    """AdamW a tensor at a time over the groups of a fused one, each of which says that it is fused and must not."""
 
     def __init__(self, fused: torch.optim.AdamW):
         super().__init__([group | {"fused": False, "foreach": False} for group in fused.param_groups])
@@ -95,7 +92,7 @@ def trials(trainer: t.Trainer, plain_adam: torch.optim.Optimizer, batched) -> di
     return forms | {
         "gains on activations, not in the matrices": mock.patch.object(t.Linear, "forward", gain_on_activations),
         "cross-entropy with its maximum and log-softmax": mock.patch.object(t.GPT, "forward", loss_with_maximum),
-        "Newton-Schulz a matrix at a time": mock.patch.object(optimizers, "orthogonalise", each_matrix_alone),
+        "Newton-Schulz a matrix at a time": mock.patch.object(optimizers.muon, "orthogonalise", each_matrix_alone),
         "AdamW not fused": mock.patch.object(optimizers, "adam", plain_adam),
         "memory given back to the system": memory_given_back(),
         "": contextlib.nullcontext(),
@@ -116,12 +113,11 @@ def take_step(trainer: t.Trainer, form, tokens, clock) -> float | None:
         return None
 
 
-def main():
+def launched(argv: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="times that each step is taken (%(default)s)")
-    options = parser.parse_args()
-    if options.rounds < 1:
-        raise t.UserError("--rounds must be at least 1")
+    options = parser.parse_args(argv)
+    t.require(options.rounds >= 1, "--rounds must be at least 1")
     cfg, _ = t.read_launch([])
     process = t.Process(cfg.compute_dtype)
     torch.manual_seed(cfg.seed)
@@ -133,7 +129,7 @@ def main():
             p.add_(0.02 * torch.randn_like(p))
     shape = trainer.share, cfg.train_seq_len + 1
     tokens = torch.randint(2, cfg.vocab_size, shape, dtype=torch.int32).to(process.device)
-    more = PlainAdamW(trainer.optimizers.adam), trainer.optimizers.orthogonalise
+    more = PlainAdamW(trainer.optimizers.adam), trainer.optimizers.muon.orthogonalise
     forms, seconds, losses = list(trials(trainer, *more)), {}, {}
     turns = [name for _ in range(options.rounds + 1) for name in forms]
     if trainer.forward is not model:  # compiled: one form after another, each traced anew
@@ -157,9 +153,14 @@ def main():
         print(f"| {name} | {1000 * middle:.0f} | {middle / base:.2f} | {gap:+.1e} |")
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> int:
     try:
-        main()
+        launched(argv)
     except t.UserError as problem:
         sys.stderr.write(f"error: {t.one_line(problem)}\n")
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""What an artifact of train_gpt.py holds, tensor by tensor.
+
+    ./run.sh inspect logs/first/final_model.int6.ptz [FILE ...]
+
+Entropy is that of a tensor's values by themselves, in bits a value; bits are those that the export asked for. Bytes of
+a tensor are those of its values as they are coded, and its share of the steps and spreads beside them, which are
+compressed as one. Exit codes: 0; 2 a file that is no artifact.
+"""
+
+import argparse
+import collections
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+import numpy as np  # noqa: E402
+
+import train_gpt as t  # noqa: E402
+
+FRAME = 44  # bytes of magic, header's length and checksum
+
+
+@dataclass
+class Contents:
+    """A file: its parts add up to all of it."""
+
+    settings: dict  # of the model
+    tensors: dict[str, t.Stored]
+    bytes: dict[str, float]  # of each tensor
+    tables: float  # bytes of the values' frequencies
+    header: int  # bytes of header, magic and checksum
+    payload: int  # bytes of the coded values of all tensors
+    size: int
+
+
+def entropy(values: np.ndarray) -> float:
+    """Order-0 entropy of int8 values, in bits a value."""
+    counts = np.bincount(values.ravel().view(np.uint8), minlength=256)
+    shares = counts[counts > 0] / max(values.size, 1)
+    return abs(float((shares * np.log2(shares)).sum()))
+
+
+def value_bits(coded: dict[str, t.Stored]) -> dict[str, float]:
+    """Bits of each coded tensor's values under the file's tables, which count the values of all."""
+    counts = {name: t.count(s.values, t.classes(*t.spreads(s.values))) for name, s in coded.items()}
+    cost = t.PRECISION - np.log2(np.maximum(t.frequencies(sum(counts.values())), 1)) if counts else 0.0
+    return {name: float((count * cost).sum()) for name, count in counts.items()}
+
+
+def contents(path: str) -> Contents:
+    """The parts of a file. Raises UserError where it is no artifact."""
+    blob = t.read_file(path)
+    header, tensors = t.unpack(blob, path)
+    layout = t.side_parts(header["tensors"])
+    words = sum(count for _, count in layout)
+    sizes = collections.Counter()
+    for (name, _), count in layout:
+        sizes[name] += header["sides"] * count / words
+    frame = FRAME + struct.unpack("<I", blob[8:12])[0]
+    payload = len(blob) - frame - header["sides"]
+    bits = value_bits({name: s for name, s in tensors.items() if s.coded})
+    for name, share in bits.items():
+        sizes[name] += payload * share / (sum(bits.values()) or 1)
+    tables = sizes.pop("", 0.0)
+    return Contents(header["config"], tensors, dict(sizes), tables, frame, payload, len(blob))
+
+
+def table(path: str) -> str:
+    """What a file holds, as text."""
+    found, code, limit = contents(path), t.SCRIPT.stat().st_size, t.Config.artifact_limit_bytes
+    lines = [" ".join(f"{name.upper()}={value}" for name, value in found.settings.items()), "",
+             f"{'tensor':32}{'shape':>14}{'kind':>6}{'bits':>7}{'entropy':>9}{'bytes':>12}{'share':>8}"]
+    for name, s in found.tensors.items():
+        shape, size = "x".join(map(str, s.values.shape)), found.bytes[name]
+        order0 = f"{entropy(s.values):.3f}" if s.coded else ""
+        lines.append(f"{name:32}{shape:>14}{s.kind:>6}{s.bits:7.2f}{order0:>9}{size:12,.0f}{size / found.size:8.2%}")
+    elements = sum(s.values.size for s in found.tensors.values())
+    order0 = sum(entropy(s.values) * s.values.size / 8 for s in found.tensors.values() if s.coded)
+    total = found.size + code
+    lines += ["", f"elements: {elements:,}, {8 * found.size / elements:.3f} bits each; tables {found.tables:,.0f} "
+              f"bytes, header and checksum {found.header:,}",
+              f"values: {found.payload:,} bytes; their order-0 entropies are {order0:,.0f}",
+              f"file {found.size:,} + code {code:,} = {total:,} bytes, {limit - total:,} left of {limit:,}"]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="./run.sh inspect", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="FILE", help=f"a run's {t.ARTIFACT_NAME} or {t.FLOAT_NAME}")
+    try:
+        for number, path in enumerate(parser.parse_args(argv).files):
+            t.show("\n" * bool(number) + table(path))
+    except t.UserError as problem:
+        sys.stderr.write(f"error: {t.one_line(problem)}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
