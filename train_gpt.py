@@ -2447,8 +2447,9 @@ class Walk:
         self.cfg, self.process, self.log, self.evaluator, self.budget = cfg, process, log, evaluator, budget
         self.shared, self.begun = cfg.ttt_mode == "full", budget.spent()
         self.work, self.total = 0, 0  # units of scoring that are done, and all
-        self.pace, self.lesson, self.asked = 0.0, 0.0, None  # seconds a unit, a lesson; when the last lesson began
-        self.stopped, self.chunks, self.adapted, self.undone, self.said = False, 0, 0, 0, -1
+        self.timed_work, self.timed_seconds = 0, 0.0  # of scoring whose pace was taken
+        self.lesson, self.asked = 0.0, None  # seconds of the longest lesson; when the last one began
+        self.stopped, self.chunks, self.adapted, self.undone, self.said = False, 0, 0, 0, 0
 
     def now(self, wait: bool) -> float:
         """The budget's seconds, on a GPU after what was asked of it so far if it is to be waited for."""
@@ -2458,15 +2459,17 @@ class Walk:
 
     @contextlib.contextmanager
     def scored(self, work: int):
-        """A piece of scoring of `work` units. On a GPU its pace is taken once a twentieth of the walk: to wait each
-        time would leave the device idle."""
+        """A piece of scoring of `work` units. On a GPU its pace is taken once a twentieth of the walk, since to wait
+        each time would leave the device idle, and not of the first piece, which pays for what happens once."""
         part = int(20 * self.work / self.total)
         timed = not self.process.cuda or part > self.said
         began = self.now(timed)
         yield
         self.work += work
         if timed:
-            self.pace, self.said = max(self.pace, (self.now(True) - began) / work), part
+            self.timed_work += work
+            self.timed_seconds += self.now(True) - began
+            self.said = part
 
     def may_learn(self) -> bool:
         """Whether there is time for a lesson, with the rest left to score after it and a quarter for unevenness. Ranks
@@ -2474,7 +2477,8 @@ class Walk:
         now = self.now(False)
         if self.asked is not None:
             self.lesson = max(self.lesson, now - self.asked)
-        need = self.lesson + 1.25 * (self.total - self.work) * self.pace
+        pace = self.timed_seconds / max(self.timed_work, 1)
+        need = self.lesson + 1.25 * (self.total - self.work) * pace
         stop = self.stopped or 0 < self.budget.limit <= now + need
         if self.shared and self.budget.limit:
             stop = self.process.agree(stop)
@@ -3121,6 +3125,7 @@ def save_float(model: GPT, folder: Path):
 def export(cfg: Config, process: Process, log: Log, summary: dict, model: GPT, inputs: Inputs):
     """Round, fit, code and write the artifact, on rank 0; where nothing fits the float weights are kept."""
     def encode() -> dict:
+        """The summary's entry, after the file is written."""
         seconds = summary["seconds"]
         text, size = calibration_text(cfg, process, inputs.train)
         with timed(seconds, "search"):
@@ -3247,7 +3252,7 @@ def how_to_resume(cfg: Config, folder: Path) -> str:
     """What to launch to go on after an end before the end."""
     where = f"LOG_DIR={shlex.quote(cfg.log_dir)} " if cfg.log_dir != Config.log_dir else ""
     saved = checkpoints(folder) or (folder / ARTIFACT_NAME).exists()
-    does = "goes on" if saved else "starts again, nothing is saved yet"
+    does = "goes on" if saved else "starts again, nothing is saved yet; give the other variables again"
     return f"{where}RUN_ID={shlex.quote(folder.name)} RESUME=1 {does}"
 
 

@@ -267,6 +267,22 @@ def test_a_gpu_is_waited_for_once_a_twentieth_of_the_walk(tiny, monkeypatch):
     assert len(turns) > 80 and 2 <= len(waits) <= 2 * 21, (len(turns), len(waits))
 
 
+def test_a_slow_first_piece_on_a_gpu_does_not_end_learning(tiny, monkeypatch):
+    """What happens once, as loading kernels, must not be taken for the pace of the walk."""
+    cfg, ids = tiny(**SMALL | MODES[0] | {"USE_COMPILE": 0, "VAL_BATCH_SIZE": 32}), tokens(801, 6, [0])
+    process, forward, first, clock = Lone(), t.GPT.forward, [50.0], Clock(99)
+    process.cuda = True
+
+    def ticking(self, ids, *rest, **more):
+        clock.now += 0.01 + (first.pop() if first else 0.0)
+        return forward(self, ids, *rest, **more)
+
+    monkeypatch.setattr(t.GPT, "forward", ticking)
+    monkeypatch.setattr(t.Process, "synchronize", lambda self: None)
+    _, details, _ = walk(cfg, ids, clock, process)
+    assert not details["stopped_by_budget"] and details["adapted_chunks"] == details["chunks"] - 1
+
+
 # ---- through the command line ----
 
 

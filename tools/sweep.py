@@ -99,7 +99,7 @@ class Run:
         """What decides the outcome of these stages: the settings, and the seconds that the export leaves to a training
         with a cap."""
         names = [name.lower() for name, stage in STAGES.items() if stage in stages and name not in results.PLACES]
-        return *(getattr(self.cfg, name) for name in names), max(self.cfg.training_seconds, 0.0)
+        return *(getattr(self.cfg, name) for name in names), self.cfg.training_seconds
 
     def summary(self) -> dict | None:
         """Its summary.json if it has come to its end."""
