@@ -1468,12 +1468,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def write_checkpoint(folder: Path, keep: int, facts: dict, tensors: dict[str, Tensor]) -> Path:
-    """Write a checkpoint, .npz without pickle, and delete all but the newest `keep`. Raises UserError."""
+    """Write a checkpoint, .npz without pickle, and delete all but the newest `keep`, also what a kill left half
+    written. Raises UserError."""
     path = folder / "checkpoints" / f"step_{facts['step']:07d}.npz"
     arrays = {name: t.cpu().numpy() for name, t in tensors.items()}
     arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     write_atomically(path, lambda file: np.savez(file, **arrays), sum(a.nbytes for a in arrays.values()))
-    for old in checkpoints(folder)[:-keep]:
+    for old in (*checkpoints(folder)[:-keep], *path.parent.glob("*.partial")):
         old.unlink(missing_ok=True)
     return path
 

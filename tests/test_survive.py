@@ -189,11 +189,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped):
     data[len(data) // 2] ^= 1
     states[-1].write_bytes(data)
     states[-2].write_bytes(states[-2].read_bytes()[:-1000])
-    (states[-3].parent / "step_99999999.npz.partial").write_bytes(b"")
+    partial = states[-3].parent / "step_99999999.npz.partial"  # as a kill leaves it
+    partial.write_bytes(b"")
     done = stopped(ITERATIONS=stopped.step + 3, **SHORT).end()
     assert done.code == 0, done.err
     assert done.out.count("not a whole checkpoint") == 2 and f"in {states[-3]}" in done.out, done.out
     assert done.summary["resumes"] == [f"resumed from step {int(states[-3].stem[5:])} in {states[-3]}"]
+    assert not partial.exists()
 
 
 def test_what_contradicts_the_run_is_refused_and_the_rest_is_noted(stopped, corpus, tmp_path):
