@@ -37,7 +37,6 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve()
@@ -79,7 +78,6 @@ class Config:
     ckpt_every_seconds: float = var(0.0, ">=0", "seconds between checkpoints; 0: only where training is interrupted")
     keep_ckpts: int = var(2, ">=1", "checkpoints that stay")
     resume: bool = var(False, "0|1", "1: go on with RUN_ID where it stopped, or start it")
-    strict_env: bool = var(True, "0|1", "1: a variable that looks misspelt stops the run; 0: it is a warning")
     env_extra: str = var("", "text", "comma-separated names of your own variables that may look like ours")
 
     data_path: str = var(DEFAULT_DATA, "path", "folder of shards; the default is sought above the script too", "Data")
@@ -113,7 +111,7 @@ class Config:
     bos_mask: bool = var(True, "0|1", "1: SmearGate, bigram and sidecar stop at document starts; 0: as published")
 
     train_enabled: bool = var(True, "0|1", "0: no training, start from MODEL_PATH", "Training")
-    model_path: str = var("", "path", "artifact to evaluate when TRAIN_ENABLED=0")
+    model_path: str = var("", "path", "what TRAIN_ENABLED=0 starts from: an artifact; a run's folder exports again")
     train_batch_tokens: int = var(786432, ">=1", "tokens a step over all ranks, a multiple of TRAIN_SEQ_LEN")
     micro_batch_seqs: int = var(0, ">=0", "sequences a forward pass of one rank; 0: from the device's memory")
     iterations: int = var(9000, ">=1", "steps at most")
@@ -149,7 +147,6 @@ class Config:
     export_fill: bool = var(True, "0|1", "1: finer values, up to 8 bits each, in the room that is left")
     export_max_seconds: float = var(-1.0, ">=-1", "of MAX_WALLCLOCK_SECONDS, for search; 0 no limit; -1: 2%, >=10 s")
     calibration_tokens: int = var(65536, ">=1", "training tokens on which rounding is calibrated")
-    save_float: bool = var(False, "0|1", "1: also keep the averaged weights, to export again with MODEL_PATH")
     quant: str = var("balanced", "balanced|rowmax", "rounding; balanced: by what errors cost, rowmax: published")
     quant_bits_attn: float = var(6.0, "2..8", "bits of attention matrices, one more halves steps; a search starts here")
     quant_bits_mlp: float = var(6.0, "2..8", "the same for MLP matrices")
@@ -252,7 +249,9 @@ REMOVED = {
     "AUDIT": "audit from outside: AUDIT=1 ./run.sh, or ./run.sh audit LOG_DIR/RUN_ID after a run",
     "AUDIT_TOKENS": "audit from outside: ./run.sh audit --tokens N LOG_DIR/RUN_ID",
     "NAN_POLICY": "a step that is not finite ends the run; start another with lower rates",
+    "SAVE_FLOAT": "CKPT_EVERY_SECONDS=1e9 keeps the last checkpoint; MODEL_PATH=LOG_DIR/RUN_ID exports it again",
     "SHUFFLE": "sequences are taken in the order of the shards, as published runs do",
+    "STRICT_ENV": "ENV_EXTRA names the variables that may look like ours",
 }
 # A name with a prefix of the first group was meant for us; one of the second never was, or is a setting of the above.
 FAMILIES = ("ADAM_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "RESUME_", "ROPE_",
@@ -275,30 +274,21 @@ TTT_FULL = {f.name for f in VARIABLES if f.metadata["text"].startswith("full: ")
 def parse(kind: type, accepts: str, raw: str):
     """A variable's value from its text. Raises ValueError when `accepts` does not admit it."""
     if kind is bool:
-        require_value(raw in ("0", "1"))
-        return raw == "1"
-    if kind is str:
-        require_value(not re.search("[\n\0]", raw))
-        require_value("|" not in accepts or raw in accepts.split("|"))
-        length = len(raw.encode())  # encode() refuses what no log could hold
+        holds, value = raw in ("0", "1"), raw == "1"
+    elif kind is str:
+        value, length = raw, len(raw.encode())  # encode() refuses what no log could hold
+        holds = not re.search("[\n\0]", raw) and ("|" not in accepts or raw in accepts.split("|"))
         if accepts == "name":
-            require_value(raw not in (".", "..") and "/" not in raw and length < 200)
-        return raw
-    value = kind(raw)
-    low, _, high = accepts.partition("..")
-    if low.startswith(">"):
-        least = float(low.lstrip(">="))
-        require_value(value >= least if low.startswith(">=") else value > least)
+            holds = holds and raw not in (".", "..") and "/" not in raw and length < 200
     else:
-        most = float(high.lstrip("<"))
-        require_value(float(low) <= value and (value < most if high.startswith("<") else value <= most))
-    require_value(abs(value) <= 1e15)  # also refuses nan and inf
-    return value
-
-
-def require_value(holds: bool):
+        value = kind(raw)
+        low, _, high = accepts.partition("..")
+        least, most = float(low.lstrip(">=")), float(high.lstrip("<") or 1e15)
+        above, below = re.match(">[^=]", low), high.startswith("<")
+        holds = least <= value <= most and not (above and value == least) and not (below and value == most)
     if not holds:
         raise ValueError("not a value that is accepted")
+    return value
 
 
 def check_value(field: dataclasses.Field, value):
@@ -332,13 +322,6 @@ def has_gpu() -> bool:
     return not hidden and any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
 
 
-def inductor_defaults(torch_version: str) -> dict[str, str]:
-    """Variables that torch's compiler should find on a GPU unless they are set."""
-    # torch 2.10 to 2.12 fuse reductions over rows with those over columns, and by published runs a step takes 9% longer
-    slow = re.match(r"2\.(10|11|12)\b", torch_version)
-    return {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"} if slow else {}
-
-
 def read_variables(environ) -> tuple[dict, list[str]]:
     """The values that the environment gives, by field; and a line for each that is refused."""
     values, problems = {}, []
@@ -365,22 +348,16 @@ def load_config(environ, ranks: int = 1) -> tuple[Config, list[str], list[str]]:
     if preset == "auto":
         preset = "seed" if has_gpu() else "demo"
     cfg = Config(**{**PRESETS[preset], **values, "preset": preset, "explicit": frozenset(values)})
-    full, lora = (sorted(n.upper() for n in cfg.explicit & names) for names in (TTT_FULL, TTT_LORA))
-    warnings = []
     if cfg.ttt_mode == "auto":
-        if cfg.ttt_enabled and full and lora:
-            problems.append(f"TTT_MODE: {full[0]} belongs to full and {lora[0]} to lora; say which")
-        cfg = dataclasses.replace(cfg, ttt_mode="full" if cfg.ttt_enabled and full else "lora")
-    elif cfg.ttt_enabled:
-        idle = lora if cfg.ttt_mode == "full" else full
-        warnings = [f"{name}: no effect with TTT_MODE={cfg.ttt_mode}" for name in idle]
+        cfg = dataclasses.replace(cfg, ttt_mode="full" if cfg.explicit & TTT_FULL else "lora")
+    idle = cfg.explicit & (TTT_LORA if cfg.ttt_mode == "full" else TTT_FULL)
+    warnings = [f"{name.upper()}: no effect with TTT_MODE={cfg.ttt_mode}" for name in sorted(idle) if cfg.ttt_enabled]
     if cfg.resume and not cfg.run_id:
         problems.append("RESUME=1: needs the RUN_ID of the run to go on with, or to start")
     brought = cfg.resume or (not cfg.train_enabled and cfg.model_path)  # the run or the artifact brings the rest
     if not problems and not brought:
         problems = conflicts(cfg, ranks)
-    typos = misspelt(environ, {n.strip() for n in cfg.env_extra.split(",")})
-    return (cfg, problems + typos, warnings) if cfg.strict_env else (cfg, problems, typos + warnings)
+    return cfg, problems + misspelt(environ, {n.strip() for n in cfg.env_extra.split(",")}), warnings
 
 
 def conflicts(cfg: Config, ranks: int) -> list[str]:
@@ -418,7 +395,7 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
 
 def help_text() -> str:
     """All variables by stage: name, default (and the presets' where they differ), accepted values, meaning."""
-    lines = [__doc__.strip(), "", "Options: --help; --check [--step-ms MS] [--ranks N]: for N ranks at MS a step"]
+    lines = [__doc__.strip(), "", "Options: --help; --check [--ranks N]: for N ranks"]
     for f in VARIABLES:
         def shown(value, kind=f.type):
             return str(int(value) if kind is bool else value) or "empty"
@@ -451,13 +428,9 @@ def leave(code: int, said: str = "", silent: bool = False):
 
 
 def show(text: str):
-    """Print what was asked for; who reads its head only is served. Ends the process where it cannot be written."""
-    try:
+    """Print what was asked for; who reads its head only is served."""
+    with contextlib.suppress(BrokenPipeError):
         print(text, flush=True)
-    except BrokenPipeError:
-        pass
-    except OSError as error:
-        leave(2, f"error: output: {error.strerror}; mend the path or make room")
 
 
 def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
@@ -465,21 +438,17 @@ def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     parser = argparse.ArgumentParser(add_help=False, usage="[VARIABLE=VALUE ...] train_gpt.py [--help | --check]")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--step-ms", type=float, default=106.0)
     parser.add_argument("--ranks", type=int)
     options = parser.parse_args(argv)
     if options.help:
         show(help_text())
         leave(0)
     odd = [f"{name}={os.environ[name]!r}: is the launcher's to set; unset it or launch with torchrun"
-           for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-           if not re.fullmatch(r"[0-9]{1,6}", os.environ.get(name, "0"), re.A)]
+           for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if not os.environ.get(name, "0").isdecimal()]
     if options.ranks is None:
         options.ranks = 1 if odd else int(os.environ.get("WORLD_SIZE", "1"))
     cfg, problems, warnings = load_config(os.environ, max(options.ranks, 1))
-    problems += odd
-    if options.ranks < 1 or not options.step_ms > 0:
-        problems.append("--ranks and --step-ms: must be above 0")
+    problems += odd + ["--ranks: must be above 0"] * (options.ranks < 1)
     silent = not odd and os.environ.get("RANK", "0") != "0"
     lines = [f"error: {one_line(p)}" for p in problems] + [f"warning: {one_line(w)}" for w in warnings]
     if problems:
@@ -494,10 +463,6 @@ if __name__ == "__main__":  # here, so that a typo is answered before the second
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # None where it was closed
     LAUNCH = read_launch(sys.argv[1:])
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a busy machine many times slower
-if has_gpu():
-    with contextlib.suppress(metadata.PackageNotFoundError):  # a torch that no installer knows
-        for name, value in inductor_defaults(metadata.version("torch")).items():
-            os.environ.setdefault(name, value)
 
 import numpy as np  # noqa: E402
 import sentencepiece  # noqa: E402
@@ -512,6 +477,8 @@ try:  # Hopper's FlashAttention-3, where someone has installed it
     from flash_attn_interface import flash_attn_func
 except ImportError:
     flash_attn_func = None
+if re.match(r"2\.1[0-2]\b", torch.__version__):  # by published runs this fusion makes a step 9% longer
+    os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 
 # ==== Process and log: this rank among the others, its device, the signals it gets, what it tells people ==============
 
@@ -574,7 +541,7 @@ class Process:
     """
 
     def __init__(self, compute_dtype: str = "auto", signals: Signals | None = None):
-        self.signals, self.lock, self.started = signals or Signals(), None, time.perf_counter()
+        self.signals, self.started = signals or Signals(), time.perf_counter()
         self.rank, self.world, local = (
             int(os.environ.get(name, default))
             for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
@@ -944,7 +911,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention, scale 1/sqrt(D). q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]"""
     if flash_attn_func is not None and q.is_cuda and q.dtype == torch.bfloat16:
-        return flash_attention_3(q, k, v)
+        result = flash_attn_func(q, k, v, causal=True)
+        return result[0] if isinstance(result, tuple) else result  # some builds add the log-sums of the scores
     if not q.is_cuda and q.dtype == torch.bfloat16:
         return attend_in_blocks(q, k, v)
     if q.dtype == torch.float32:  # a GPU's only fp32 kernel that does not write all scores out takes no grouped keys
@@ -952,20 +920,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (x[:, :, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-
-
-def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` by FlashAttention-3, of which some builds return the log-sums of the scores beside the result."""
-    result = flash_attn_func(q, k, v, causal=True)
-    return result[0] if isinstance(result, tuple) else result
-
-
-def attention_advice(device: torch.device) -> str:
-    """What the log should say where the fastest attention of a GPU is not installed, else nothing."""
-    if device.type != "cuda" or flash_attn_func is not None or torch.cuda.get_device_capability(device)[0] != 9:
-        return ""
-    return ("attention: PyTorch's own; FlashAttention-3, made for this GPU, is not installed (package flash-attn-3, "
-            "module flash_attn_interface)")
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -1480,7 +1434,7 @@ def write_checkpoint(folder: Path, keep: int, facts: dict, tensors: dict[str, Te
 
 
 def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The facts and tensors of a checkpoint. Raises UserError when it is not whole."""
+    """The facts and tensors of a checkpoint, its weights among them. Raises UserError when it is not whole."""
     try:
         with np.load(path, allow_pickle=False) as file:  # zip: every array is read against its checksum
             if sum(entry.file_size for entry in file.zip.infolist()) > path.stat().st_size:
@@ -1488,12 +1442,10 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
             tensors = {name: torch.from_numpy(file[name]) for name in file.files}
         facts = json.loads(bytes(tensors.pop("facts").numpy()))
         check_settings(facts["settings"])
-        facts["explicit"] = [f.name for f in VARIABLES if f.name in facts["explicit"]]
-        for name in ("step", "seconds", "train_tokens"):
-            if isinstance(facts[name], bool) or not 0 <= facts[name] <= 1e15:
-                raise ValueError(f"{name} cannot be {facts[name]}")
-        if facts["step"] != int(facts["step"]):
-            raise ValueError("its step is no whole number")
+        facts["explicit"] = sorted(STAGES.keys() & facts["explicit"])
+        numbers = facts["seconds"], facts["step"], facts["train_tokens"]
+        if [type(n) for n in numbers] != [float, int, int] or not 0 <= min(numbers) <= max(numbers) <= 1e15:
+            raise ValueError("its step or seconds cannot be")
         return facts, tensors
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -1588,8 +1540,6 @@ class Trainer:
     def restore(self, facts: dict, tensors: dict[str, Tensor]):
         """Go on from a checkpoint, with its clock. UserError for one of another model."""
         try:
-            if odd := [name for name, t in tensors.items() if t.dtype not in (torch.float32, torch.uint8)]:
-                raise TypeError(f"{odd[0]} is {tensors[odd[0]].dtype}")
             self.optimizers.restore(tensors)
             torch.set_rng_state(tensors["random"])
             if self.process.cuda and "random_cuda" in tensors:
@@ -1665,8 +1615,6 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
     log(f"peak memory allocated: {process.memory()[1] // 2**20} MiB")
     if trainer.optimizers.average is not None:
         trainer.flat.weights.copy_(trainer.optimizers.average)
-    if not bool(torch.isfinite(trainer.flat.weights).all()):
-        raise SharedError("training ended with weights that are not finite; lower the learning rates")
     return {"steps": step, "tokens": step * cfg.train_batch_tokens, "seconds": seconds,
             "step_ms": 1000 * seconds / max(step, 1), "stop": stop}
 
@@ -1707,13 +1655,13 @@ def report_step(trainer: Trainer, log: Log, step: int, steps: int, seconds: floa
 #   bytes 8-11   length of the compressed header, little-endian
 #   then         zstd(header): JSON {"config": {...}, "sides": compressed bytes of the next part, "tensors":
 #                [[name, shape, kind, bits, offset], ...]}; offset: a tensor's first value of kinds rows and grid,
-#                its first 16-bit word of kinds fp16 and fp32
+#                its first number of kind fp16
 #   then         zstd(sides): 16-bit words in the order of `side_parts`, int8 in pairs, the low bytes before the high
 #   then         the int8 values of kinds rows and grid, as rANS words
 #   last 32      sha256 of everything before
 
 BALANCED_STEP = 0.0025  # what QUANT_BITS mean to "balanced": 6 for a matrix and 8 for an embedding cost alike
-ARTIFACT_NAME, FLOAT_NAME, ARTIFACT_MAGIC = "final_model.int6.ptz", "final_model.float.ptz", b"GPT16MB\x03"
+ARTIFACT_NAME, ARTIFACT_MAGIC = "final_model.int6.ptz", b"GPT16MB\x03"
 FILE_MOST, HEADER_MOST = 1 << 31, 1 << 20  # bytes of a file and of a header
 CLASSES, PRECISION = 64, 14  # rANS tables, and the bits of their frequencies
 GROUPS = ("bigram", "sidecar", "attn", "mlp", "embed")  # what has bits of its own: QUANT_BITS_<group>
@@ -1724,8 +1672,8 @@ BYTES_A_BIT = {"balanced": 0.65 / 8, "rowmax": 1 / 8}  # a value's, of trained m
 
 @dataclass
 class Stored:
-    """A tensor as the file holds it: numbers (fp32, fp16) or int8 values with their steps: an fp16 a row (rows), or
-    2**(k/8) of an int8 k a row and a column (grid)."""
+    """A tensor as the file holds it: numbers (fp16) or int8 values with their steps: an fp16 a row (rows), or 2**(k/8)
+    of an int8 k a row and a column (grid)."""
 
     kind: str
     bits: float
@@ -1842,7 +1790,7 @@ def side_parts(tensors: list) -> list[tuple[tuple[str, str], int]]:
         if kind in ("rows", "grid"):
             coded.append((name, shape, kind))
         else:
-            parts.append(((name, "values"), math.prod(shape) * (2 if kind == "fp32" else 1)))
+            parts.append(((name, "values"), math.prod(shape)))
     pairs = [[math.ceil(n / 2) for n in shape] for _, shape, _ in coded]  # words of an int8 a row, a column
     for (name, shape, kind), (rows, _) in zip(coded, pairs, strict=True):
         parts.append(((name, "rows"), rows if kind == "grid" else shape[0]))
@@ -1871,7 +1819,7 @@ def lay_out(cfg: Config, stored: dict[str, Stored]) -> Layout:
     table, ends = [], {True: 0, False: 0}
     for name, s in stored.items():
         table.append([name, list(s.values.shape), s.kind, round(s.bits, 3), ends[s.coded]])
-        ends[s.coded] += s.values.size * (2 if s.kind == "fp32" else 1)
+        ends[s.coded] += s.values.size
     spread = {name: spreads(s.values) for name, s in stored.items() if s.coded}
     table_of = {name: classes(*pair) for name, pair in spread.items()}
     counts = sum((count(stored[name].values, tables) for name, tables in table_of.items()),
@@ -1889,7 +1837,7 @@ def lay_out(cfg: Config, stored: dict[str, Stored]) -> Layout:
             part = np.pad(part, (0, len(part) % 2))
         words.append(part.view("<u2"))
     by_bytes = np.concatenate(words).view(np.uint8).reshape(-1, 2).T.tobytes()
-    sides = zstandard.compress(by_bytes, 22 if spread else 3)  # floats: in haste
+    sides = zstandard.compress(by_bytes, 22)
     header = {"config": {f.name: getattr(cfg, f.name) for f in MODEL_FIELDS}, "sides": len(sides), "tensors": table}
     header = zstandard.compress(json.dumps(header, separators=(",", ":")).encode(), 22)
     head = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + sides
@@ -1929,9 +1877,9 @@ def check_header(header: dict, size: int) -> dict:
         if wanted.pop(name, None) != tuple(shape):
             raise ValueError(f"{name} {shape} is not of the model that its header describes")
         coded = kind in ("rows", "grid")
-        if not (coded and len(shape) == 2 or kind in ("fp16", "fp32")) or offset != ends[coded] or not 0 <= bits <= 32:
+        if not (coded and len(shape) == 2 or kind == "fp16") or offset != ends[coded] or not 0 <= bits <= 32:
             raise ValueError(f"{name} of kind {kind} at {offset} with {bits} bits")
-        ends[coded] += math.prod(shape) * (2 if kind == "fp32" else 1)
+        ends[coded] += math.prod(shape)
     if wanted or sum(ends.values()) > 8 * size + (1 << 26):
         raise ValueError(f"{sum(ends.values())} elements in {size} bytes, {len(wanted)} tensors missing")
     return config
@@ -1954,13 +1902,13 @@ def read_tensors(table: list, sides: bytes, values: bytes) -> dict[str, Stored]:
         raise ValueError("values that no tensor has")
     tensors = {}
     for name, shape, kind, bits, offset in table:
-        form = {"fp32": "<f4", "fp16": "<f2", "rows": "<f2", "grid": np.int8}[kind]
-        if kind in ("fp32", "fp16"):
-            numbers, rows, cols = parts[name, "values"].view(form), None, None
+        numbers, rows, cols = decoded[offset : offset + math.prod(shape)], None, None
+        if kind == "fp16":
+            numbers = parts[name, "values"].view("<f2")
+        elif kind == "rows":
+            rows = parts[name, "rows"].view("<f2")
         else:
-            numbers = decoded[offset : offset + math.prod(shape)]
-            rows = parts[name, "rows"].view(form)[: shape[0]]
-            cols = parts[name, "cols"].view(form)[: shape[1]] if kind == "grid" else None
+            rows, cols = (parts[name, axis].view(np.int8)[:n] for axis, n in zip(("rows", "cols"), shape, strict=True))
         if kind != "grid" and not np.isfinite(numbers if rows is None else rows).all():
             raise ValueError(f"{name}: numbers that are not finite")
         tensors[name] = Stored(kind, float(bits), numbers.reshape(shape), rows, cols)
@@ -1969,14 +1917,13 @@ def read_tensors(table: list, sides: bytes, values: bytes) -> dict[str, Stored]:
 
 def read_file(path: str, variable: str = "") -> bytes:
     """The bytes of an artifact. Raises UserError for what is no file, cannot be read, or larger than any artifact."""
-    shown = f"{variable}{path[:300]!r}"
+    file, problem = Path(path), "no file that could be an artifact"
     try:
-        odd = Path(path).exists() and not (Path(path).is_file() and Path(path).stat().st_size <= FILE_MOST)
-        require(not odd, f"{shown}: not an artifact of this script but a folder, a device or huge; give the "
-                f"{ARTIFACT_NAME} of a run")
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{shown}: {getattr(error, 'strerror', error)}; give the path of an artifact") from None
+        if file.is_file() and file.stat().st_size <= FILE_MOST:
+            return file.read_bytes()
+    except OSError as error:
+        problem = error.strerror
+    raise UserError(f"{variable}{path[:300]!r}: {problem}; give the {ARTIFACT_NAME} of a run")
 
 
 def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Stored]]:
@@ -2032,6 +1979,11 @@ class Sensitivity:
     factor: Tensor
     order: Tensor
     weight: Tensor
+
+    @classmethod
+    def stack(cls, alone: list) -> "Sensitivity":
+        """Those of single matrices, all of one shape, as one."""
+        return cls(*(torch.stack([getattr(s, part) for s in alone]) for part in ("factor", "order", "weight")))
 
     def feed_back(self, u: Tensor, cols: Tensor, low: int, high: int) -> Tensor:
         """Round each matrix of u [n, rows, cols] to integers column by column; the columns not yet rounded take up each
@@ -2163,10 +2115,10 @@ class Calibration:
         return used
 
     def sensitivities(self) -> dict[str, Sensitivity]:
-        """Of each matrix; none where the model's gradients are not finite."""
+        """Of each matrix. Raises UserError where the model's gradients are not finite."""
         sums = [t.sum() for t in (*self.inputs.values(), *self.outputs.values())]
-        if not torch.stack(sums).isfinite().all():
-            return {}
+        require(torch.stack(sums).isfinite().all(), "export: gradients on training text are not finite; lower the "
+                "rates, or see what is left with QUANT=rowmax")
         factors = {}
         for width in {len(h) for h in self.inputs.values()}:  # a stack for each
             names = [name for name, h in self.inputs.items() if len(h) == width]
@@ -2185,7 +2137,7 @@ class Exporter:
 
     def __init__(self, cfg: Config, log: Log, model: GPT, sequences: Tensor, size: int, room: int, seconds: float):
         self.cfg, self.log, self.room, self.guard, self.began = cfg, log, room, seconds, time.perf_counter()
-        self.rule, self.report = cfg.quant, {}
+        self.report = {"rule": cfg.quant}
         self.weights = {name: p.detach().float() for name, p in model.named_parameters()}
         alike = collections.defaultdict(list)  # names by group and shape
         for name, w in self.weights.items():
@@ -2194,28 +2146,20 @@ class Exporter:
         found = self.calibrate(model, sequences, size) if cfg.quant == "balanced" and alike else {}
         self.stacks = []  # (group, names, weights [n, rows, cols], their sensitivity)
         for (group, _), names in alike.items():
-            costs = None
-            if found:
-                costs = Sensitivity(*(torch.stack([getattr(found[name], part) for name in names])
-                                      for part in ("factor", "order", "weight")))
-            self.stacks.append((group, names, torch.stack([self.weights[name] for name in names]), costs))
-        self.low, self.high = (0.0, 12.0) if self.rule == "balanced" else (2.0, 8.0)
+            cost = Sensitivity.stack([found[name] for name in names]) if found else None
+            self.stacks.append((group, names, torch.stack([self.weights[name] for name in names]), cost))
+        self.low, self.high = (0.0, 12.0) if cfg.quant == "balanced" else (2.0, 8.0)
         self.asked = {group: getattr(cfg, f"quant_bits_{group}") for group in sorted({group for group, _ in alike})}
-        self.report["rule"] = self.rule
 
     def calibrate(self, model: GPT, sequences: Tensor, size: int) -> dict[str, Sensitivity]:
-        """Sensitivities, in half of the guard's time; none, and another rule, where gradients are not finite."""
+        """What rounding each matrix costs, found in half of the guard's time."""
         calibration = Calibration(model)
         used = calibration.run(sequences, size, lambda: self.in_time(0.5))
         self.report["tokens"] = calibration.tokens
         if used < len(sequences):
             self.log(f"export: EXPORT_MAX_SECONDS={self.guard:g} leaves time to calibrate on {used} of "
                      f"{len(sequences)} sequences")
-        found = calibration.sensitivities()
-        if not found:
-            self.log("export: gradients on training text are not finite; QUANT=rowmax, which needs none, takes over")
-            self.rule = "rowmax"
-        return found
+        return calibration.sensitivities()
 
     def in_time(self, share: float = 1.0, needs: float = 0.0) -> bool:
         """Whether `needs` more seconds end within `share` of the guard."""
@@ -2254,7 +2198,7 @@ class Exporter:
                 common = (low + common) / 2
         else:
             common, size = list(tried.items())[-1]
-            step = (aim - size) / sum(w.numel() for _, _, w, _ in self.stacks) / BYTES_A_BIT[self.rule]
+            step = (aim - size) / sum(w.numel() for _, _, w, _ in self.stacks) / BYTES_A_BIT[self.cfg.quant]
             common += step * 2 ** (len(tried) - 1)  # further each time that was not enough
         common = min(max(common, least), most)
         if common in tried and late:
@@ -2418,17 +2362,6 @@ def evaluate(cfg: Config, process: Process, log: Log, forward, stream: Stream, s
 LORA_CONTEXT = 64  # tokens before a chunk that go in when it is learnt: whole windows taught 0.001 BPB more, far slower
 
 
-class Budget:
-    """EVAL_MAX_SECONDS: for reading the artifact, compiling, and the evaluation that gives val_bpb; 0 is no limit."""
-
-    def __init__(self, cfg: Config, spent: float = 0.0):
-        self.limit, self.started = cfg.eval_max_seconds, time.perf_counter() - spent
-
-    def spent(self) -> float:
-        """Seconds so far."""
-        return time.perf_counter() - self.started
-
-
 def ttt_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
     """The rate at a step within a chunk, as a share of the chunk's."""
     warm, total = cfg.ttt_warmup_epochs * steps_per_epoch, cfg.ttt_epochs * steps_per_epoch
@@ -2444,19 +2377,19 @@ class Walk:
     """One walk of test-time training over a stream: its clock, its lines, and when it must stop learning. In lora mode
     ranks walk apart, else in step (`shared`)."""
 
-    def __init__(self, cfg: Config, process: Process, log: Log, evaluator: Evaluator, budget: Budget):
-        self.cfg, self.process, self.log, self.evaluator, self.budget = cfg, process, log, evaluator, budget
-        self.shared, self.begun = cfg.ttt_mode == "full", budget.spent()
+    def __init__(self, cfg: Config, process: Process, log: Log, evaluator: Evaluator, spent: float):
+        self.cfg, self.process, self.log, self.evaluator = cfg, process, log, evaluator
+        self.spent, self.shared = spent, cfg.ttt_mode == "full"
         self.work, self.total = 0, 0  # units of scoring that are done, and all
         self.timed_work, self.timed_seconds = 0, 0.0  # of scoring whose pace was taken
         self.lesson, self.asked = 0.0, None  # seconds of the longest lesson; when the last one began
-        self.stopped, self.chunks, self.adapted, self.undone, self.said = False, 0, 0, 0, 0
+        self.stopped, self.chunks, self.adapted, self.said = False, 0, 0, 0
 
-    def now(self, wait: bool) -> float:
-        """The budget's seconds, on a GPU after what was asked of it so far if it is to be waited for."""
+    def now(self, wait: bool = False) -> float:
+        """Seconds of this walk, on a GPU after what was asked of it so far if it is to be waited for."""
         if wait:
             self.process.synchronize()
-        return self.budget.spent()
+        return time.perf_counter() - self.evaluator.started
 
     @contextlib.contextmanager
     def scored(self, work: int):
@@ -2473,25 +2406,25 @@ class Walk:
             self.said = part
 
     def may_learn(self) -> bool:
-        """Whether there is time for a lesson, with the rest left to score after it and a quarter for unevenness. Ranks
-        that walk in step ask at the same place and hear rank 0's answer."""
-        now = self.now(False)
+        """Whether EVAL_MAX_SECONDS leave time for a lesson, with the rest left to score after it and a quarter for
+        unevenness. Ranks that walk in step ask at the same place and hear rank 0's answer."""
+        now, limit = self.now(), self.cfg.eval_max_seconds
         if self.asked is not None:
             self.lesson = max(self.lesson, now - self.asked)
         pace = self.timed_seconds / max(self.timed_work, 1)
         need = self.lesson + 1.25 * (self.total - self.work) * pace
-        stop = self.stopped or 0 < self.budget.limit <= now + need
-        if self.shared and self.budget.limit:
+        stop = self.stopped or 0 < limit <= self.spent + now + need
+        if self.shared and limit:
             stop = self.process.agree(stop)
         if stop and not self.stopped:
-            self.log(f"EVAL_MAX_SECONDS={self.budget.limit:g}: adaptation stops, the time left is for scoring")
+            self.log(f"EVAL_MAX_SECONDS={limit:g}: adaptation stops, the time left is for scoring")
         self.stopped, self.asked = stop, now
         return not stop
 
     def line(self, i: int, n: int, rate: float):
         """Chunk i of n is done; in lora mode, where the BPB is of this rank's share, the i-th twentieth."""
         bpb = self.evaluator.running_bpb(self.shared)  # which waits for the device
-        seconds = self.budget.spent() - self.begun
+        seconds = self.now()
         self.log(f"ttt_chunk [{i}/{n}] bpb={bpb:.6f} rate={rate:.3g} time={seconds:.1f}s "
                  f"eta={seconds / i * (n - i):.1f}s")
         self.log.metric(ttt_chunk=i, chunks=n, running_bpb=bpb, rate=rate, ttt_seconds=seconds)
@@ -2519,33 +2452,24 @@ class FullAdapter:
         """The nats of whole sequences, with RoPE as in the windows that are scored."""
         return self.evaluator.forward(ids, targets, None, self.cfg.eval_len)
 
-    def learn(self, begin: int, end: int, rate: float, may_go_on) -> tuple[int, bool]:
-        """TTT_EPOCHS passes over targets [begin, end), all of them scored. Returns the steps taken, and whether they
-        had to be undone for a loss or weights that were not finite."""
+    def learn(self, begin: int, end: int, rate: float, may_go_on) -> int:
+        """TTT_EPOCHS passes over targets [begin, end), all of them scored. Returns the steps taken."""
         cfg, flat, world, rank = self.cfg, self.flat, self.process.world, self.process.rank
         length = min(cfg.train_seq_len, end)
         starts = torch.arange(begin, end, length, device=flat.weights.device).clamp(max=end - length)
         group, size = cfg.ttt_batch_seqs * world or len(starts), tokens_per_pass(cfg, self.process, True) // length
-        per_epoch, before = math.ceil(len(starts) / group), flat.weights.clone()
-        bad, step = flat.loss.new_zeros(()), 0
+        per_epoch, step = math.ceil(len(starts) / group), 0
         while step < cfg.ttt_epochs * per_epoch and may_go_on():
             self.optimizer.param_groups[0]["lr"] = rate * ttt_factor(cfg, step, per_epoch)
             batch = starts[step % per_epoch * group :][:group]
             tokens = self.evaluator.lesson(batch[:, None] + torch.arange(length + 1, device=batch.device))
             flat.gather_gradients(self.forward, tokens[rank::world], max(size, 1), len(tokens), self.process)
-            bad += ~flat.clip_(cfg.ttt_grad_clip)
+            flat.clip_(cfg.ttt_grad_clip)
             self.optimizer.step()
             step += 1
         with torch.no_grad():
             flat.weights.lerp_(self.origin, cfg.ttt_pull)
-            # what has been scored proves the weights usable; a copy, as a view's strides would ask for another graph
-            last = self.evaluator.stream.tokens[end - length : end + 1].clone()[None]
-            bad += ~torch.isfinite(self.forward(last[:, :-1], last[:, 1:]).sum() + flat.weights.sum())
-        undone = bool(bad)
-        if undone:
-            flat.weights.copy_(before)
-            self.optimizer.state.clear()
-        return step, undone
+        return step
 
 
 def walk_full(walk: Walk, model: GPT):
@@ -2560,10 +2484,7 @@ def walk_full(walk: Walk, model: GPT):
         fall = 0.5 * (1 + math.cos(math.pi * i / max(chunks - 1, 1)))  # a cosine across chunks, to a share of the rate
         rate = cfg.ttt_lr * (cfg.ttt_lr_end + (1 - cfg.ttt_lr_end) * fall)
         if end < n and cfg.ttt_epochs and not walk.stopped:
-            steps, undone = adapter.learn(begin, end, rate, walk.may_learn)
-            walk.adapted, walk.undone = walk.adapted + (steps > 0), walk.undone + undone
-            if undone:
-                walk.log(f"ttt_chunk {i + 1}: its adaptation was not finite and is undone")
+            walk.adapted += adapter.learn(begin, end, rate, walk.may_learn) > 0
         walk.chunks = i + 1
         walk.line(walk.chunks, chunks, rate)
 
@@ -2585,7 +2506,6 @@ class LoraAdapters:
         self.initial = torch.cat([p.flatten() for p in parts]).to(process.device)
         own_kernels = process.cuda and compiles(cfg, process)
         self.update = torch.compile(adam_rows, dynamic=False) if own_kernels else adam_rows
-        self.undone = torch.zeros((), dtype=torch.int64, device=process.device)
 
     def reset(self, places: int):
         """Room for the adapters of this many documents at a time, and for Adam's state of each."""
@@ -2619,18 +2539,16 @@ class LoraAdapters:
 
     def step(self, nats: Tensor, places: Tensor, learns: Tensor):
         """An Adam step on the mean of each row of nats [rows, targets], for the attached `places` where `learns`
-        [rows]. `undone` counts those that are left as they were, for a loss or gradient that was not finite."""
+        [rows]."""
         grad, = torch.autograd.grad((nats.mean(1) * learns).sum(), self.leaf)
-        norm = torch.linalg.vector_norm(grad, dim=1)
-        finite = torch.isfinite(norm + nats.detach().sum(1))
-        self.undone += (learns & ~finite).sum()
         if self.cfg.ttt_grad_clip:
+            norm = torch.linalg.vector_norm(grad, dim=1)
             grad = grad * (self.cfg.ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0)[:, None]
         whole = self.weights, self.first, self.second, self.steps
         everyone = len(places) == len(self.weights)
         mine = whole if everyone else [state[places] for state in whole]
         with torch.no_grad():
-            self.update(*mine, grad, (learns & finite)[:, None], self.cfg.ttt_lora_lr)
+            self.update(*mine, grad, learns[:, None], self.cfg.ttt_lora_lr)
         if not everyone:
             for state, rows in zip(whole, mine, strict=True):
                 state.index_copy_(0, places, rows)
@@ -2640,7 +2558,6 @@ def adam_rows(weights: Tensor, first: Tensor, second: Tensor, steps: Tensor, gra
     """An Adam step, in place, on the rows of weights [rows, n] where `learns` [rows, 1]; each row has its own moments
     and its own count of `steps` [rows, 1]. (https://arxiv.org/abs/1412.6980)"""
     beta1, beta2, epsilon = 0.9, 0.99, 1e-8
-    grad = torch.where(learns, grad, 0.0)  # which may not be finite where a row does not learn
     steps.add_(learns)
     taken = steps.clamp(min=1.0)
     first.lerp_(grad, torch.where(learns, 1 - beta1, 0.0))
@@ -2751,8 +2668,8 @@ def walk_lora(walk: Walk, model: GPT):
     for group in groups:
         walk_documents(walk, adapters, *group, fixed=walk.evaluator.forward is not model)
     adapters.detach()
-    counts = torch.tensor((walk.adapted, int(adapters.undone), walk.chunks, walk.stopped), device=process.device)
-    walk.adapted, walk.undone, walk.chunks, walk.stopped = process.sum_(counts).tolist()
+    counts = torch.tensor((walk.adapted, walk.chunks, walk.stopped), device=process.device)
+    walk.adapted, walk.chunks, walk.stopped = process.sum_(counts).tolist()
 
 
 def prime(cfg: Config, process: Process, log: Log, stream: Stream, tokenizer: Tokenizer):
@@ -2776,21 +2693,19 @@ def prime(cfg: Config, process: Process, log: Log, stream: Stream, tokenizer: To
 
 
 def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream: Stream,
-                    budget: Budget | None = None) -> tuple[Evaluator, dict]:
+                    spent: float = 0.0) -> tuple[Evaluator, dict]:
     """Walk the stream once: score a chunk for good, learn from it, score the next. Changes `model` in full mode.
-    Returns the books and what to report of the walk."""
+    `spent`: seconds of EVAL_MAX_SECONDS that are gone already. Returns the books and what to report of the walk."""
     lora = cfg.ttt_mode == "lora"
     stride = min(cfg.eval_stride, cfg.ttt_lora_chunk_tokens, cfg.eval_len) if lora else cfg.eval_stride
     evaluator = Evaluator(cfg, process, compiled(model, cfg, process), stream, stride)
-    walk = Walk(cfg, process, log, evaluator, budget or Budget(cfg))
+    walk = Walk(cfg, process, log, evaluator, spent)
     if lora:
         walk_lora(walk, model)
     else:
         walk_full(walk, model)
-    if walk.undone:
-        log(f"ttt: the adaptation of {walk.undone} chunks was not finite and is undone")
-    return evaluator, {"chunks": walk.chunks, "mode": cfg.ttt_mode, "adapted_chunks": walk.adapted - walk.undone,
-                       "undone_chunks": walk.undone, "stopped_by_budget": bool(walk.stopped)}
+    return evaluator, {"chunks": walk.chunks, "mode": cfg.ttt_mode, "adapted_chunks": walk.adapted,
+                       "stopped_by_budget": bool(walk.stopped)}
 
 
 # ==== Main: find what to go on with, open and check, run the stages, judge ============================================
@@ -2798,67 +2713,77 @@ def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream:
 EXCERPT_WINDOWS = 4  # whose losses a run leaves behind, for ./run.sh audit to meet again
 
 
-def lock(folder: Path):
-    """Lock a run's folder for as long as this process lives; the lock of a dead one is no obstacle. Returns the open
-    file. UserError when a live run has it."""
-    file = open(folder / "lock", "a+")
+def lock(folder: Path) -> int:
+    """Lock a run's folder for as long as this process lives; the lock of a dead one is no obstacle. UserError when a
+    live run has it."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"RUN_ID={folder.name}: a live run writes into {folder}; wait for it or choose another "
                         "RUN_ID") from None
     except OSError:  # a file system without locks
         pass
-    return file
-
-
-def unlock(process: Process):
-    """Leave the folder, if this rank has locked one."""
-    if process.lock:
-        Path(process.lock.name).unlink(missing_ok=True)
+    return handle
 
 
 @dataclass
 class Past:
-    """What RESUME=1 found in its run's folder: the summary where the artifact is whole, else the newest good
-    checkpoint, else nothing."""
+    """What RESUME=1 found in its run's folder: what the summary says is done, where the artifact is whole, else the
+    newest good checkpoint, else nothing."""
 
     notes: list[str]  # for the log
     resumes: list[str]  # what the summary says of the times before
     settings: dict | None = None  # of the run so far
     explicit: tuple[str, ...] = ()  # fields that its environment had set
-    summary: dict | None = None
+    finished: bool = False
+    done: dict | None = None  # the summary's entries that stay
     facts: dict | None = None  # of the checkpoint, and its tensors
     tensors: dict[str, Tensor] | None = None
 
 
-def find_past(cfg: Config, process: Process) -> Past | None:
+def find_past(cfg: Config) -> Past | None:
     """What there is to go on with in LOG_DIR/RUN_ID, which is locked; None for a new run. On rank 0."""
     folder = Path(cfg.log_dir, cfg.run_id)
     if not cfg.resume or not folder.is_dir():
         return None
-    process.lock, past = lock(folder), Past([], [])
+    lock(folder)
+    summary, resumes = None, []
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # none, or a foreign one
         summary = json.loads((folder / "summary.json").read_bytes())
+        resumes += summary["resumes"]
+    return past_of_summary(folder, summary, resumes) or past_of_checkpoint(folder, resumes)
+
+
+def past_of_summary(folder: Path, summary, resumes: list[str]) -> Past | None:
+    """The run up to its artifact, where that is as its summary says, or up to its end."""
+    try:
         check_settings(summary["config"])
+        if not summary["finished"]:
+            blob = (folder / ARTIFACT_NAME).read_bytes()
+            require(hashlib.sha256(blob).hexdigest() == summary["artifact"]["sha256"], "another artifact")
+        done = {name: summary[name] for name in ("train", "export", "artifact")}
+        done["eval"] = dict.fromkeys(summary["eval"]) | {"float": summary["eval"]["float"]}  # the others are made anew
+        done["reasons"] = [reason for reason in summary["reasons"] if reason.startswith("float:")]
         explicit = tuple(f.name for f in VARIABLES if f.name.upper() in summary["overrides"])
-        sum(part["seconds"] for part in (summary["train"], summary["eval"]["float"]) if part)  # raises unless numbers
-        whole, artifact, export = summary["finished"], summary["artifact"], summary["export"]
-        past.resumes = [str(line) for line in summary["resumes"]]
-        if artifact and not whole:
-            whole = hashlib.sha256((folder / ARTIFACT_NAME).read_bytes()).hexdigest() == artifact["sha256"]
-        if whole and (not export or export["fits"] in (True, False)):
-            past.summary, past.settings, past.explicit = summary, summary["config"], explicit
-            past.resumes.append("resumed from its artifact")
-            return past
+        resumes = [*resumes, "resumed from its artifact"]
+        return Past([], resumes, summary["config"], explicit, bool(summary["finished"]), done)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
+        return None
+
+
+def past_of_checkpoint(folder: Path, resumes: list[str]) -> Past:
+    """The run up to its newest good checkpoint."""
+    past = Past([], resumes)
     for path in reversed(checkpoints(folder)):
         try:
             past.facts, past.tensors = read_checkpoint(path)
-            past.settings, past.explicit = past.facts["settings"], tuple(past.facts["explicit"])
-            past.resumes.append(f"resumed from step {past.facts['step']} in {path}")
-            return past
         except UserError as error:
             past.notes.append(f"RESUME=1: {error}; falling back to the one before")
+            continue
+        past.settings, past.explicit = past.facts["settings"], tuple(past.facts["explicit"])
+        past.resumes.append(f"resumed from step {past.facts['step']} in {path}")
+        return past
     past.notes.append(f"RESUME=1: nothing to resume in {folder}, starting afresh there")
     return past
 
@@ -2894,27 +2819,35 @@ class Inputs:
     tokenizer: Tokenizer
     train: Tokens | None
     stream: Stream
-    blob: bytes | None  # the artifact to score
-    weights: dict[str, Tensor] | None  # of MODEL_PATH, when they are to be exported
+    blob: bytes | None  # of MODEL_PATH: an artifact to score,
+    weights: Tensor | None  # or a run's averaged weights to export
+
+
+def read_model(path: str) -> tuple[dict, bytes | None, Tensor | None]:
+    """MODEL_PATH: its model's settings, and an artifact's bytes or the averaged weights of a run's last checkpoint.
+    Raises UserError."""
+    saved = checkpoints(Path(path))
+    if not saved:
+        blob = read_file(path, "MODEL_PATH=")
+        return unpack(blob, path)[0]["config"], blob, None
+    facts, tensors = read_checkpoint(saved[-1])
+    return {f.name: facts["settings"][f.name] for f in MODEL_FIELDS}, None, tensors.get("average", tensors["weights"])
 
 
 def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict) -> tuple[Config, Inputs]:
     """Open MODEL_PATH, whose model comes with its settings, the tokenizer and the data. UserError for the first that is
     missing or does not fit; the data must be that of a checkpoint."""
     blob = weights = None
-    if not cfg.train_enabled and not (past and past.summary):
+    if not cfg.train_enabled and not (past and past.done):
         with timed(seconds, "read"):
-            blob = read_file(cfg.model_path, "MODEL_PATH=")
-            header, stored = unpack(blob, cfg.model_path)
-        for name in cfg.explicit & header["config"].keys():
-            value, made = getattr(cfg, name), header["config"][name]
-            require(value == made, f"{name.upper()}={value}: the artifact {cfg.model_path} was made with {made}; unset "
-                    "it")
-        cfg = dataclasses.replace(cfg, **header["config"])
+            made, blob, weights = read_model(cfg.model_path)
+        for name in cfg.explicit & made.keys():
+            value = getattr(cfg, name)
+            require(value == made[name],
+                    f"{name.upper()}={value}: the model of {cfg.model_path} has {made[name]}; unset it")
+        cfg = dataclasses.replace(cfg, **made)
         problems = conflicts(cfg, 1)
         require(not problems, "; ".join(problems))
-        if any(s.kind == "fp32" for s in stored.values()):  # what SAVE_FLOAT kept
-            blob, weights = None, {name: s.tensor() for name, s in stored.items()}
     folder = find_path(cfg.data_path)
     require(folder.is_dir(), f"DATA_PATH={folder}: no such folder; run ./run.sh data, or set DATA_PATH")
     path = Path(cfg.tokenizer_path or folder / "tokenizer.model")
@@ -2925,7 +2858,7 @@ def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict)
     require(cut_with in (None, hashlib.sha256(path.read_bytes()).hexdigest()), f"TOKENIZER_PATH={path}: not the "
             f"tokenizer that cut the data, by {folder / 'manifest.json'}; give that one")
     train = None
-    if cfg.train_enabled or (weights and cfg.export_enabled):
+    if cfg.train_enabled or (weights is not None and cfg.export_enabled):
         train = Tokens(folder, "train", cfg.vocab_size)
     if past and past.facts:
         count, before = len(train or ()), past.facts["train_tokens"]
@@ -2957,7 +2890,7 @@ def check_machine(cfg: Config, process: Process, past: Past | None):
             f"{need / 1e6:,.1f} MB, {here} has {free / 1e6:,.1f}; make room, or set LOG_DIR to another disk")
 
 
-def check(cfg: Config, process: Process, inputs: Inputs, ranks: int, step_ms: float) -> str:
+def check(cfg: Config, process: Process, inputs: Inputs, ranks: int) -> str:
     """What a run would do; UserError for more ranks than GPUs. The bytes are a guess before any search: a value takes
     about 1.6 bits less than its grid has, as in the run of record; other training will differ."""
     require(not process.cuda or ranks <= torch.cuda.device_count(), f"{ranks} ranks: this machine has "
@@ -2979,12 +2912,9 @@ def check(cfg: Config, process: Process, inputs: Inputs, ranks: int, step_ms: fl
         f"parameters: {sum(counts.values()):,} ({', '.join(f'{n:,} {kind}' for kind, n in counts.items() if n)})",
         f"artifact:   about {predicted:,} bytes with code at first, limit {cfg.artifact_limit_bytes:,}"]
     if cfg.train_enabled:
-        cap, steps = cfg.training_seconds, cfg.iterations
-        if cap:
-            steps = min(int(cap * 1000 / step_ms), steps)
+        end = f"as many as {cfg.training_seconds:g} s allow, at most" if cfg.training_seconds else "no time cap,"
         lines += [f"training:   {len(inputs.train):,} tokens in {len(inputs.train.paths)} shards",
-                  f"steps:      {steps:,} of {cfg.train_batch_tokens:,} tokens"
-                  + (f" in {cap:g} s at {step_ms:g} ms a step (--step-ms)" if cap else ", no time cap")]
+                  f"steps:      {end} {cfg.iterations:,} of {cfg.train_batch_tokens:,} tokens"]
     return "\n".join(lines)
 
 
@@ -3007,7 +2937,7 @@ def open_log(cfg: Config, process: Process, inputs: Inputs, past: Past | None) -
     def make():
         if past is None:
             folder.mkdir(parents=True)
-            process.lock = lock(folder)
+            lock(folder)
 
     process.together(make, main=True)
     log, code = Log(process, folder), SCRIPT.read_bytes()
@@ -3019,8 +2949,8 @@ def open_log(cfg: Config, process: Process, inputs: Inputs, past: Past | None) -
     log(f"config {json.dumps(cfg.settings())}", console=False)
     log(f"preset:{cfg.preset} seed:{cfg.seed} overrides:{json.dumps(cfg.overrides())}")
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={inputs.tokenizer_path}")
-    if advice := attention_advice(process.device):
-        log(advice)
+    if process.cuda:
+        log("attention: " + ("FlashAttention-3" if flash_attn_func else "PyTorch's; FlashAttention-3 is not installed"))
     if inputs.train:
         log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(inputs.train.paths)} "
             f"tokens:{len(inputs.train)}")
@@ -3067,18 +2997,17 @@ def compile_ahead(cfg: Config, process: Process, log: Log, summary: dict, inputs
 
 
 def train_and_average(cfg: Config, process: Process, log: Log, summary: dict, inputs: Inputs, past: Past | None) -> GPT:
-    """The model with its averaged weights: what MODEL_PATH holds of them, or trained."""
-    if inputs.weights:
-        return build_model(cfg, inputs.weights, process)
+    """The model with its averaged weights: those of the run that MODEL_PATH names, or trained."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, process.dtype).to(process.device)
+    if inputs.weights is not None:
+        FlatWeights(model, process.device).weights.copy_(inputs.weights)
+        return model
     log(f"model_params:{sum(p.numel() for p in model.parameters())}")
-    saved = (past.facts, process.agree(past.tensors)) if past and past.facts else None
+    saved = (past.facts, past.tensors) if past and past.facts else None
     with timed(summary["seconds"], "train"):
         summary["train"] = train(cfg, process, log, model, inputs.train, inputs.stream, saved)
     write_summary(process, log.folder, summary)
-    if cfg.save_float:
-        process.together(lambda: save_float(model, log.folder), main=True)
     return model
 
 
@@ -3101,8 +3030,8 @@ def adapt(cfg: Config, process: Process, log: Log, summary: dict, model: GPT, st
     if not cfg.ttt_enabled:
         return None
     seconds = summary["seconds"]
-    budget = Budget(cfg, seconds.get("read", 0.0) + seconds["compile"])
-    evaluator, details = test_time_train(cfg, process, log, model, stream, budget)
+    spent = seconds.get("read", 0.0) + seconds["compile"]
+    evaluator, details = test_time_train(cfg, process, log, model, stream, spent)
     return report(process, log, summary, "ttt", "legal_ttt", evaluator.result(), **details)
 
 
@@ -3117,14 +3046,8 @@ def report(process: Process, log: Log, summary: dict, key: str, tag: str, score:
     return score
 
 
-def save_float(model: GPT, folder: Path):
-    """Write the weights in fp32, to be exported again. On one rank."""
-    weights = {n: Stored("fp32", 32, p.detach().float().cpu().numpy()) for n, p in model.named_parameters()}
-    write_atomically(folder / FLOAT_NAME, pack(model.cfg, weights))
-
-
 def export(cfg: Config, process: Process, log: Log, summary: dict, model: GPT, inputs: Inputs):
-    """Round, fit, code and write the artifact, on rank 0; where nothing fits the float weights are kept."""
+    """Round, fit, code and write the artifact, on rank 0; where nothing fits the last checkpoint stays."""
     def encode() -> dict:
         """The summary's entry, after the file is written."""
         seconds = summary["seconds"]
@@ -3139,10 +3062,8 @@ def export(cfg: Config, process: Process, log: Log, summary: dict, model: GPT, i
             if blob:
                 write_atomically(log.folder / ARTIFACT_NAME, blob)
             else:
-                kept = cfg.model_path or log.folder / FLOAT_NAME
-                if not cfg.model_path and not cfg.save_float:
-                    save_float(model, log.folder)
-                log(f"export: no setting fits the limit; TRAIN_ENABLED=0 MODEL_PATH={kept} exports again")
+                log("export: no setting fits the limit; TRAIN_ENABLED=0 "
+                    f"MODEL_PATH={cfg.model_path or log.folder} exports again")
         return exporter.report | {"fits": blob is not None}
 
     if cfg.export_enabled:
@@ -3262,15 +3183,11 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
     UserError and Interrupted."""
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode must not end a run
     process, seconds = Process(cfg.compute_dtype, signals), {}
-    past = process.together(lambda: find_past(cfg, process), main=True)
-    tensors, past = past and past.tensors, process.agree(past and dataclasses.replace(past, tensors=None))
-    if past and past.summary and past.summary["finished"]:
+    past = process.agree(process.together(lambda: find_past(cfg), main=True))
+    if past and past.finished:
         if process.main:
-            unlock(process)
             show(f"nothing to do: the run is finished, see {Path(cfg.log_dir, cfg.run_id, 'summary.json')}")
         return 0
-    if past:
-        past.tensors = tensors
     if cfg.resume:
         cfg = process.together(lambda: continued(cfg, past, process.world))
         process.compute_in(cfg.compute_dtype)
@@ -3279,19 +3196,14 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
         cfg = dataclasses.replace(cfg, eval_max_seconds=600.0 if process.cuda else 0.0)
     process.together(lambda: check_machine(cfg, process, past))
     if options.check:
-        said = process.together(lambda: check(cfg, process, inputs, options.ranks, options.step_ms))
-        unlock(process)
+        said = process.together(lambda: check(cfg, process, inputs, options.ranks))
         if process.main:
             show(said)
         return 0
     log = open_log(cfg, process, inputs, past)
     summary = new_summary(cfg, process, log.folder.name)
     if past:
-        summary["resumes"] = past.resumes
-        if past.summary:  # what is done stays; its evaluations are made anew, but for that of the float weights
-            summary |= {name: past.summary[name] for name in ("train", "export", "artifact")}
-            summary["eval"]["float"] = past.summary["eval"]["float"]
-            summary["reasons"] = [str(reason) for reason in past.summary["reasons"] if str(reason).startswith("float:")]
+        summary |= {"resumes": past.resumes} | (past.done or {})
     summary["seconds"] = seconds
     try:
         write_summary(process, log.folder, summary)
@@ -3301,7 +3213,6 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
         raise
     except UserError as error:
         raise type(error)(f"{error}; {how_to_resume(cfg, log.folder)}") from None
-    unlock(process)
     return code
 
 

@@ -13,30 +13,16 @@ def problems(**variables) -> list[str]:
     return train_gpt.load_config(TINY | {k: str(v) for k, v in variables.items()})[1]
 
 
-@pytest.mark.parametrize("version, set_", [("2.9.1+cu128", False), ("2.10.0", True), ("2.11.0+cu130", True),
-                                            ("2.12.1", True), ("2.13.0", False), ("3.0.0", False)])
-def test_what_makes_some_versions_of_torch_slow_on_a_gpu_is_switched_off(version, set_):
-    assert train_gpt.inductor_defaults(version) == ({"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"} if set_ else {})
-
-
-@pytest.mark.parametrize("given, found", [({}, "0"), ({"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "1"}, "1")])
-def test_it_is_set_before_torch_is_imported_and_only_by_default(given, found):
-    """Seen from where torch's import begins, on what looks like a machine with a GPU and such a version."""
-    code = ("import importlib.metadata as m, os, pathlib, sys\n"
-            "exists = pathlib.Path.exists\n"
-            "pathlib.Path.exists = lambda self: str(self) == '/dev/nvidiactl' or exists(self)\n"
-            "m.version = lambda name: '2.11.0'\n"
-            "class Seen:\n"
-            "    def find_spec(self, name, *rest):\n"
-            "        if name == 'torch':\n"
-            "            print(os.environ['TORCHINDUCTOR_MIX_ORDER_REDUCTION'], flush=True)\n"
-            "            os._exit(0)\n"
-            "sys.meta_path.insert(0, Seen())\n"
-            f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
-            "import train_gpt\n")
-    env = {k: v for k, v in clean_environment().items() if k != "CUDA_VISIBLE_DEVICES"}
-    done = subprocess.run([sys.executable, "-c", code], env=env | given, capture_output=True, text=True)
-    assert done.stdout.strip() == found, done.stderr
+@pytest.mark.parametrize("version, given, found", [
+    ("2.9.1+cu128", {}, "None"), ("2.10.0", {}, "0"), ("2.11.0+cu130", {}, "0"), ("2.12.1", {}, "0"),
+    ("2.13.0", {}, "None"), ("2.1.0", {}, "None"), ("2.11.0", {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "1"}, "1")])
+def test_what_makes_some_versions_of_torch_slow_on_a_gpu_is_switched_off(version, given, found):
+    """By default, and before the compiler reads it."""
+    code = (f"import sys, os, torch\ntorch.__version__ = {version!r}\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+            "import train_gpt\nprint(os.environ.get('TORCHINDUCTOR_MIX_ORDER_REDUCTION'))\n"
+            "assert 'torch._inductor.config' not in sys.modules\n")
+    done = subprocess.run([sys.executable, "-c", code], env=clean_environment() | given, capture_output=True, text=True)
+    assert done.stdout.strip() == found and done.returncode == 0, done.stderr
 
 
 def test_published_defaults():
@@ -73,7 +59,7 @@ def test_all_bad_values_are_reported_at_once():
 
 @pytest.mark.parametrize("variables, options, word", [
     ({"WORLD_SIZE": "abc"}, [], "WORLD_SIZE"), ({"RANK": "0", "LOCAL_RANK": ""}, [], "LOCAL_RANK"),
-    ({}, ["--check", "--ranks", "0"], "--ranks"), ({}, ["--check", "--step-ms", "nan"], "--step-ms"),
+    ({}, ["--check", "--ranks", "0"], "--ranks"),
     ({"RANK": "x"}, ["--check"], "RANK='x'"), ({"WORLD_SIZE": "2"}, ["--check"], "launch with torchrun"),
     ({"MODEL_PATH": "x.ptz"}, [], "only TRAIN_ENABLED=0 starts from it"),
 ])
@@ -103,9 +89,7 @@ def test_names_of_others_pass():
     assert problems(**dict.fromkeys(foreign, "1")) == []
 
 
-def test_typo_can_be_a_warning_or_let_pass():
-    cfg, errors, warnings = train_gpt.load_config(TINY | {"STRICT_ENV": "0", "TTT_LERNING": "1"})
-    assert errors == [] and len(warnings) == 1
+def test_a_name_can_be_let_pass():
     assert problems(ENV_EXTRA="TTT_LERNING, OTHER", TTT_LERNING="1") == []
 
 
@@ -185,7 +169,7 @@ def test_resume_is_a_switch_and_needs_the_name_of_the_run():
 
 def test_what_was_removed_says_what_took_its_place():
     words = {"AUDIT": "./run.sh audit", "AUDIT_TOKENS": "--tokens", "NAN_POLICY": "ends the run",
-             "SHUFFLE": "order of the shards"}
+             "SAVE_FLOAT": "CKPT_EVERY_SECONDS", "SHUFFLE": "order of the shards", "STRICT_ENV": "ENV_EXTRA"}
     assert words.keys() == train_gpt.REMOVED.keys()
     for name, word in words.items():
         (line,) = problems(**{name: 1})

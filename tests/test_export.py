@@ -255,14 +255,6 @@ def test_artifacts_of_format_3_are_read(rule, nats):
     assert model(ids[:, :-1], ids[:, 1:]).mean().item() == pytest.approx(nats, abs=2e-6)
 
 
-def test_float_files_are_exact(tiny):
-    cfg = tiny()
-    model = model_of(cfg, noise=0.3)
-    stored = {n: t.Stored("fp32", 32, p.detach().numpy()) for n, p in model.named_parameters()}
-    tensors = t.unpack(t.pack(cfg, stored), "it")[1]
-    assert all(torch.equal(tensors[n].tensor(), p) for n, p in model.named_parameters())
-
-
 # ---- fitting the limit ----
 
 
@@ -377,10 +369,10 @@ def test_a_slow_search_ends_within_the_guard(tiny, monkeypatch):
 
 def test_runs_over_and_under_the_limit(launch):
     low = {"QUANT": "rowmax", "QUANT_BITS_ATTN": 3, "QUANT_BITS_MLP": 3, "QUANT_BITS_EMBED": 4, "QUANT_BITS_BIGRAM": 4}
-    first = launch(SAVE_FLOAT=1, ITERATIONS=60, **low)
+    first = launch(CKPT_EVERY_SECONDS=1e9, ITERATIONS=60, **low)
     assert first.code == 0, first.err
-    code, float_file = SCRIPT.stat().st_size, first.folder / "final_model.float.ptz"
-    again = {"TRAIN_ENABLED": 0, "MODEL_PATH": float_file} | low
+    code = SCRIPT.stat().st_size
+    again = {"TRAIN_ENABLED": 0, "MODEL_PATH": first.folder} | low
     size = first.summary["artifact"]["bytes_model"]
     assert launch(run_id="same", **again).summary["artifact"]["sha256"] == first.summary["artifact"]["sha256"]
     hashes, losses = zip(*((run.summary["artifact"]["sha256"], run.summary["eval"]["int6"]["val_loss"]) for run in (
@@ -391,13 +383,15 @@ def test_runs_over_and_under_the_limit(launch):
         assert run.code == 0 and run.summary["valid"] and run.summary["artifact"]["bytes_total"] <= limit, run.out
         assert f"{'+' if fill else '-'}" in re.search(r"^export: (.)\d\.\d+ bits to all; ", run.out, re.M)[1]
         assert run.summary["artifact"]["bytes_total"] > limit - size // 20
-    none = launch(run_id="none", ARTIFACT_LIMIT_BYTES=code + 100, SAVE_FLOAT=1, **again)
+    none = launch(run_id="none", ARTIFACT_LIMIT_BYTES=code + 100, **again)
     assert none.code == 1 and none.summary["artifact"] is None
     assert len(none.summary["reasons"]) == 1 and "no setting fits" in none.summary["reasons"][0]
     assert not (none.folder / "final_model.int6.ptz").exists() and none.summary["eval"]["sliding"]
+    assert f"MODEL_PATH={first.folder} exports again" in none.out
+    launch(run_id="other", **again | {"MODEL_DIM": 64}).refused("MODEL_DIM=64: the model of", "has 32")
     trained = launch(run_id="trained", ARTIFACT_LIMIT_BYTES=1000)
-    kept = trained.folder / "final_model.float.ptz"
-    assert trained.code == 1 and kept.exists() and f"MODEL_PATH={kept}" in trained.out
+    assert trained.code == 1 and f"MODEL_PATH={trained.folder} exports again" in trained.out
+    assert len(t.checkpoints(trained.folder)) == 1
     artifact = first.folder / "final_model.int6.ptz"
     old = launch(run_id="old", TRAIN_ENABLED=0, MODEL_PATH=artifact, ARTIFACT_LIMIT_BYTES=9)
     assert old.code == 1 and "over the limit" in old.summary["reasons"][0] and old.summary["eval"]["sliding"]
@@ -435,7 +429,7 @@ def forge(blob: bytes, edit) -> bytes:
     lambda h: h.replace('"tok_emb.weight"', "5"), lambda h: h.replace('"model_dim":32', '"model_dim":16384'),
     lambda h: h.replace('"tensors"', '"tensor"'), lambda h: "7", lambda h: h.replace('"grid"', '"rows"'),
     lambda h: h.replace('"grid"', '"fp16"'), lambda h: h.replace('"grid"', '"other"'),
-    lambda h: h.replace('"grid"', '"fp32"'), lambda h: h.replace('"fp16"', '"grid"'),
+    lambda h: h.replace('"fp16"', '"fp32"'), lambda h: h.replace('"fp16"', '"grid"'),
     lambda h: h.replace('"sides":', '"sides":1'), lambda h: h.replace('"sides":', '"sides":-'),
     lambda h: h.replace('"grid",6.0,', '"grid",6.0,1'), lambda h: h.replace('"grid",6.0,', '"grid",1e9,'),
     lambda h: re.sub(r'("grid",8.0,)[1-9]\d*', r"\g<1>0", h), lambda h: h.replace('"num_heads":4', '"num_heads":5'),
@@ -528,7 +522,7 @@ def test_damaged_files_are_one_line(launch, tiny, corpus, tmp_path, damage):
 
 def test_numbers_that_are_not_finite_are_refused(tiny):
     cfg = tiny()
-    stored = {n: t.Stored("fp32", 32, p.detach().numpy()) for n, p in model_of(cfg, noise=0.3).named_parameters()}
+    stored = {n: t.Stored("fp16", 16, p.detach().half().numpy()) for n, p in model_of(cfg, 0.3).named_parameters()}
     stored["smear"].values[3] = np.nan
     with pytest.raises(t.UserError, match="not finite"):
         t.unpack(t.pack(cfg, stored), "it")
@@ -550,17 +544,17 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_ends_in_one_line(launch, monkeypatch, tmp_path):
-    """A limit on file size stands in for a full disk: the log still fits, the float file does not."""
+    """A limit on file size stands in for a full disk: the log still fits, checkpoint and artifact do not."""
     run = launch(ITERATIONS=2)
     old = (run.folder / "final_model.int6.ptz").read_bytes()
     code = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({SCRIPT.stat().st_size + 8192},) * 2);"
             f"sys.argv = ['train_gpt.py']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")
     env = clean_environment() | TINY | {"DATA_PATH": run.summary["config"]["data_path"], "LOG_DIR": str(tmp_path / "b"),
-                                        "RUN_ID": "full", "SAVE_FLOAT": "1", "MODEL_DIM": "96", "ITERATIONS": "2"}
+                                        "RUN_ID": "full", "MODEL_DIM": "256", "ITERATIONS": "2", "EXPORT_FILL": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.strip().count("\n") == 0, done.stderr
-    assert "final_model.float.ptz: its" in done.stderr and "cannot be written" in done.stderr
+    assert "final_model.int6.ptz: its" in done.stderr and "cannot be written" in done.stderr
     assert not list((tmp_path / "b" / "full").rglob("*.ptz*")) and not list((tmp_path / "b").rglob("*.partial"))
     assert old == (run.folder / "final_model.int6.ptz").read_bytes()
 

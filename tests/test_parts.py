@@ -241,22 +241,13 @@ def test_rope_is_made_once_a_length_and_outside_the_graph(tiny, monkeypatch):
 
 
 def test_flash_attention_3_may_return_a_tuple(monkeypatch):
-    q = torch.ones(1, 2, 1, 4)
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    q = torch.ones(1, 2, 1, 4, dtype=torch.bfloat16).as_subclass(OnGPU)
     for result in (q, (q, torch.zeros(1))):
         monkeypatch.setattr(t, "flash_attn_func", lambda *args, result=result, **more: result)
-        assert t.flash_attention_3(q, q, q) is q
-
-
-def test_a_hopper_gpu_without_flash_attention_3_is_told_of_it(monkeypatch):
-    gpu, capability = torch.device("cuda", 0), [(9, 0)]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
-    monkeypatch.setattr(t, "flash_attn_func", None)
-    assert "flash-attn-3" in t.attention_advice(gpu) and not t.attention_advice(torch.device("cpu"))
-    monkeypatch.setattr(t, "flash_attn_func", lambda *args: None)
-    assert not t.attention_advice(gpu)
-    monkeypatch.setattr(t, "flash_attn_func", None)
-    capability[0] = (8, 0)
-    assert not t.attention_advice(gpu)
+        assert t.attend(q, q, q) is q
 
 
 def test_fp32_attention_asks_for_no_grouped_keys(monkeypatch):

@@ -104,7 +104,7 @@ def test_again_skips_all_and_does_without_matplotlib(swept, corpus, monkeypatch)
     (folder / "kept").rename(folder / "sweep.json")
     lock = t.lock(folder)
     run(corpus, folder.parent, *GRID, "--name", "both", **FULL).refused("still going")
-    lock.close()
+    os.close(lock)
 
 
 def interrupt(pattern: str, folder, text: str):
@@ -181,17 +181,23 @@ def test_what_the_export_leaves_to_training_tells_trainings_apart(monkeypatch, t
     assert [run.kind for run in runs] == ["whole"] * 4
     runs = planned(monkeypatch, tmp_path, "QUANT=balanced,rowmax", MAX_WALLCLOCK_SECONDS="20")
     runs[0].folder.mkdir()
-    (runs[0].folder / t.FLOAT_NAME).write_bytes(b"")
+    checkpoint = runs[0].folder / "checkpoints" / "step_0000012.npz"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"")
+    assert runs[1].source() is None, "training may still go on"
+    (runs[0].folder / "summary.json").write_text('{"train": {"steps": 12}, "finished": false}')
+    assert runs[1].source() == runs[0].folder
     job = sweep.Sweep(runs, sweep.slots_of(1, [], 2))
     assert job.environment(runs[1], job.slots[0])["EXPORT_MAX_SECONDS"] == "5.0", "a quarter of the cap, as in a run"
-    assert job.environment(runs[0], job.slots[0])["SAVE_FLOAT"] == "1"
+    assert job.environment(runs[0], job.slots[0])["CKPT_EVERY_SECONDS"] == "1e9"
 
 
-def test_float_weights_are_kept_where_others_start_from_them(monkeypatch, tmp_path):
-    for grid, switch, kept in ("TTT_LR=1,2", "1", None), ("TTT_LR=1,2", "0", "1"), ("QUANT=balanced,rowmax", "1", "1"):
+def test_the_last_checkpoint_is_kept_where_others_start_from_them(monkeypatch, tmp_path):
+    for grid, switch, kept in ("TTT_LR=1,2", "1", None), ("TTT_LR=1,2", "0", "1e9"), (
+            "QUANT=balanced,rowmax", "1", "1e9"):
         runs = planned(monkeypatch, tmp_path, grid, EXPORT_ENABLED=switch)
         job = sweep.Sweep(runs, sweep.slots_of(1, [], 2))
-        assert job.environment(runs[0], job.slots[0]).get("SAVE_FLOAT") == kept
+        assert job.environment(runs[0], job.slots[0]).get("CKPT_EVERY_SECONDS") == kept
 
 
 def scored(run, bpb: float | None, valid=True):
@@ -293,13 +299,13 @@ def test_each_job_has_its_own_gpus_or_threads(monkeypatch):
 # What each part of train_gpt.py may not read, if the runs that differ in it are to share that part's work.
 PARTS = {
     ("Loader", "GPT", "Trainer", "Muon", "Optimizers", "FlatWeights", "train", "rate_factor", "tokens_per_pass",
-     "activation_bytes", "compiled", "train_and_average", "save_float"): ("export", "score", "adapt"),
+     "activation_bytes", "compiled", "train_and_average"): ("export", "score", "adapt"),
     ("Exporter", "Calibration", "balanced", "rowmax", "lay_out", "export", "pack", "calibration_text"):
         ("score", "adapt"),
     ("Evaluator", "evaluate"): ("adapt",),
 }
 # Validations in training are only logged. The seconds that an export leaves to training are compared as such.
-READ_ALL_THE_SAME = {"eval_len", "final_eval_enable", "save_float", "export_enabled", "export_seconds"}
+READ_ALL_THE_SAME = {"eval_len", "final_eval_enable", "export_enabled", "export_seconds"}
 
 
 def test_every_variable_has_the_stage_that_reads_it():
@@ -344,7 +350,7 @@ def test_every_variable_has_the_stage_that_reads_it():
     (("SEED=1,2",), {"TRAIN_LERNING": "1"}, "TRAIN_LERNING: no such variable"),
     (("NLL_DUMP=a,b", "SEED=1"), {}, "the same run as NLL_DUMP=a"),
     (("SEED=1,2",), {"DATA_PATH": "/nowhere"}, "DATA_PATH=/nowhere: no such folder"),
-    (("SEED=1,2",), {"TRAIN_ENABLED": "0", "MODEL_PATH": "nowhere"}, "MODEL_PATH='nowhere': No such file"),
+    (("SEED=1,2",), {"TRAIN_ENABLED": "0", "MODEL_PATH": "nowhere"}, "MODEL_PATH='nowhere': no file"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(arguments, variables, words, corpus, tmp_path):
     logs = tmp_path / "logs"

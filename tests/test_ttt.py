@@ -25,11 +25,11 @@ def tokens(n, seed=0, documents=()):
     return ids.tolist()
 
 
-def walk(cfg, ids, budget=None, process=None):
+def walk(cfg, ids, process=None):
     """(score, details, evaluator) of a walk with the noisy tiny model."""
     process = process or Lone()
     model = model_of(cfg, noise=0.05)
-    evaluator, details = t.test_time_train(cfg, process, Quiet(), model, stream_of(ids), budget)
+    evaluator, details = t.test_time_train(cfg, process, Quiet(), model, stream_of(ids))
     return evaluator.result(), details, evaluator
 
 
@@ -49,8 +49,8 @@ def test_full_mode_learns_with_the_rope_of_the_windows_that_it_scores(tiny):
         return model(ids, targets, rows, window)
 
     evaluator.forward = forward
-    steps, undone = t.FullAdapter(cfg, Lone(), model, evaluator).learn(0, 32, 0.01, lambda: True)
-    assert steps == cfg.ttt_epochs and not undone and len(windows) > steps and set(windows) == {2048}
+    steps = t.FullAdapter(cfg, Lone(), model, evaluator).learn(0, 32, 0.01, lambda: True)
+    assert steps == cfg.ttt_epochs and len(windows) == steps and set(windows) == {2048}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -136,48 +136,31 @@ def test_rates_within_a_chunk_and_across_chunks(tiny):
     assert rates == pytest.approx([0.1, 0.075, 0.025, 0.0])
 
 
-@pytest.mark.parametrize("mode", [
-    {"TTT_MODE": "full", "TTT_OPTIMIZER": "sgd", "TTT_LR": 1e14, "TTT_GRAD_CLIP": 0, "TTT_PULL": 0},
-    {"TTT_MODE": "full", "TTT_LR": 1e14}, {"TTT_MODE": "lora", "TTT_LORA_LR": 1000, "TTT_GRAD_CLIP": 0},
-])
-def test_adaptation_that_is_not_finite_is_undone(tiny, mode):
-    cfg, ids = tiny(**SMALL | mode), tokens(200, 5, [0])
-    score, details, _ = walk(cfg, ids)
-    assert np.isfinite(score.nats).all() and score.faults == []
-    if mode["TTT_MODE"] == "full":
-        plain = walk(dataclasses.replace(cfg, ttt_epochs=0), ids)[0].nats
-        assert details["undone_chunks"] == 4 and details["adapted_chunks"] == 0
-        assert np.allclose(score.nats, plain, atol=1e-5)
-
-
-def test_a_document_that_is_not_finite_is_left_alone(tiny):
-    """Only the document at fault keeps its adapters; the others learn."""
+def test_only_the_documents_that_learn_change(tiny):
     cfg = tiny(**SMALL | MODES[0])
     adapters = t.LoraAdapters(cfg, Lone(), model_of(cfg))
     adapters.reset(3)
-    scale, places = torch.tensor([1.0, float("nan"), 1.0]), torch.arange(3)
+    places = torch.arange(3)
     adapters.attach(places)
-    nats = (adapters.leaf.sum(1) * scale)[:, None].expand(3, 8)
-    adapters.step(nats, places, torch.tensor([True, True, False]))
-    moved = (adapters.weights != adapters.initial).any(1)
-    assert int(adapters.undone) == 1 and moved.tolist() == [True, False, False]
+    nats = adapters.leaf.sum(1)[:, None].expand(3, 8)
+    adapters.step(nats, places, torch.tensor([True, False, True]))
+    assert (adapters.weights != adapters.initial).any(1).tolist() == [True, False, True]
+    assert adapters.steps[:, 0].tolist() == [1, 0, 1]
 
 
-class Clock(t.Budget):
-    """A budget whose seconds are the forward passes asked for."""
+class Clock:
+    """Seconds of a walk that pass as the test says."""
 
-    def __init__(self, limit):
-        self.limit, self.now = limit, 0.0
-
-    def spent(self):
-        return self.now
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(t.Walk, "now", lambda walk, wait=False: self.now)
 
 
 @pytest.mark.parametrize("mode", MODES[:2])
 @pytest.mark.parametrize("limit", [1, 5.5, 10**6])
 def test_the_budget_stops_learning_never_scoring(tiny, mode, limit, monkeypatch):
     limit += limit == 5.5 and mode["TTT_MODE"] == "full"  # where learning takes longer
-    cfg, ids, clock = tiny(**SMALL | mode), tokens(401, 6, [0, 150]), Clock(limit)
+    cfg, ids, clock = tiny(EVAL_MAX_SECONDS=limit, **SMALL | mode), tokens(401, 6, [0, 150]), Clock(monkeypatch)
     forward = t.GPT.forward
 
     def ticking(self, ids, *rest, **more):
@@ -185,11 +168,11 @@ def test_the_budget_stops_learning_never_scoring(tiny, mode, limit, monkeypatch)
         return forward(self, ids, *rest, **more)
 
     monkeypatch.setattr(t.GPT, "forward", ticking)
-    score, details, _ = walk(cfg, ids, clock)
+    score, details, _ = walk(cfg, ids)
     assert score.faults == [] and score.tokens == 400
     assert details["stopped_by_budget"] == (limit < 7)
     if limit == 1:
-        assert details["adapted_chunks"] <= 1 and 4 <= clock.now < 5.5
+        assert details["adapted_chunks"] <= 1 and 3.99 < clock.now < 5.5
     elif limit < 7:
         assert 1 < details["adapted_chunks"] < details["chunks"] - 2 and clock.now <= limit
     else:
@@ -269,8 +252,8 @@ def test_a_gpu_is_waited_for_once_a_twentieth_of_the_walk(tiny, monkeypatch):
 
 def test_a_slow_first_piece_on_a_gpu_does_not_end_learning(tiny, monkeypatch):
     """What happens once, as loading kernels, must not be taken for the pace of the walk."""
-    cfg, ids = tiny(**SMALL | MODES[0] | {"USE_COMPILE": 0, "VAL_BATCH_SIZE": 32}), tokens(801, 6, [0])
-    process, forward, first, clock = Lone(), t.GPT.forward, [50.0], Clock(99)
+    cfg = tiny(EVAL_MAX_SECONDS=99, USE_COMPILE=0, **SMALL | MODES[0] | {"VAL_BATCH_SIZE": 32})
+    process, forward, first, clock = Lone(), t.GPT.forward, [50.0], Clock(monkeypatch)
     process.cuda = True
 
     def ticking(self, ids, *rest, **more):
@@ -278,8 +261,7 @@ def test_a_slow_first_piece_on_a_gpu_does_not_end_learning(tiny, monkeypatch):
         return forward(self, ids, *rest, **more)
 
     monkeypatch.setattr(t.GPT, "forward", ticking)
-    monkeypatch.setattr(t.Process, "synchronize", lambda self: None)
-    _, details, _ = walk(cfg, ids, clock, process)
+    _, details, _ = walk(cfg, tokens(801, 6, [0]), process)
     assert not details["stopped_by_budget"] and details["adapted_chunks"] == details["chunks"] - 1
 
 
@@ -377,7 +359,7 @@ def test_a_stream_without_documents_and_chunks_beyond_it(launch, artifact, tmp_p
     ({"TTT_CHUNK_TOKENS": 7}, "TTT_CHUNK_TOKENS=7"), ({"TTT_CHUNK_TOKENS": 0}, "TTT_CHUNK_TOKENS"),
     ({"TTT_CHUNK_TOKENS": -3}, "TTT_CHUNK_TOKENS"), ({"TTT_MODE": "both"}, "TTT_MODE"),
     ({"TTT_OPTIMIZER": "lion"}, "TTT_OPTIMIZER"), ({"TTT_LORA_RANK": 33}, "TTT_LORA_RANK=33"),
-    ({"TTT_LR": 0.1, "TTT_LORA_LR": 0.1}, "TTT_MODE"), ({"EVAL_MAX_SECONDS": "nan"}, "EVAL_MAX_SECONDS"),
+    ({"EVAL_MAX_SECONDS": "nan"}, "EVAL_MAX_SECONDS"),
     ({"AUDIT": 1}, "AUDIT=1 ./run.sh"), ({"TTT_LORA_LR": "inf"}, "TTT_LORA_LR"),
 ])
 def test_bad_values_are_one_line(launch, variables, word):
@@ -394,6 +376,7 @@ def test_the_mode_follows_the_variables_given():
                  "TTT_WARMUP_EPOCHS": "1", "TTT_WD": "0.01"}
     assert mode() == ("lora", []) and mode(**published) == ("full", [])
     assert mode(TTT_LORA_LR="0.1") == ("lora", []) and mode(TTT_MODE="full") == ("full", [])
+    assert mode(TTT_LR="1", TTT_LORA_LR="1") == ("full", ["TTT_LORA_LR: no effect with TTT_MODE=full"])
     assert mode(TTT_MODE="lora", TTT_LR="1") == ("lora", ["TTT_LR: no effect with TTT_MODE=lora"])
     assert t.load_config({"MODEL_DIM": "4", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "ROPE_DIMS": "2"})[1] == []
 

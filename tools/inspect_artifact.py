@@ -91,7 +91,7 @@ def table(path: str) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="./run.sh inspect", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", metavar="FILE", help=f"a run's {t.ARTIFACT_NAME} or {t.FLOAT_NAME}")
+    parser.add_argument("files", nargs="+", metavar="FILE", help=f"a run's {t.ARTIFACT_NAME}")
     try:
         for number, path in enumerate(parser.parse_args(argv).files):
             t.show("\n" * bool(number) + table(path))

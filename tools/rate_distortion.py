@@ -1,12 +1,12 @@
 """Bytes against loss: the same weights rounded by every rule at several bit widths, coded and scored.
 
-    DATA_PATH=... QUANT_MIN_NUMEL=16384 python tools/rate_distortion.py RUN/final_model.float.ptz ... --out FOLDER
+    DATA_PATH=... QUANT_MIN_NUMEL=16384 python tools/rate_distortion.py RUN ... --out FOLDER
 
-Takes float files (SAVE_FLOAT=1) and the script's own variables; writes table.csv, a line for each file and setting, and
-plot.png and plot.svg. The loss is of windows side by side on the first --tokens validation targets, over that of the
-float weights; the bytes are those of the whole file. Beside the script's own rules: GPTQ, a step a row and error
-feedback, with steps that reach each row's largest weight (gptq), or only so many standard deviations of the row (std),
-as entries of this field set them.
+Takes folders of runs whose last checkpoint is kept (CKPT_EVERY_SECONDS) and the script's own variables; writes
+table.csv, a line for each run and setting, and plot.png and plot.svg. The loss is of windows side by side on the first
+--tokens validation targets, over that of the float weights; the bytes are those of the whole file. Beside the script's
+own rules: GPTQ, a step a row and error feedback, with steps that reach each row's largest weight (gptq), or only so
+many standard deviations of the row (std), as entries of this field set them.
 """
 
 import argparse
@@ -66,12 +66,11 @@ def measure(path: str, tokens: int, settings: list) -> list[dict]:
     t.require(not problems, "; ".join(problems))
     process = t.Process(cfg.compute_dtype)
     cfg, inputs = t.open_inputs(cfg, process, None, {})
-    t.require(inputs.weights, f"{path}: holds no float weights; make it with SAVE_FLOAT=1")
+    t.require(inputs.weights is not None, f"{path}: no run with a checkpoint; CKPT_EVERY_SECONDS keeps the last one")
     cfg, log = dataclasses.replace(cfg, quant="balanced"), t.Log(process, Path()).silent()
-    model, trained = (t.build_model(cfg, inputs.weights, process) for _ in range(2))
+    model, trained = (t.train_and_average(cfg, process, log, {}, inputs, None) for _ in range(2))
     text, size = t.calibration_text(cfg, process, inputs.train)
     exporter = t.Exporter(cfg, log, trained, text, size, 1 << 60, 0.0)
-    t.require(exporter.rule == "balanced", f"{path}: its gradients are not finite; give another file")
     small_too = exporter.rounded(0.0)
 
     def score() -> float:
@@ -82,8 +81,8 @@ def measure(path: str, tokens: int, settings: list) -> list[dict]:
         stored = small_too | rounded(exporter, rule, bits)
         blob = t.pack(cfg, stored)
         model.load_state_dict({name: entry.tensor() for name, entry in stored.items()})
-        row = {"run": Path(path).parent.name, "rule": rule, "bits": bits, "bytes": len(blob), "loss_float": whole,
-               "loss_added": score() - whole}
+        row = {"run": Path(path).name, "rule": rule, "bits": bits, "bytes": len(blob),
+               "loss_float": whole, "loss_added": score() - whole}
         print(f"{row['run']}: {rule:8} {bits:3g} bits: {len(blob):9,} bytes, loss {row['loss_added']:+.5f}", flush=True)
         rows.append(row)
     return rows
@@ -111,12 +110,12 @@ def plot(rows: list[dict], folder: Path):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+")
+    parser.add_argument("runs", nargs="+")
     parser.add_argument("--tokens", type=int, default=262144)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     try:
-        rows = [row for path in options.files for row in measure(path, options.tokens, SETTINGS)]
+        rows = [row for path in options.runs for row in measure(path, options.tokens, SETTINGS)]
     except t.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -25,7 +25,7 @@ CODE_END = re.compile("^={100}\n", re.M)  # the line after the script in a log
 LIMIT_BYTES = 16_000_000  # of the challenge, code included
 TITLES = {"float": "float", "int6": "int6 standard", "sliding": "int6 sliding", "ttt": "TTT score-first"}
 # Settings that say where a run is and where it writes, not what it does.
-PLACES = {*OURS, "NLL_DUMP", "MODEL_PATH", "TRAIN_ENABLED", "SAVE_FLOAT"}
+PLACES = {*OURS, "NLL_DUMP", "MODEL_PATH", "TRAIN_ENABLED", "CKPT_EVERY_SECONDS"}
 
 
 class Point(NamedTuple):

@@ -103,9 +103,13 @@ class Run:
 
     def summary(self) -> dict | None:
         """Its summary.json if it has come to its end."""
+        return self.summary_after("finished")
+
+    def summary_after(self, stage: str) -> dict | None:
+        """Its summary.json if there is something under this name."""
         try:
             found = json.loads((self.folder / "summary.json").read_text())
-            return found if found["finished"] else None
+            return found if found[stage] else None
         except (OSError, ValueError, LookupError, TypeError):
             return None
 
@@ -132,10 +136,13 @@ class Run:
         """The weights that another run makes for it; None while they are not there.
 
         Raises FileNotFoundError when they will not come."""
-        from_floats = self.kind == "export"
-        maker = self.weights if from_floats else self.artifact
-        path = maker.folder / (t.FLOAT_NAME if from_floats else t.ARTIFACT_NAME)
-        if path.exists():
+        maker = self.weights if self.kind == "export" else self.artifact
+        path = maker.folder / t.ARTIFACT_NAME
+        if self.kind == "export":  # the folder of a run that has trained; its last checkpoint is taken
+            path = maker.folder / "checkpoints"
+            if maker.summary_after("train") and t.checkpoints(maker.folder):
+                return maker.folder
+        elif path.exists():
             return path
         if maker.state == "failed":
             raise FileNotFoundError(f"not started: {maker.name}, whose weights it needs, failed")
@@ -289,7 +296,7 @@ def slots_of(jobs: int, gpus: list[str], cores: int) -> list[Slot]:
 class Sweep:
     """The runs, at most one a slot at a time; what is said of them; what was caught."""
 
-    def __init__(self, runs: list[Run], slots: list[Slot], lock=None):
+    def __init__(self, runs: list[Run], slots: list[Slot], lock: int | None = None):
         self.runs, self.slots, self.lock = runs, slots, lock
         self.active: dict[int, tuple[Run, subprocess.Popen]] = {}  # by slot
         self.caught, self.signals, self.shown_at = 0, 0, time.monotonic()
@@ -302,7 +309,7 @@ class Sweep:
         env = base_environment() | run.given | slot.environment()
         env |= {"LOG_DIR": str(run.folder.parent), "RUN_ID": run.name, "RESUME": "1"}
         if any(other.kind == "export" and other.weights is run for other in self.runs if other is not run):
-            env["SAVE_FLOAT"] = "1"
+            env.setdefault("CKPT_EVERY_SECONDS", "1e9")  # its last checkpoint stays
         if run.kind != "whole":
             env |= {"TRAIN_ENABLED": "0", "MODEL_PATH": str(run.source())}
             if run.cfg.max_wallclock_seconds:  # its share of a cap, which is no more known there
@@ -321,7 +328,7 @@ class Sweep:
             # second sweep starts while a run of one that was killed goes on
             process = subprocess.Popen(command, env=self.environment(run, slot), stdin=subprocess.DEVNULL, stdout=out,
                                        stderr=subprocess.STDOUT, start_new_session=True,
-                                       pass_fds=(self.lock.fileno(),))
+                                       pass_fds=(self.lock,))
         run.state, run.reason, run.began = "running", "", time.monotonic()
         self.active[place] = run, process
         results.tell(f"started  {run.name}" + " again" * again)
@@ -546,6 +553,7 @@ def launched(argv: list[str]) -> int:
                  f"{slots[0].share} each")
     number = Sweep(runs, slots, lock).go()
     results.write(folder, runs, description["base"], command)
+    os.close(lock)
     if number:
         sys.stderr.write(f"interrupted by {signal.Signals(number).name}; under the same variables this goes on: "
                          f"{command}\n")
@@ -553,8 +561,6 @@ def launched(argv: list[str]) -> int:
     failed = [run for run in runs if run.state == "failed"]
     if failed:
         results.tell(f"{len(failed)} failed; what they printed is in {folder}/*.out; the same command tries them again")
-    lock.close()
-    (folder / "lock").unlink(missing_ok=True)
     return int(any(run.state == "failed" or run.reason for run in runs))
 
 
