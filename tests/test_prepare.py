@@ -25,7 +25,7 @@ import zstandard
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "prepare.py"
 sys.path.insert(0, str(SCRIPT.parent))
-import prepare  # noqa: E402
+from embedded import finished_corpus  # noqa: E402
 
 BOS = 1
 
@@ -140,6 +140,7 @@ def corpus(texts: list[str], tmp_path: Path) -> Path:
 def test_help_needs_no_package() -> None:
     code = (
         "import runpy, sys\n"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         f"sys.argv = ['prepare.py', 'docs', '--help']\n"
         f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
         "except SystemExit: pass\n"
@@ -384,9 +385,9 @@ def test_embedded_corpus(embedded: Path, tmp_path: Path) -> None:
     together = decoded(embedded, "train") + decoded(embedded, "val")
     assert any(text.startswith('The "yield" statement') for text in together)
     assert "up to date" in succeed("embedded", "--out", embedded)
-    assert prepare.finished_corpus(embedded, manifest["versions"], 1024)
-    assert not prepare.finished_corpus(embedded, manifest["versions"] | {"numpy": "0.0"}, 1024)
-    assert not prepare.finished_corpus(embedded, manifest["versions"], 400)
+    assert finished_corpus(embedded, manifest["versions"], 1024)
+    assert not finished_corpus(embedded, manifest["versions"] | {"numpy": "0.0"}, 1024)
+    assert not finished_corpus(embedded, manifest["versions"], 400)
 
 
 def test_the_same_text_gives_the_same_bytes(tmp_path: Path) -> None:
