@@ -746,9 +746,9 @@ class Tokens:
                             "data/prepare.py, or set DATA_PATH")
         self.shards = [open_shard(p) for p in self.paths]
         self.ends = np.cumsum([len(s) for s in self.shards])
+        at_once = None if len(self) <= 2**28 else 2**20
         for index, shard in enumerate(self.shards):
-            for begin in range(0, len(shard) if len(self) <= 2**28 else min(len(shard), 2**20), 2**24):
-                self._check(index, shard[begin : begin + 2**24])
+            self._check(index, shard[:at_once])
 
     def _check(self, index: int, tokens: np.ndarray):
         if int(tokens.max()) >= self.vocab_size:
@@ -1591,10 +1591,11 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
                 stop = "wallclock_cap"
             elif step >= cfg.iterations:
                 stop = "iterations"
-            if stop or caught or 0 < cfg.ckpt_every_seconds <= seconds - kept:
+            due = stop or caught or 0 < cfg.ckpt_every_seconds <= seconds - kept
+            if due:
                 trainer.synchronize()
             trainer.check(log.folder)
-            if step > first and (stop or caught or 0 < cfg.ckpt_every_seconds <= seconds - kept):
+            if due and step > first:
                 trainer.save(log.folder, log, {"step": step, "seconds": seconds, "train_tokens": len(tokens),
                                                "settings": cfg.settings(), "explicit": sorted(cfg.explicit)})
                 kept = seconds
