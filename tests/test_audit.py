@@ -504,7 +504,7 @@ def cheat_without_books(script):
 
 def test_an_audit_is_of_what_was_run(runs, call, tmp_path):
     """A copy of the script that walks twice, the second time on weights that have learnt everything."""
-    line = "    evaluator, details = test_time_train(cfg, process, log, model, stream, budget)\n"
+    line = "    evaluator, details = test_time_train(cfg, process, log, model, stream, spent)\n"
     folder = runs("twice", script=cheat(tmp_path, line, line + line), TTT_MODE="full", TTT_LR=0.01)
     code, out, err = call(folder)
     assert code == 1 and out.count("FAILED") == 1, out + err
