@@ -1576,14 +1576,16 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
     """
     if process.cuda:
         torch.cuda.reset_peak_memory_stats()  # what was compiled before has run too
-    trainer, first, seconds = Trainer(cfg, process, model), 0, 0.0
+    trainer = Trainer(cfg, process, model)
     log(f"world_size:{process.world} grad_accum_steps:{trainer.share // trainer.micro} "
         f"micro_batch_seqs:{trainer.micro} compute_dtype:{str(process.dtype)[6:]} warmup_steps:{cfg.warmup_steps}")
     trainer.warm_up()
+    first, seconds, caught = 0, 0.0, 0
     if saved:
         trainer.restore(*saved)
         first, seconds = saved[0]["step"], saved[0]["seconds"]
-    loader, step, kept, caught = Loader(cfg, tokens, process, first), first, seconds, 0
+    loader = Loader(cfg, tokens, process, first)
+    step, kept = first, seconds
     with process.signals.hold():
         while True:
             stop = ""
@@ -2271,7 +2273,9 @@ class Evaluator:
 
     def __init__(self, cfg: Config, process: Process, forward, stream: Stream, stride: int):
         self.cfg, self.process, self.forward, self.stream = cfg, process, forward, stream
-        self.window, self.stride, self.started, self.batch = cfg.eval_len, stride, time.perf_counter(), 0
+        self.window, self.stride = cfg.eval_len, stride
+        self.batch = 0  # windows a forward pass, by the first call of `score`
+        self.started = time.perf_counter()
         self.nats = torch.zeros(stream.targets, device=process.device)
         self.count = torch.zeros(stream.targets, dtype=torch.int32, device=process.device)
         self.learnt = torch.zeros(stream.targets + 1, dtype=torch.int32, device=process.device)
@@ -2384,7 +2388,12 @@ class Walk:
         self.work, self.total = 0, 0  # units of scoring that are done, and all
         self.timed_work, self.timed_seconds = 0, 0.0  # of scoring whose pace was taken
         self.lesson, self.asked = 0.0, None  # seconds of the longest lesson; when the last one began
-        self.stopped, self.chunks, self.adapted, self.said = False, 0, 0, 0
+        self.paced = 0  # the twentieth of the walk in which a pace was taken last
+        self.stopped, self.chunks, self.adapted = False, 0, 0
+
+    def twentieth(self) -> int:
+        """In which of twenty parts the walk is, from 0."""
+        return int(20 * self.work / self.total)
 
     def now(self, wait: bool = False) -> float:
         """Seconds of this walk, on a GPU after what was asked of it so far if it is to be waited for."""
@@ -2396,15 +2405,15 @@ class Walk:
     def scored(self, work: int):
         """A piece of scoring of `work` units. On a GPU its pace is taken once a twentieth of the walk, since to wait
         each time would leave the device idle, and not of the first piece, which pays for what happens once."""
-        part = int(20 * self.work / self.total)
-        timed = not self.process.cuda or part > self.said
+        part = self.twentieth()
+        timed = not self.process.cuda or part > self.paced
         began = self.now(timed)
         yield
         self.work += work
         if timed:
             self.timed_work += work
             self.timed_seconds += self.now(True) - began
-            self.said = part
+            self.paced = part
 
     def may_learn(self) -> bool:
         """Whether EVAL_MAX_SECONDS leave time for a lesson, with the rest left to score after it and a quarter for
@@ -2439,7 +2448,8 @@ class FullAdapter:
     """
 
     def __init__(self, cfg: Config, process: Process, model: GPT, evaluator: Evaluator):
-        self.cfg, self.process, self.evaluator, self.flat = cfg, process, evaluator, FlatWeights(model, process.device)
+        self.cfg, self.process, self.evaluator = cfg, process, evaluator
+        self.flat = FlatWeights(model, process.device)
         self.origin = self.flat.weights.clone()
         for block in model.blocks[: cfg.ttt_freeze_blocks]:
             block.requires_grad_(False)
@@ -2625,9 +2635,8 @@ def walk_documents(walk: Walk, adapters: LoraAdapters, window: int, places: int,
         if (left > chunk).any() and walk.may_learn():
             learn_documents(walk, adapters, chunk, *rows)
             walk.adapted += int((left > chunk).sum())
-        part = int(20 * walk.work / walk.total)
-        if walk.log.main and part > walk.said:
-            walk.line(part, 20, walk.cfg.ttt_lora_lr)
+        if walk.log.main and walk.twentieth() > walk.paced:
+            walk.line(walk.twentieth(), 20, walk.cfg.ttt_lora_lr)
         np.minimum(at + chunk, end, out=at)
 
 
