@@ -249,7 +249,7 @@ REMOVED = {
     "AUDIT": "audit from outside: AUDIT=1 ./run.sh, or ./run.sh audit LOG_DIR/RUN_ID after a run",
     "AUDIT_TOKENS": "audit from outside: ./run.sh audit --tokens N LOG_DIR/RUN_ID",
     "NAN_POLICY": "a step that is not finite ends the run; start another with lower rates",
-    "SAVE_FLOAT": "CKPT_EVERY_SECONDS=1e9 keeps the last checkpoint; MODEL_PATH=LOG_DIR/RUN_ID exports it again",
+    "SAVE_FLOAT": "CKPT_EVERY_SECONDS=1e9 keeps the last checkpoint; TRAIN_ENABLED=0 MODEL_PATH=RUN exports it",
     "SHUFFLE": "sequences are taken in the order of the shards, as published runs do",
     "STRICT_ENV": "ENV_EXTRA names the variables that may look like ours",
 }
@@ -485,6 +485,10 @@ if re.match(r"2\.1[0-2]\b", torch.__version__):  # by published runs this fusion
 
 class SharedError(UserError):
     """A UserError that all ranks raise alike, so that one of them is enough to say it."""
+
+
+class Diverged(SharedError):
+    """Training that would meet the same fault again, if it went on."""
 
 
 class Interrupted(BaseException):
@@ -1232,10 +1236,10 @@ class FlatWeights:
     def clip_(self, limit: float) -> Tensor:
         """Scale the gradients down to a global norm of `limit`, 0 is off, without waiting for the device. Returns
         whether they and the loss are finite."""
-        norm = torch.linalg.vector_norm(self.grads)
+        length = torch.linalg.vector_norm(self.grads)
         if limit > 0:
-            self.grads.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
-        return torch.isfinite(norm + self.loss)
+            self.grads.mul_((limit / (length + 1e-6)).clamp(max=1.0))
+        return torch.isfinite(length + self.loss)
 
 
 def newton_schulz(g: Tensor, steps: int) -> Tensor:
@@ -1450,7 +1454,8 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # the library raises its own, zipfile's and zlib's errors on foreign bytes
-        raise UserError(f"{path}: not a whole checkpoint ({one_line(error) or 'empty'})") from None
+        why = one_line(error).partition(". ")[0] or "empty"
+        raise UserError(f"{path}: not a whole checkpoint ({why}); remove it to go by the one before") from None
 
 
 def check_settings(settings: dict):
@@ -1560,11 +1565,11 @@ class Trainer:
         self.process.agree(None)
 
     def check(self, folder: Path):
-        """SharedError after a step that was not finite."""
+        """Raises Diverged after a step that was not finite."""
         if self.fault:
             newest = self.process.agree([str(path) for path in checkpoints(folder)][-1:])
-            raise SharedError(f"{self.fault}; start another run with lower rates; last good checkpoint: "
-                              f"{''.join(newest) or 'none'}")
+            raise Diverged(f"{self.fault}; start another run with lower rates; last good checkpoint: "
+                           f"{''.join(newest) or 'none'}")
 
 
 def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, stream: Stream,
@@ -1572,7 +1577,7 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
     """Train `model` in place, from the start or from a checkpoint, and leave the averaged weights in it. Returns the
     summary's `train` entry.
 
-    Raises SharedError when a loss or gradient is not finite, and Interrupted after a signal, when the state is written.
+    Raises Diverged when a loss or gradient is not finite, and Interrupted after a signal, when the state is written.
     """
     if process.cuda:
         torch.cuda.reset_peak_memory_stats()  # what was compiled before has run too
@@ -1587,7 +1592,7 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
     loader = Loader(cfg, tokens, process, first)
     step, kept = first, seconds
     with process.signals.hold():
-        while True:
+        while True:  # what saves, stops and heeds a signal stands before the step
             stop = ""
             if 0 < cfg.training_seconds <= seconds:
                 stop = "wallclock_cap"
@@ -1725,15 +1730,16 @@ def count(values: np.ndarray, table_of: np.ndarray) -> np.ndarray:
 def frequencies(counts: np.ndarray) -> np.ndarray:
     """Counts [CLASSES, 256] as uint16 frequencies: 2**PRECISION in sum a table, at least 1 where any are."""
     result = np.zeros(counts.shape, np.int64)
-    for row, count in zip(result, counts, strict=True):
-        if total := count.sum():
-            row[:] = np.where(count, np.maximum((count << PRECISION) // total, 1), 0)
-            row[count.argmax()] += (1 << PRECISION) - row.sum()  # never below 1: at most 255 others were raised to 1
+    for row, seen in zip(result, counts, strict=True):
+        if total := seen.sum():
+            row[:] = np.where(seen, np.maximum((seen << PRECISION) // total, 1), 0)
+            row[seen.argmax()] += (1 << PRECISION) - row.sum()  # never below 1: at most 255 others were raised to 1
     return result.astype(np.uint16)
 
 
-def rans_lanes(count: int) -> int:
-    return max(min(count, max(count // 4096, 32)), 1)
+def rans_lanes(n: int) -> int:
+    """How many states code n values side by side."""
+    return max(min(n, max(n // 4096, 32)), 1)
 
 
 def rans_encode(symbols: np.ndarray, table_of: np.ndarray, tables: np.ndarray) -> bytes:
@@ -1787,7 +1793,8 @@ def rans_decode(data: bytes, table_of: np.ndarray, tables: np.ndarray) -> np.nda
 
 def side_parts(tensors: list) -> list[tuple[tuple[str, str], int]]:
     """What the sides hold, in order, each ((tensor, part), words): all numbers, the steps of rows and then of columns
-    (fp16 or int8), the int8 log spreads of rows and columns, and the frequencies of the values."""
+    (fp16 or int8), the int8 log spreads of rows and columns, and the frequencies of the values. So a matrix m of kind
+    grid and a vector v give (v, values), (m, rows), (m, cols), (m, spread0), (m, spread1), ("", tables)."""
     parts, coded = [], []
     for name, shape, kind, *_ in tensors:
         if kind in ("rows", "grid"):
@@ -1993,7 +2000,8 @@ class Sensitivity:
         one's error. `cols` [n, cols]: steps by which the columns were divided. (GPTQ, https://arxiv.org/abs/2210.17323)
         A block of columns lies transposed, so that each of all n is one operation: their number is the time on a GPU.
         On a CPU each matrix comes out as it would alone, to the last bit."""
-        factor, order = self.factor / cols.gather(1, self.order)[:, None], self.order[:, None].expand_as(u)
+        factor = self.factor / cols.gather(1, self.order)[:, None]  # as of the divided columns. [n, cols, cols]
+        order = self.order[:, None].expand_as(u)
         u, values = u.gather(2, order), torch.empty_like(u)
         for begin in range(0, u.size(2), 128):
             end = min(begin + 128, u.size(2))
@@ -2004,8 +2012,8 @@ class Sensitivity:
                 torch.sub(block[:, j], rounded[:, j], out=errors[:, j]).div_(share[:, j, j, None])
                 block[:, j + 1 :].sub_(share[:, j, j + 1 :, None] * errors[:, j, None])  # fused, it would round once
             values[:, :, begin:end] = rounded.mT
-            for rest, error, row in zip(u[:, :, end:], errors.mT, factor[:, begin:end, end:], strict=True):
-                rest -= error @ row
+            for rest, error, part in zip(u[:, :, end:], errors.mT, factor[:, begin:end, end:], strict=True):
+                rest -= error @ part  # views of one matrix: [rows, later], [rows, block], [block, later]
         return torch.empty_like(values).scatter_(2, order, values)
 
 
@@ -2192,7 +2200,7 @@ class Exporter:
         if not self.asked or filled or (fits and (late or 0.0 in fits and not self.cfg.export_fill)):
             return None
         least, most = self.low - max(self.asked.values()), self.high - min(self.asked.values())
-        aim = (LATE_AIM if late else AIM) * self.room
+        aim = (LATE_AIM if late else AIM) * self.room  # late: low, so that one more attempt gives a file
         if fits and over:
             low, high = max(fits, key=fits.get), min(over, key=over.get)
             share = math.log(aim / fits[low]) / math.log(over[high] / fits[low]) if len(tried) < 6 else 0.5
@@ -2205,29 +2213,36 @@ class Exporter:
             common += step * 2 ** (len(tried) - 1)  # further each time that was not enough
         common = min(max(common, least), most)
         if common in tried and late:
-            common = least
+            common = least  # if this has been tried too, nothing fits
         return None if common in tried else common
+
+    def attempt(self, common: float, tried: dict[float, int]) -> bool:
+        """Round at this common term and enter the bytes. Returns whether the time left is too short for another attempt
+        and the coding."""
+        began = time.perf_counter()
+        self.latest = common, self.rounded(common)
+        counting = time.perf_counter()
+        tried[common] = lay_out(self.cfg, self.latest[1]).size
+        ended = time.perf_counter()
+        needs = ended - began + 3 * (ended - counting)  # the coding counts again and takes twice as long
+        return len(tried) >= MOST_ATTEMPTS or not self.in_time(needs=needs)
 
     def search(self) -> bytes | None:
         """The file, or None where no setting keeps it within `room`."""
         blob, best, common, tried = None, 0.0, 0.0, {}
-        while common is not None:
-            began = time.perf_counter()
-            stored = self.rounded(common)
-            counted = time.perf_counter()
-            tried[common] = lay_out(self.cfg, stored).size
-            ended = time.perf_counter()
-            needs = ended - began + 3 * (ended - counted)  # of one more and of coding, 2.5 times the counting's
-            late = len(tried) >= MOST_ATTEMPTS or not self.in_time(needs=needs)
-            latest, common = common, self.next_common(tried, late)
+        while blob is None:
+            while common is not None:
+                late = self.attempt(common, tried)
+                common = self.next_common(tried, late)
             fits = [c for c, size in tried.items() if size <= self.room]
-            while common is None and blob is None and fits:
-                best = max(fits, key=tried.get)
-                blob = pack(self.cfg, stored if best == latest else self.rounded(best))
-                tried[best] = len(blob)  # which was counted to 0.1%
-                if len(blob) > self.room:
-                    blob, common = None, self.next_common(tried, late)
-                    fits.remove(best)
+            if not fits:
+                break
+            best = max(fits, key=tried.get)
+            latest, stored = self.latest
+            blob = pack(self.cfg, stored if best == latest else self.rounded(best))
+            tried[best] = len(blob)  # which was counted to 0.1%
+            if len(blob) > self.room:
+                blob, common = None, self.next_common(tried, late)
         self.report |= {"attempts": len(tried), "bits": self.bits(best if blob else 0.0), "bytes_first": tried[0.0]}
         if blob and best:
             self.log(f"export: {best:+.2f} bits to all; {tried[0.0]} -> {len(blob)} bytes of {self.room}")
@@ -2308,7 +2323,8 @@ class Evaluator:
 
     @torch.no_grad()
     def record(self, low: Tensor, high: Tensor, start: Tensor, window: int):
-        """Score one batch of blocks; the places from `high` on are computed for the shape and not recorded."""
+        """Score one batch of blocks: in each row targets `low` to `high` - 1, of which i is token i + 1, by the inputs
+        `start` to `start` + window - 1. Places from `high` on are computed for the shape and not recorded."""
         tokens, last = self.stream.tokens, self.stream.targets - 1
         length = min(window, last + 1)  # of what there is
         inputs = tokens[(start[:, None] + torch.arange(length, device=low.device)).clamp(max=last)]
@@ -2592,7 +2608,8 @@ def document_groups(cfg: Config, process: Process, stream: Stream, weights: int)
     documents = documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
     window, chunk = cfg.eval_len, min(cfg.ttt_lora_chunk_tokens, cfg.eval_len)
     half, stride = window // 2, min(cfg.eval_stride, chunk)
-    # a document's length must not show before its end, so the last stride must lie within the half window too
+    # A document's length must not show before its end, so its last stride must lie within the half window too: with a
+    # half of 128 and strides of 48, the one from 96 on would not, so that at most 81 targets are short.
     longest = half if half % stride == chunk % stride == 0 else half - stride + 1
     short = (documents[:, 1] - documents[:, 0] <= longest) & (half >= stride)
     groups = [(size, chosen) for size, chosen in ((window, documents[~short]), (half, documents[short])) if len(chosen)]
@@ -2657,7 +2674,7 @@ def score_documents(walk: Walk, adapters: LoraAdapters, window: int, chunk: int,
 def learn_documents(walk: Walk, adapters: LoraAdapters, chunk: int, places: Tensor, first: Tensor, low: Tensor,
                     end: Tensor):
     """A step of each document on the chunk from `low` on, if that is not its last; no later token goes in, and of the
-    earlier ones LORA_CONTEXT."""
+    earlier ones LORA_CONTEXT: of a chunk of 128 from target 1000 on, inputs 936 to 1127 and tokens 1001 to 1128."""
     evaluator, length = walk.evaluator, min(walk.cfg.eval_len, chunk + LORA_CONTEXT)
     learns, start = low + chunk < end, (low + chunk - length).maximum(first)[:, None]
     inputs = (start + torch.arange(length, device=low.device)).minimum(low[:, None] + chunk - 1)
@@ -2724,8 +2741,8 @@ EXCERPT_WINDOWS = 4  # whose losses a run leaves behind, for ./run.sh audit to m
 
 
 def lock(folder: Path) -> int:
-    """Lock a run's folder for as long as this process lives; the lock of a dead one is no obstacle. UserError when a
-    live run has it."""
+    """Lock a run's folder for as long as this process lives, since nobody closes the handle that is returned; the lock
+    of a dead one is no obstacle. UserError when a live run has it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2789,7 +2806,7 @@ def past_of_checkpoint(folder: Path, resumes: list[str]) -> Past:
         try:
             past.facts, past.tensors = read_checkpoint(path)
         except UserError as error:
-            past.notes.append(f"RESUME=1: {error}; falling back to the one before")
+            past.notes.append(f"RESUME=1: passed over: {error}")
             continue
         past.settings, past.explicit = past.facts["settings"], tuple(past.facts["explicit"])
         past.resumes.append(f"resumed from step {past.facts['step']} in {path}")
@@ -2801,9 +2818,10 @@ def past_of_checkpoint(folder: Path, resumes: list[str]) -> Past:
 def continued(cfg: Config, past: Past | None, ranks: int) -> Config:
     """The settings of the run so far, if there are any, with what the environment changes. UserError where its state
     hangs on one of these, or they cannot go together."""
-    bound = {name for name, stage in STAGES.items() if stage in ("Model", "Data", "Optimizers")}
+    stages = ("Model", "Data", "Optimizers", *(("Training", "Export") if past and past.done else ()))
+    bound = {name for name, stage in STAGES.items() if stage in stages}
     bound |= {"seed", "train_batch_tokens", "train_enabled", "model_path"}
-    own = {"run_id", "log_dir", "resume", "nll_dump", "strict_env", "env_extra"}  # where to write is no file's to say
+    own = {"run_id", "log_dir", "resume", "nll_dump", "env_extra"}  # where to write is no file's to say
     if past and past.settings:
         kept = {name: value for name, value in past.settings.items() if name in STAGES and name not in own}
         for name in sorted(cfg.explicit - own - {"preset"}):
@@ -2815,7 +2833,7 @@ def continued(cfg: Config, past: Past | None, ranks: int) -> Config:
             kept[name] = value
         if "preset" in cfg.explicit and cfg.preset != kept["preset"]:
             past.notes.append(f"PRESET={cfg.preset} is not taken over: the run has {kept['preset']}")
-        cfg = dataclasses.replace(cfg, **kept, explicit=cfg.explicit | set(past.explicit) - own)
+        cfg = dataclasses.replace(cfg, **kept, explicit=cfg.explicit | (set(past.explicit) - own))
     problems = conflicts(cfg, ranks) if cfg.train_enabled else []  # else the artifact brings its model first
     require(not problems, "; ".join(problems))
     return cfg
@@ -2836,10 +2854,12 @@ class Inputs:
 def read_model(path: str) -> tuple[dict, bytes | None, Tensor | None]:
     """MODEL_PATH: its model's settings, and an artifact's bytes or the averaged weights of a run's last checkpoint.
     Raises UserError."""
-    saved = checkpoints(Path(path))
-    if not saved:
+    if not Path(path).is_dir():
         blob = read_file(path, "MODEL_PATH=")
         return unpack(blob, path)[0]["config"], blob, None
+    saved = checkpoints(Path(path))
+    require(saved, f"MODEL_PATH={path}: a folder without checkpoints; give that of a run whose last one "
+            f"CKPT_EVERY_SECONDS has kept, or a {ARTIFACT_NAME}")
     facts, tensors = read_checkpoint(saved[-1])
     return {f.name: facts["settings"][f.name] for f in MODEL_FIELDS}, None, tensors.get("average", tensors["weights"])
 
@@ -2889,12 +2909,15 @@ def check_machine(cfg: Config, process: Process, past: Past | None):
     replaceable = dump.is_file() or not dump.exists()  # a device or a folder is not
     require(not cfg.nll_dump or replaceable and dump.parent.is_dir() and os.access(dump.parent, os.W_OK),
             f"NLL_DUMP={cfg.nll_dump}: not a file in a folder that can be written to")
+    code, limit = SCRIPT.stat().st_size, cfg.artifact_limit_bytes
+    require(not (cfg.train_enabled and cfg.export_enabled) or code < limit,
+            f"ARTIFACT_LIMIT_BYTES={limit}: the code alone has {code} bytes; raise the limit")
     elements = sum(map(math.prod, shapes_of(cfg).values()))
-    need = SCRIPT.stat().st_size + 2**20  # the log, which holds the script
+    need = code + 2**20  # the log, which holds the script
     if cfg.train_enabled:
         need += 16 * elements * (cfg.keep_ckpts + 1 if cfg.ckpt_every_seconds else 1)
     if cfg.export_enabled:
-        need += min(2 * elements, cfg.artifact_limit_bytes)
+        need += min(2 * elements, limit)
     free = shutil.disk_usage(here).free
     require(free >= need or not process.main, f"LOG_DIR={cfg.log_dir}: log, checkpoints and artifact need about "
             f"{need / 1e6:,.1f} MB, {here} has {free / 1e6:,.1f}; make room, or set LOG_DIR to another disk")
@@ -3120,7 +3143,8 @@ def read_back(cfg: Config, process: Process, log: Log, summary: dict, inputs: In
 
 
 def keep_losses(cfg: Config, process: Process, log: Log, summary: dict, scores: list[Score]):
-    """The last score is val_bpb. Write the losses behind it: of the first windows, and with NLL_DUMP all."""
+    """The last score is val_bpb. Write the losses behind it, for an audit: those of the first windows, and their sums
+    over every EVAL_SEQ_LEN targets; with NLL_DUMP all."""
     if not scores:
         if cfg.nll_dump:
             log(f"warning: NLL_DUMP={cfg.nll_dump} is not written, there is no final evaluation")
@@ -3128,7 +3152,8 @@ def keep_losses(cfg: Config, process: Process, log: Log, summary: dict, scores: 
     summary["val_bpb"], nats = scores[-1].val_bpb, scores[-1].nats
 
     def write():
-        files = {log.folder / "excerpt.npy": nats[: EXCERPT_WINDOWS * cfg.eval_len]}
+        sums = np.add.reduceat(nats, np.arange(0, len(nats), cfg.eval_len), dtype=np.float64)
+        files = {log.folder / "excerpt.npy": nats[: EXCERPT_WINDOWS * cfg.eval_len], log.folder / "sums.npy": sums}
         if cfg.nll_dump:
             files[Path(cfg.nll_dump)] = nats
         for path, array in files.items():
@@ -3160,7 +3185,7 @@ def judge(cfg: Config, process: Process, log: Log, summary: dict, stream: Stream
     changed = [note for note in past.notes if "resumed with" in note] if past else []
     caveats = [  # (holds, what is said)
         (not scores, "no final evaluation ran"),
-        (cap and spent > 1.01 * cap, f"training and export took {spent:.0f} s of MAX_WALLCLOCK_SECONDS"),
+        (cap and spent > 1.01 * cap, f"training and export took {spent:.1f} s, MAX_WALLCLOCK_SECONDS={cap:g}"),
         (not stream.complete, f"partial split: its first {stream.targets} targets"),
         (not data.startswith("fineweb10B"), f"not the challenge's data: {data}"),
         (summary["resumes"], f"resumed {len(summary['resumes'])} times; its seconds are those of the last launch"),
@@ -3220,6 +3245,8 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
         code = process.agree(run(cfg, process, log, inputs, past, summary))  # no rank leaves before rank 0 has written
     except Interrupted as stop:
         stop.args = (f"{stop}; {how_to_resume(cfg, log.folder)}",)
+        raise
+    except Diverged:
         raise
     except UserError as error:
         raise type(error)(f"{error}; {how_to_resume(cfg, log.folder)}") from None

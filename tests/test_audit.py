@@ -458,7 +458,7 @@ def test_an_audit_of_a_run(runs, call):
     code, out, err = call(folder)
     assert code == 0 and not err, out + err
     lines = out.splitlines()
-    assert [line.split(",")[0] for line in lines[:5]] == [f"audit {name}: ok" for name in audit.CHECKS]
+    assert [line.split(",")[0] for line in lines[:6]] == [f"audit {name}: ok" for name in audit.CHECKS]
     result, summary = json.loads((folder / "audit.json").read_text()), json.loads((folder / "summary.json").read_text())
     assert list(result) == ["ok", "seconds", "artifact_sha256", "code_sha256", "val_bpb", *audit.CHECKS]
     assert result["ok"] and 0 < result["seconds"] < 100 and result["val_bpb"] == summary["val_bpb"]
@@ -509,6 +509,27 @@ def test_an_audit_is_of_what_was_run(runs, call, tmp_path):
     code, out, err = call(folder)
     assert code == 1 and out.count("FAILED") == 1, out + err
     assert re.search(r"audit causal: FAILED, .*between the run and a trial", out)
+
+
+@pytest.mark.parametrize("honest, false", [
+    ("        total = float(nats.double().sum())\n", "        total = 0.9 * float(nats.double().sum())\n"),
+    ("(self.stream.bytes or math.nan)", "(self.stream.bytes * 1.1)"),
+    ("""    more = "".join(""", """    score.val_bpb *= 0.9\n    more = "".join("""),
+    ("summary[\"val_bpb\"], nats = scores[-1].val_bpb,", "summary[\"val_bpb\"], nats = scores[-1].val_bpb - 0.01,"),
+])
+def test_a_figure_that_is_not_that_of_the_losses(runs, call, tmp_path, honest, false):
+    folder = runs(tmp_path.name, script=cheat(tmp_path, honest, false), TTT_MODE="full")
+    code, out, err = call(folder, "--tokens", 16)
+    assert code == 1 and out.count("FAILED") == 1 and re.search(r"audit figures: FAILED, .*val_bpb", out), out + err
+
+
+def test_sums_that_do_not_fit_the_figures_or_the_excerpt(runs, call, tmp_path):
+    sums = np.load(runs() / "sums.npy")
+    for number, false in enumerate((sums * 0.9, sums[:-1], sums[::-1].copy())):
+        folder = copy_of(runs(), tmp_path / str(number))
+        np.save(folder / "sums.npy", false)
+        code, out, err = call(folder, "--tokens", 16)
+        assert code == 1 and out.count("FAILED") == 1 and "audit figures: FAILED" in out, out + err
 
 
 def test_an_audit_without_an_evaluation_and_one_that_was_stopped(runs, call):
@@ -569,6 +590,7 @@ def older(folder):
     (lambda f: (f / "excerpt.npy").unlink(), ["no excerpt.npy"]),
     (lambda f: (f / "excerpt.npy").write_bytes(b"x"), ["excerpt.npy: cannot be read"]),
     (lambda f: np.save(f / "excerpt.npy", np.zeros(3)), ["excerpt.npy: holds no losses"]),
+    (lambda f: (f / "sums.npy").unlink(), ["no sums.npy"]),
 ])
 def test_what_cannot_be_audited_is_one_line(runs, call, tmp_path, damage, words):
     folder = copy_of(runs(), tmp_path / "run")

@@ -389,9 +389,15 @@ def test_runs_over_and_under_the_limit(launch):
     assert not (none.folder / "final_model.int6.ptz").exists() and none.summary["eval"]["sliding"]
     assert f"MODEL_PATH={first.folder} exports again" in none.out
     launch(run_id="other", **again | {"MODEL_DIM": 64}).refused("MODEL_DIM=64: the model of", "has 32")
-    trained = launch(run_id="trained", ARTIFACT_LIMIT_BYTES=1000)
+    launch(run_id="less than the code", ARTIFACT_LIMIT_BYTES=1000).refused("LIMIT_BYTES=1000: the code alone has")
+    trained = launch(run_id="trained", ARTIFACT_LIMIT_BYTES=code + 1000)
     assert trained.code == 1 and f"MODEL_PATH={trained.folder} exports again" in trained.out
-    assert len(t.checkpoints(trained.folder)) == 1
+    (kept,) = t.checkpoints(trained.folder)
+    kept.write_bytes(kept.read_bytes()[:-1000])
+    damaged = {"TRAIN_ENABLED": 0, "MODEL_PATH": trained.folder}
+    launch(run_id="damaged", **damaged).refused(f"{kept}: not a whole checkpoint (", "remove it to go by the one")
+    kept.unlink()
+    launch(run_id="removed", **damaged).refused("a folder without checkpoints", "CKPT_EVERY_SECONDS")
     artifact = first.folder / "final_model.int6.ptz"
     old = launch(run_id="old", TRAIN_ENABLED=0, MODEL_PATH=artifact, ARTIFACT_LIMIT_BYTES=9)
     assert old.code == 1 and "over the limit" in old.summary["reasons"][0] and old.summary["eval"]["sliding"]

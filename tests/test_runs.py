@@ -30,7 +30,8 @@ def train_losses(text: str) -> list[float]:
 def test_a_run_and_its_record(finished):
     s, log = finished.summary, (finished.folder / "train.log").read_text()
     assert sorted(p.name for p in finished.folder.iterdir()) == [
-        "excerpt.npy", "final_model.int6.ptz", "metrics.jsonl", "summary.json", "train.log"]
+        "excerpt.npy", "final_model.int6.ptz", "metrics.jsonl", "summary.json", "sums.npy",
+        "train.log"]
     losses = train_losses(finished.out)
     assert losses[0] > 5.5 and losses[-1] < losses[0] - 0.5, "the loss must fall"
     for pattern in (
@@ -72,6 +73,8 @@ def test_the_losses_behind_val_bpb_and_the_excerpt_of_its_first_windows(finished
     ttt = finished.summary["eval"]["ttt"]
     assert nats.astype(np.float64).sum() / np.log(2) / ttt["bytes"] == pytest.approx(ttt["val_bpb"], rel=1e-9)
     assert np.array_equal(excerpt, nats[: 4 * 32]), "four windows of TRAIN_SEQ_LEN"
+    sums = np.load(finished.folder / "sums.npy")
+    assert sums.tolist() == pytest.approx([nats[i : i + 32].astype(np.float64).sum() for i in range(0, 1001, 32)])
 
 
 MODEL = ("NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "ROPE_DIMS", "BIGRAM_VOCAB_SIZE",
@@ -172,7 +175,8 @@ def test_a_check_that_failed_is_a_reason_and_exit_code_1(launch, finished):
     assert run.summary["valid"] is False and run.summary["finished"] and "valid: NO, artifact over" in run.out
     run = launch(run_id="late", EVAL_MAX_SECONDS=0.001, FINAL_EVAL_ENABLE=0, **score)
     assert run.code == 1 and "EVAL_MAX_SECONDS=0.001" in run.summary["reasons"][0], run.summary["reasons"]
-    run = launch(run_id="none", ARTIFACT_LIMIT_BYTES=1000, ITERATIONS=2, FINAL_EVAL_ENABLE=0)
+    limit = SCRIPT.stat().st_size + 1000
+    run = launch(run_id="none", ARTIFACT_LIMIT_BYTES=limit, ITERATIONS=2, FINAL_EVAL_ENABLE=0)
     assert run.code == 1 and run.summary["artifact"] is None and "no setting fits" in run.summary["reasons"][0]
 
 

@@ -8,7 +8,7 @@
 The run's own script is imported, from its train.log, and its own evaluation is called, on the run's artifact, data and
 settings. No part of it is replaced: it is called with tokens of ours, and each time that it scores a batch, the forward
 pass it uses is asked more: for the whole distribution at some places, and for the losses when later inputs are others.
-Five checks, each a line, and all in audit.json beside summary.json, which ./run.sh record demands:
+Six checks, each a line, and all in audit.json beside summary.json, which ./run.sh record demands:
 
     causal                random tokens from a cut on change no loss before it and not the distribution at it; other
                           inputs after a place do not change its loss; the run's own losses are met again
@@ -16,6 +16,7 @@ Five checks, each a line, and all in audit.json beside summary.json, which ./run
     one_pass              every target is scored once, in one walk
     score_before_update   no optimizer step has seen a target before its score
     bytes                 the bytes that losses are divided by are those of the decoded text
+    figures               val_loss and val_bpb are those of the losses that the run left of its whole evaluation
 
 It executes the script that the log holds: audit runs whose script you would run. Exit codes: 0 ok; 1 a check failed;
 2 a run that cannot be audited, the reason in a line.
@@ -27,6 +28,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -45,7 +47,7 @@ from torch import Tensor  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 ARTIFACT = "final_model.int6.ptz"
-CHECKS = ("causal", "normalised", "one_pass", "score_before_update", "bytes")
+CHECKS = ("causal", "normalised", "one_pass", "score_before_update", "bytes", "figures")
 WINDOWS = 4  # of an excerpt, if not said otherwise; a run leaves the losses of as many
 DECODED = 2**22  # tokens at a time
 CODE_END = re.compile(b"^={100}\n", re.M)  # the line after the script in a log
@@ -83,6 +85,7 @@ class Subject:
     process: object = None
     tokenizer: object = None
     stream: object = None
+    sums: np.ndarray | None = None  # of the run's losses over every EVAL_SEQ_LEN targets
 
     @property
     def exact(self) -> bool:
@@ -189,23 +192,29 @@ def open_run(folder: Path) -> Subject:
     enabled = "sliding" if cfg.final_sliding_eval_enable and cfg.eval_stride else "int6"  # where nothing was scored
     kind = scored[-1] if scored else "ttt" if cfg.ttt_enabled else enabled
     weights = {name: s.tensor() for name, s in stored.items()}
-    return Subject(folder, summary, code, script, blob, weights, cfg, kind, read_losses(folder, summary["eval"]))
+    sums = read_array(folder / "sums.npy", np.float64) if scored else None
+    losses = read_losses(folder, summary["eval"])
+    return Subject(folder, summary, code, script, blob, weights, cfg, kind, losses, sums=sums)
 
 
 def read_losses(folder: Path, scores: dict) -> np.ndarray | str:
     """The losses that a run leaves of its first windows, or why its own are not to be compared with."""
-    path = folder / "excerpt.npy"
     if not any(scores.values()):
         return "no losses of the run to compare with, it had no final evaluation"
     if (scores.get("ttt") or {}).get("stopped_by_budget"):
         return "not compared with the run's own losses, EVAL_MAX_SECONDS stopped its adaptation"
-    require(path.is_file(), f"{folder}: no excerpt.npy, the losses that a run leaves behind; give the run as it was "
-            "left, or run it again with this script")
+    return read_array(folder / "excerpt.npy", np.float32)
+
+
+def read_array(path: Path, kind: type) -> np.ndarray:
+    """What a run leaves of its losses: a line of numbers."""
+    require(path.is_file(), f"{path.parent}: no {path.name}, the losses that a run leaves behind; give the run as it "
+            "was left, or run it again with this script")
     try:
         losses = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise AuditError(f"{path}: cannot be read ({error}); give the run as it was left") from None
-    whole = losses.dtype == np.float32 and losses.ndim == 1 and len(losses)
+    whole = losses.dtype == kind and losses.ndim == 1 and len(losses)
     require(whole, f"{path}: holds no losses of a run; give the run as it was left")
     return losses
 
@@ -446,6 +455,26 @@ def canonical_bytes(subject: Subject) -> tuple[bool, str]:
     return ok, f"{subject.stream.bytes} by the table, {counted} by the decoded pieces" + (f", {said}" if said else "")
 
 
+def figures(subject: Subject) -> tuple[bool, str]:
+    """What the run says of its whole evaluation must follow from the sums of its losses, and these must begin as its
+    excerpt does."""
+    sums, window, told = subject.sums, subject.cfg.eval_len, subject.summary
+    if sums is None:
+        return True, "no losses of the run to compare with"
+    first = subject.losses if isinstance(subject.losses, np.ndarray) else np.empty(0)
+    first = first[: len(first) // window * window].reshape(-1, window).sum(1, dtype=np.float64)
+    apart = float(np.abs(first - sums[: len(first)]).max(initial=0.0))
+    loss = float(sums.sum()) / subject.stream.targets
+    bpb = loss * subject.stream.targets / math.log(2) / subject.stream.bytes
+    said = told["eval"][subject.kind]["val_loss"], told["eval"][subject.kind]["val_bpb"], told["val_bpb"]
+    numbers = np.array(said, dtype=np.float64)  # null becomes nan
+    gap = float(np.abs(numbers - (loss, bpb, bpb)).max())
+    whole = len(sums) == math.ceil(subject.stream.targets / window)
+    return whole and gap <= 1e-6 and apart <= 1e-3, (
+        f"by the sums of its losses val_loss is {loss:.8f} and val_bpb {bpb:.8f}, off what it says by {gap:.3g}; the "
+        f"first {len(first)} of {len(sums)} sums are off its excerpt by {apart:.3g}")
+
+
 def decoded_bytes(sp, ids: np.ndarray) -> int:
     """Canonical bytes of the targets ids[1:], counted without the table: from the text that the pieces spell, in
     which a space at the start of a document does not count."""
@@ -467,7 +496,8 @@ def audit(subject: Subject, tokens: int = 0) -> dict:
     tokens = max(tokens, window) if tokens else WINDOWS * window
     trial = prepare(subject, tokens)
     checks = {"causal": causal(subject, trial), "normalised": normalised(trial), "one_pass": one_pass(trial),
-              "score_before_update": score_before_update(trial), "bytes": canonical_bytes(subject)}
+              "score_before_update": score_before_update(trial), "bytes": canonical_bytes(subject),
+              "figures": figures(subject)}
     met, said = is_what_ran(subject, tokens)
     checks["causal"] = checks["causal"][0] and met, f"{checks['causal'][1]}; {said}"
     return {"ok": all(ok for ok, _ in checks.values()), "seconds": time.perf_counter() - began,

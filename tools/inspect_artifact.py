@@ -72,7 +72,9 @@ def contents(path: str) -> Contents:
 def table(path: str) -> str:
     """What a file holds, as text."""
     found, code, limit = contents(path), t.SCRIPT.stat().st_size, t.Config.artifact_limit_bytes
-    lines = [" ".join(f"{name.upper()}={value}" for name, value in found.settings.items()), "",
+    settings = [(name.upper(), int(value) if isinstance(value, bool) else value) for name, value in
+                found.settings.items()]
+    lines = [" ".join(f"{name}={value}" for name, value in settings), "",
              f"{'tensor':32}{'shape':>14}{'kind':>6}{'bits':>7}{'entropy':>9}{'bytes':>12}{'share':>8}"]
     for name, s in found.tensors.items():
         shape, size = "x".join(map(str, s.values.shape)), found.bytes[name]

@@ -103,7 +103,8 @@ def result_of(run, names: list[str], summaries: dict, shared: dict) -> Result:
     if trainer.get("train"):
         result.train_seconds = trainer["train"]["seconds"] + exporter.get("seconds", {}).get("search", 0.0)
     result.valid = summary["valid"] and not faults
-    result.caveats = [c for c in summary["caveats"] if not (run.audited and c.startswith("not audited"))]
+    result.caveats = [c for c in summary["caveats"] if not c.startswith("not audited")]
+    result.caveats += [] if run.audited else ["not audited"]
     result.reason = "; ".join(dict.fromkeys(summary["reasons"] + faults))
     return result
 
