@@ -2818,7 +2818,7 @@ def past_of_checkpoint(folder: Path, resumes: list[str]) -> Past:
 def continued(cfg: Config, past: Past | None, ranks: int) -> Config:
     """The settings of the run so far, if there are any, with what the environment changes. UserError where its state
     hangs on one of these, or they cannot go together."""
-    stages = ("Model", "Data", "Optimizers", *(("Training", "Export") if past and past.done else ()))
+    stages = {"Model", "Data", "Optimizers"} | ({"Export"} if past and past.done else set())
     bound = {name for name, stage in STAGES.items() if stage in stages}
     bound |= {"seed", "train_batch_tokens", "train_enabled", "model_path"}
     own = {"run_id", "log_dir", "resume", "nll_dump", "env_extra"}  # where to write is no file's to say
