@@ -473,12 +473,12 @@ import zstandard  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.distributed.rendezvous import rendezvous  # noqa: E402
 
+if re.match(r"2\.1[0-2]\b", torch.__version__):  # by published runs this fusion makes a step 9% longer
+    os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 try:  # Hopper's FlashAttention-3, where someone has installed it
     from flash_attn_interface import flash_attn_func
 except ImportError:
     flash_attn_func = None
-if re.match(r"2\.1[0-2]\b", torch.__version__):  # by published runs this fusion makes a step 9% longer
-    os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 
 # ==== Process and log: this rank among the others, its device, the signals it gets, what it tells people ==============
 
