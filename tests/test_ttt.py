@@ -25,11 +25,11 @@ def tokens(n, seed=0, documents=()):
     return ids.tolist()
 
 
-def walk(cfg, ids, process=None):
+def walk(cfg, ids, process=None, spent=0.0):
     """(score, details, evaluator) of a walk with the noisy tiny model."""
     process = process or Lone()
     model = model_of(cfg, noise=0.05)
-    evaluator, details = t.test_time_train(cfg, process, Quiet(), model, stream_of(ids))
+    evaluator, details = t.test_time_train(cfg, process, Quiet(), model, stream_of(ids), spent)
     return evaluator.result(), details, evaluator
 
 
@@ -178,6 +178,15 @@ def test_the_budget_stops_learning_never_scoring(tiny, mode, limit, monkeypatch)
     else:
         assert details["adapted_chunks"] == details["chunks"] - (1 if mode["TTT_MODE"] == "full" else 2)
         assert 5 < clock.now < 12
+
+
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_seconds_before_the_walk_count_too(tiny, mode, monkeypatch):
+    cfg, ids = tiny(EVAL_MAX_SECONDS=100, **SMALL | mode), tokens(401, 6, [0, 150])
+    Clock(monkeypatch)
+    for spent, stops in ((99.0, False), (100.0, True)):
+        details = walk(cfg, ids, spent=spent)[1]
+        assert details["stopped_by_budget"] is stops and (details["adapted_chunks"] == 0) is stops
 
 
 def test_priming_compiles_the_walk_on_random_tokens(tiny, monkeypatch):
