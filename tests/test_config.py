@@ -33,6 +33,12 @@ def test_what_makes_some_versions_of_torch_slow_on_a_gpu_is_switched_off():
         assert found == ("1" if given == "1" else "0" if version in slow else "None"), version
 
 
+def test_a_bound_may_be_excluded():
+    for name, low, high in (("ADAM_EPS", "0", "1e-9"), ("EMA_DECAY", "1", "0.999")):
+        assert len(problems(**{name: low})) == 1 and problems(**{name: high}) == []
+    assert problems(EMA_DECAY=0) == problems(ADAM_WD=0) == []
+
+
 def test_published_defaults():
     cfg = train_gpt.load_config({"PRESET": "seed"})[0]
     published = {  # FIELD's published model and training
