@@ -2767,6 +2767,7 @@ class Past:
     done: dict | None = None  # the summary's entries that stay
     facts: dict | None = None  # of the checkpoint, and its tensors
     tensors: dict[str, Tensor] | None = None
+    changes: list[str] = dataclasses.field(default_factory=list)  # settings that this launch has changed
 
 
 def find_past(cfg: Config) -> Past | None:
@@ -2829,7 +2830,7 @@ def continued(cfg: Config, past: Past | None, ranks: int) -> Config:
             require(name not in bound or value == before, f"{name.upper()}={value}: the run to go on with has {before}"
                     "; unset it, or start another run")
             if value != before:
-                past.notes.append(f"resumed with {name.upper()}={value}, before {before}")
+                past.changes.append(f"resumed with {name.upper()}={value}, before {before}")
             kept[name] = value
         if "preset" in cfg.explicit and cfg.preset != kept["preset"]:
             past.notes.append(f"PRESET={cfg.preset} is not taken over: the run has {kept['preset']}")
@@ -2975,15 +2976,16 @@ def open_log(cfg: Config, process: Process, inputs: Inputs, past: Past | None) -
     process.together(make, main=True)
     log, code = Log(process, folder), SCRIPT.read_bytes()
     versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
-    for note in [*past.notes, *(past.resumes[-1:] if past.settings else ())] if past else ():
-        log(note)
+    if past:
+        for note in (*past.notes, *past.changes, *(past.resumes[-1:] if past.settings else ())):
+            log(note)
     log(code.decode() + "=" * 100, console=False)
     log(f"python {platform.python_version()} {versions}\nhardware {process.hardware()}", console=False)
     log(f"config {json.dumps(cfg.settings())}", console=False)
     log(f"preset:{cfg.preset} seed:{cfg.seed} overrides:{json.dumps(cfg.overrides())}")
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={inputs.tokenizer_path}")
     if process.cuda:
-        log("attention: " + ("FlashAttention-3" if flash_attn_func else "PyTorch's; FlashAttention-3 is not installed"))
+        log(f"FlashAttention-3, for attention in bf16: {'installed' if flash_attn_func else 'not installed'}")
     if inputs.train:
         log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(inputs.train.paths)} "
             f"tokens:{len(inputs.train)}")
@@ -3181,15 +3183,15 @@ def judge(cfg: Config, process: Process, log: Log, summary: dict, stream: Stream
     if artifact is None and not cfg.export_enabled:
         reasons.append("EXPORT_ENABLED=0: no artifact, the scores are of float weights")
     cap, data = cfg.max_wallclock_seconds, Path(cfg.data_path).name
+    changes = past.changes if past else []
     spent = train["seconds"] + seconds.get("search", 0.0) if train else 0.0  # both are training time
-    changed = [note for note in past.notes if "resumed with" in note] if past else []
     caveats = [  # (holds, what is said)
         (not scores, "no final evaluation ran"),
         (cap and spent > 1.01 * cap, f"training and export took {spent:.1f} s, MAX_WALLCLOCK_SECONDS={cap:g}"),
         (not stream.complete, f"partial split: its first {stream.targets} targets"),
         (not data.startswith("fineweb10B"), f"not the challenge's data: {data}"),
         (summary["resumes"], f"resumed {len(summary['resumes'])} times; its seconds are those of the last launch"),
-        (changed, "; ".join(changed)),
+        (changes, "; ".join(changes)),
         (hardware["world_size"] != 8 or "H100" not in hardware["name"],
          f"not 8 x H100: {hardware['world_size']} x {hardware['name']}"),
         (True, f"not audited; ./run.sh audit {log.folder}")]

@@ -198,6 +198,10 @@ def test_the_last_checkpoint_is_kept_where_others_start_from_them(monkeypatch, t
         runs = planned(monkeypatch, tmp_path, grid, EXPORT_ENABLED=switch)
         job = sweep.Sweep(runs, sweep.slots_of(1, [], 2))
         assert job.environment(runs[0], job.slots[0]).get("CKPT_EVERY_SECONDS") == kept
+    for given, kept in ("0", "1e9"), ("60", "60"):
+        runs = planned(monkeypatch, tmp_path, "QUANT=balanced,rowmax", CKPT_EVERY_SECONDS=given)
+        job = sweep.Sweep(runs, sweep.slots_of(1, [], 2))
+        assert job.environment(runs[0], job.slots[0])["CKPT_EVERY_SECONDS"] == kept
 
 
 def scored(run, bpb: float | None, valid=True):

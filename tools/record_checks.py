@@ -4,12 +4,12 @@ import hashlib
 import statistics
 from pathlib import Path
 
+from audit import CHECKS
 from run_checks import agree
 from run_log import LIMIT_BYTES, ROOT, Run, t
 from runs import data_of, hardware_of
 from sweep_results import plain
 
-CHECKS = ("causal", "normalised", "one_pass", "score_before_update", "bytes", "figures")  # of an audit
 LIMIT_SECONDS = 600  # of the challenge, for training and for evaluation
 PLACED = ("DATA_PATH", "TOKENIZER_PATH")
 

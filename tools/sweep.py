@@ -308,8 +308,9 @@ class Sweep:
         """What the process of `run` is started with."""
         env = base_environment() | run.given | slot.environment()
         env |= {"LOG_DIR": str(run.folder.parent), "RUN_ID": run.name, "RESUME": "1"}
-        if any(other.kind == "export" and other.weights is run for other in self.runs if other is not run):
-            env.setdefault("CKPT_EVERY_SECONDS", "1e9")  # its last checkpoint stays
+        others = (other for other in self.runs if other is not run)
+        if not run.cfg.ckpt_every_seconds and any(other.kind == "export" and other.weights is run for other in others):
+            env["CKPT_EVERY_SECONDS"] = "1e9"  # so that its last checkpoint stays
         if run.kind != "whole":
             env |= {"TRAIN_ENABLED": "0", "MODEL_PATH": str(run.source())}
             if run.cfg.max_wallclock_seconds:  # its share of a cap, which is no more known there
