@@ -20,6 +20,7 @@ import ctypes
 import dataclasses
 import difflib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -473,7 +474,7 @@ import zstandard  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.distributed.rendezvous import rendezvous  # noqa: E402
 
-if re.match(r"2\.1[0-2]\b", torch.__version__):  # by published runs this fusion makes a step 9% longer
+if re.match(r"2\.1[0-2]\b", torch.__version__):  # this fusion makes a step on an H100 4% longer
     os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 try:  # Hopper's FlashAttention-3, where someone has installed it
     from flash_attn_interface import flash_attn_func
@@ -861,29 +862,44 @@ class Loader:
 # ==== Model: one forward pass for loss and logits =====================================================================
 
 
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, without a weight. https://arxiv.org/abs/1910.07467"""
-    if x.is_cuda:
-        return F.rms_norm(x, (x.size(-1),))
-    return x * (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()  # on a CPU thrice as fast
+def norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+    """RMSNorm over the last dimension, times `gain`, which has one number a row. https://arxiv.org/abs/1910.07467"""
+    wide = x.float() if x.is_cuda else x  # in registers there, a copy on a CPU
+    scale = (wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
+    return (wide * (scale * gain).to(wide.dtype)).to(x.dtype)
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, kept in fp32 and used in the input's type. `gain`, a number or [n_out, 1], multiplies the
-    output by way of the matrix, which is smaller. `adapter`: low-rank factors that test-time training adds for each row
-    of the batch, (down [B, r, n_in], up [B, n_out, r])."""
+    """A matrix without bias, kept in fp32 and used in the input's type. `adapter`: low-rank factors that test-time
+    training adds for each row of the batch, (down [B, r, n_in], up [B, n_out, r]). `watch`: set by `Calibration`."""
 
-    adapter = None
+    adapter, watch = None, None
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        y = F.linear(x, (self.weight * gain).to(x.dtype))
-        if self.adapter is not None:
-            down, up = self.adapter
-            y.baddbmm_(x @ down.mT, (up * gain).to(x.dtype).mT)  # in place: a fresh output costs more than the product
-        return y
+        """The output times `gain`, a number or [n_out, 1], by way of the matrix, which is smaller."""
+        return side_by_side(x, (self,), gain)
+
+
+def side_by_side(x: Tensor, layers: tuple[Linear, ...], gain: Tensor | float = 1.0) -> Tensor:
+    """The outputs of layers that see the same input, one after another in the last dimension, by one product: x is read
+    once, and its gradient written once."""
+    weight = torch.cat([layer.weight for layer in layers])
+    y = F.linear(x, (weight * gain).to(x.dtype))
+    if layers[0].adapter is not None:
+        downs, ups = zip(*(layer.adapter for layer in layers), strict=True)
+        rank, last = downs[0].size(1), len(layers) - 1
+        blocks = [F.pad(up, (i * rank, (last - i) * rank)) for i, up in enumerate(ups)]  # the others' are zero
+        up = (torch.cat(blocks, 1) * gain).to(x.dtype)  # [B, all n_out, layers r]
+        y.baddbmm_(x @ torch.cat(downs, 1).mT, up.mT)  # in place: a fresh output costs more than the product
+    end = 0
+    for layer in layers:
+        begin, end = end, end + layer.out_features
+        if layer.watch is not None:
+            layer.watch(y, x, gain, slice(begin, end))
+    return y
 
 
 class Embedding(nn.Embedding):
@@ -894,22 +910,12 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
-def rope_tables(length: int, dims: int, base: float, device: torch.device, dtype: torch.dtype,
-                window: int = 0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, 1, dims/2] of rotary embeddings (https://arxiv.org/abs/2104.09864); beyond 1024
-    tokens the base grows with the window (NTK-aware scaling), which is `length` unless given."""
-    if (window or length) > 1024 and dims > 2:
-        base = base * ((window or length) / 1024) ** (dims / (dims - 2))
-    speed = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), speed)[:, None, :]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + dims/2) of the first dims of each head of x [B, T, H, D] by minus their angle."""
-    half = cos.size(-1)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+def rotate(x: Tensor, factors: Tensor, half: int) -> Tensor:
+    """Turn the pairs (i, i + half) of each head of x [B, T, H, D] by minus their angle, by the `factors` of `GPT.rope`.
+    Whole heads are moved, which a compiler fuses with what is around it; slices it would not."""
+    itself, after, before = factors
+    y = torch.addcmul(x * itself, x.roll(-half, -1), after)
+    return torch.addcmul(y, x.roll(half, -1), before)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -960,16 +966,18 @@ class Attention(nn.Module):
         self.k, self.v = (Linear(cfg.model_dim, self.kv_heads * self.head_dim) for _ in "kv")
         self.proj = Linear(cfg.model_dim, cfg.model_dim)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        self.half = (cfg.rope_dims or self.head_dim) // 2
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gain_in: float, gain_out: Tensor,
+    def forward(self, x: Tensor, factors: Tensor, gain_in: float, gain_out: Tensor,
                 extra: Tensor | None = None) -> Tensor:
         """[B, T, C] -> [B, T, C], causal; queries and keys are normalised, then turned by RoPE."""
         b, t, c = x.shape
-        q = norm(self.q(x, gain_in).view(b, t, self.heads, self.head_dim))
-        k, v = (matrix(x, gain_in).view(b, t, self.kv_heads, self.head_dim) for matrix in (self.k, self.v))
+        y = side_by_side(x, (self.q, self.k, self.v), gain_in).view(b, t, -1, self.head_dim)
+        q, k, v = y.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         v = v if extra is None else v + extra.view(v.shape)
-        y = attend(rotate(q, cos, sin) * self.q_gain.to(x.dtype)[:, None], rotate(norm(k), cos, sin), v)
+        q, k = norm(q, self.q_gain[:, None]), norm(k)
+        y = attend(rotate(q, factors, self.half), rotate(k, factors, self.half), v)
         if self.exclusive:  # XSA: take out what the token's own value says
             own, y = v[:, :, :, None], y.reshape(b, t, self.kv_heads, -1, self.head_dim)  # [B, T, H_kv, 1, D]
             share = (y * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp(min=1e-24)
@@ -999,10 +1007,10 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.tensor(([1.0] * cfg.model_dim, [0.0] * cfg.model_dim)))
         self.input_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
 
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, extra: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, factors: Tensor, extra: Tensor | None) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = torch.addcmul(mix[0] * x, mix[1], x0)
-        x = x + self.attn(norm(x), cos, sin, self.input_scale, self.attn_scale[:, None], extra)
+        x = x + self.attn(norm(x), factors, self.input_scale, self.attn_scale[:, None], extra)
         return x + self.mlp(norm(x), self.input_scale, self.mlp_scale[:, None])
 
 
@@ -1103,17 +1111,30 @@ class GPT(nn.Module):
             return "head"
         return "matrix" if name.endswith(".weight") or name == "sidecar.site" else "vector"
 
-    def rope(self, length: int, window: int = 0) -> tuple[Tensor, Tensor]:
-        """RoPE's tables for `length` tokens of a window, which is of that length unless given."""
-        dims = self.cfg.rope_dims or self.cfg.model_dim // self.cfg.num_heads
-        return rope_tables(length, dims, self.cfg.rope_base, self.smear.device, self.dtype, window)
+    def rope(self, length: int, window: int = 0) -> Tensor:
+        """Factors [3, length, 1, D] of rotary embeddings (https://arxiv.org/abs/2104.09864): of a number itself, of the
+        one half of the dims after it and of the one before it. Beyond 1024 tokens the base grows with the window
+        (NTK-aware scaling), which is `length` unless given."""
+        width, base, device = self.cfg.model_dim // self.cfg.num_heads, self.cfg.rope_base, self.smear.device
+        dims = self.cfg.rope_dims or width
+        half, span = dims // 2, max(window or length, 1024)
+        if dims > 2:
+            base *= (span / 1024) ** (dims / (dims - 2))
+        speed = base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+        angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), speed)
+        itself, after, before = factors = torch.zeros(3, length, width, device=device)
+        itself[:, :half] = itself[:, half:dims] = angle.cos()
+        itself[:, dims:] = 1.0
+        after[:, :half] = angle.sin()
+        before[:, half:dims] = -angle.sin()
+        return factors[:, :, None].to(self.dtype)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, rows: Tensor | None = None, window: int = 0,
-                tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
+                factors: Tensor | None = None) -> Tensor:
         """ids int [B, T] -> fp32 nats of `targets` [B, S], or without targets fp32 logits [B, S, V].
 
         `rows` int64 [B, S] picks the positions that go through the output layer; without it all T do. `window`: the
-        length that RoPE is scaled for, where ids are of another. `tables`: what `rope` gives for it, where it is kept.
+        length that RoPE is scaled for, where ids are of another. `factors`: what `rope` gives for it, where it is kept.
         """
         cfg = self.cfg
         starts = (ids == BOS_ID) & cfg.bos_mask
@@ -1125,13 +1146,13 @@ class GPT(nn.Module):
         g = torch.sigmoid(self.smear.to(x.dtype))
         x = x0 = (1 - g) * x + g * shift(x, keep)  # SmearGate
         values = self.value_proj(self.value_emb(ids).to(x.dtype)) if self.value_emb is not None else None
-        cos, sin = tables or self.rope(ids.size(1), window)
+        factors = self.rope(ids.size(1), window) if factors is None else factors
         stack = []  # U-Net: the first half of the layers hands its outputs to the second, last to first
         for i, block in enumerate(self.blocks):
             if i >= self.skips and stack:
                 x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
             extra = self.value_scale[i - self.late].to(x.dtype) * values if i >= self.late else None
-            x = block(x, x0, cos, sin, extra)
+            x = block(x, x0, factors, extra)
             if i in cfg.sparse_sites:
                 site = cfg.sparse_sites.index(i)
                 x = x + self.sidecar(norm(x), site, keep, self.sidecar_scale[site][:, None])
@@ -2071,8 +2092,7 @@ class Calibration:
         for path, module in self.model.named_modules():
             name = f"{path}.weight"
             if isinstance(module, Linear):
-                handles.append(module.register_forward_hook(
-                    lambda module, given, y, name=name: self.product(name, y, *given)))
+                module.watch = functools.partial(self.product, name)
             elif isinstance(module, nn.Embedding) and not (tied and path == "tok_emb"):
                 handles.append(module.register_forward_hook(
                     lambda module, given, y, name=name: self.look_up(name, len(module.weight), *given, y)))
@@ -2080,8 +2100,8 @@ class Calibration:
         self.model.watch_output = lambda y, x: self.product(head, y, x)
         return handles
 
-    def product(self, name: str, y: Tensor, x: Tensor, gain: Tensor | float = 1.0):
-        """y [B, T, rows] = x [B, T, cols] times the matrix of this name, its rows times `gain`."""
+    def product(self, name: str, y: Tensor, x: Tensor, gain: Tensor | float = 1.0, part: slice = slice(None)):
+        """y [B, T, rows], in this part of it, = x [B, T, cols] times the matrix of this name, its rows times `gain`."""
         if x is not self._latest[1]:
             self._latest = name, x
             flat = x.detach().flatten(0, 1).float()
@@ -2091,7 +2111,8 @@ class Calibration:
         scale = gain.detach()[:, 0] ** 2 if isinstance(gain, Tensor) else gain**2  # from y back to the bare product
 
         def gradient(g: Tensor):
-            self.outputs[name] = self.outputs.get(name, 0.0) + g.flatten(0, 1).float().square().sum(0) * scale
+            squares = g[..., part].flatten(0, 1).float().square().sum(0)
+            self.outputs[name] = self.outputs.get(name, 0.0) + squares * scale
 
         y.register_hook(gradient)
 
@@ -2118,6 +2139,9 @@ class Calibration:
                 torch.cuda.synchronize()  # else the guard would see the host's time alone
             if not may_go_on():
                 break
+        for module in self.model.modules():
+            if isinstance(module, Linear):
+                module.watch = None
         self.model.watch_output = None
         for handle in handles:
             handle.remove()

@@ -193,6 +193,31 @@ def test_norm_is_rms_norm(dtype, close):
         assert torch.allclose(a.grad, b.grad, rtol=5 * close, atol=2 * close * float(b.grad.abs().max()))
 
 
+def test_norm_takes_a_gain_a_row():
+    x, gain = torch.randn(2, 3, 4, 8).requires_grad_(), torch.rand(4, 1).requires_grad_()
+    torch.testing.assert_close(t.norm(x, gain), torch.nn.functional.rms_norm(x, (8,)) * gain)
+    t.norm(x, gain).square().sum().backward()
+    assert torch.allclose(gain.grad, 2 * 2 * 3 * 8 * gain, rtol=1e-3), "each row has a mean square of 1"
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_layers_side_by_side_are_each_alone(adapted):
+    """Outputs, gradients of input, weights and adapters, and what a calibration hears."""
+    torch.manual_seed(0)
+    layers, x, heard = [t.Linear(6, n) for n in (8, 4, 4)], torch.randn(2, 5, 6).requires_grad_(), []
+    factors = [torch.randn(2, *shape).requires_grad_() for n in (8, 4, 4) for shape in ((3, 6), (n, 3))]
+    for i, layer in enumerate(layers):
+        layer.adapter = tuple(factors[2 * i : 2 * i + 2]) if adapted else None
+        layer.watch = lambda y, x, gain, part: heard.append((y.size(-1), gain, part))
+    weights = [layer.weight for layer in layers] + factors * adapted
+    sides = []
+    for y in (t.side_by_side(x, tuple(layers), 0.7), torch.cat([layer(x, 0.7) for layer in layers], -1)):
+        sides.append((y, *torch.autograd.grad(y.square().sum(), [x, *weights])))
+    for together, alone in zip(*sides, strict=True):
+        torch.testing.assert_close(together, alone)
+    assert heard[:3] == [(16, 0.7, slice(0, 8)), (16, 0.7, slice(8, 12)), (16, 0.7, slice(12, 16))]
+
+
 def test_initialisation(tiny):
     model = model_of(tiny(MODEL_DIM=128, NUM_HEADS=2, BIGRAM_DIM=64))
     w = model.blocks[0].attn.q.weight
@@ -539,7 +564,7 @@ def test_only_scored_positions_reach_the_output_layer(tiny):
     norm = t.norm
     evaluator = t.Evaluator(cfg, Lone(), model, stream_of(list(range(1, 300))), 8)
     try:
-        t.norm = lambda x: seen.append(x.shape) or norm(x)
+        t.norm = lambda x, *gain: seen.append(x.shape) or norm(x, *gain)
         evaluator.score(0, 299)
     finally:
         t.norm = norm

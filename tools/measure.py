@@ -8,14 +8,15 @@
     ./run.sh measure --report --out FOLDER                         records/gpu/DATE_CARD: tables, plot, estimate
 
 Each stage is a process with its own time limit, and each figure is in FOLDER/measure.json from the moment it is known.
-A stage that fails or is killed leaves the figures it has; one that is done is not repeated in the same folder.
+A stage that fails or is killed leaves the figures it has; one that is done is not repeated in the same folder, unless
+train_gpt.py has changed: then what it found before stays beside it.
 The compiler's cache is kept in FOLDER too, in parts under 16 MiB, and taken up again from there, so a stage that was
 killed while it compiled has less to do the next time. Nothing is fetched: torch, numpy, sentencepiece and zstandard
 must be importable; pytest for the tests, matplotlib for the report's plot.
 
 Data and variables are those of train_gpt.py (DATA_PATH, MODEL_DIM, ...) and win over a stage's own, but for those that
-the stage is about (PRESET in frontier and presets). Scripts of this field divide a step into 8 passes
-on one GPU: TRAIN_BATCH_TOKENS=786432 gives each pass what one of eight GPUs has, for ours too.
+the stage is about (PRESET in frontier and presets). Scripts of this field divide a step into 8 passes on one GPU:
+TRAIN_BATCH_TOKENS=786432 MICRO_BATCH_SEQS=48 gives each pass what one of eight GPUs has, for ours too.
 
 The plan, with seconds for one H100 whose cache is empty:
 """
@@ -319,9 +320,10 @@ def check(options: argparse.Namespace):
 
 
 def undone(options: argparse.Namespace, names: list[str]) -> list[str]:
-    """Those of the stages that are not done yet."""
+    """Those of the stages that are not done yet with this train_gpt.py."""
     entries = book_of.read(options.out)["stages"]
-    return [name for name in names if entries.get(name, {}).get("status") != "done"]
+    return [name for name in names if name not in entries or entries[name]["status"] != "done"
+            or entries[name].get("script") != options.script]
 
 
 def allowance(name: str, options: argparse.Namespace) -> float:

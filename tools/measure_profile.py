@@ -11,7 +11,7 @@ TOP = 25
 # The first that matches a kernel's name, or on a CPU an operator's.
 NAMES = [("products", r"^triton_tem_"),
          ("fused", r"^triton_|CompiledFxGraph"),  # before attention: it may be in the name of what was fused around it
-         ("attention", r"flash|fmha|sdpa|attention|cudnn_generated_fort_native"),
+         ("attention", r"flash|fmha|sdpa|attention|cudnn_generated_fort_native|cudnn::fusion"),
          ("products", r"gemm|nvjet|cublas|cutlass|xmma|splitk|aten::(mm|bmm|addmm|baddbmm)_?$"),
          ("copies", r"^memcpy|^memset|aten::(copy_|fill_|zero_|clone|contiguous|cat)$")]
 ATTENTION = [("FlashAttention-3", r"FlashAttn(Fwd|Bwd)Sm90|flash_attn_3|flash::FlashAttn"),

@@ -53,13 +53,21 @@ class PlainAdamW(torch.optim.AdamW):
         super().__init__([group | {"fused": False, "foreach": False} for group in fused.param_groups])
 
 
-def gain_on_activations(self, x, gain=1.0):
-    y = F.linear(x, self.weight.to(x.dtype))
+def fused_norm(x, gain=1.0):
+    return (F.rms_norm(x, (x.size(-1),)) * gain).to(x.dtype)
+
+
+def one_by_one(x, layers, gain=1.0, side_by_side=t.side_by_side):
+    return torch.cat([side_by_side(x, (layer,), gain) for layer in layers], -1)
+
+
+def gain_on_activations(x, layers, gain=1.0):
+    y = F.linear(x, torch.cat([layer.weight for layer in layers]).to(x.dtype))
     return y * (gain.flatten().to(y.dtype) if isinstance(gain, torch.Tensor) else gain)
 
 
-def loss_with_maximum(self, ids, targets=None, rows=None, window=0, tables=None, forward=t.GPT.forward):
-    logits = forward(self, ids, None, rows, window, tables)
+def loss_with_maximum(self, ids, targets=None, rows=None, window=0, factors=None, forward=t.GPT.forward):
+    logits = forward(self, ids, None, rows, window, factors)
     if targets is None:
         return logits
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none").view(targets.shape)
@@ -85,12 +93,12 @@ def trials(trainer: t.Trainer, plain_adam: torch.optim.Optimizer, batched) -> di
     forms = {"as it is": contextlib.nullcontext()}
     if process.cuda:
         forms |= {f"attention by {name}": attention_by(backend) for name, backend in BACKENDS.items()}
-    else:
-        forms["F.rms_norm"] = mock.patch.object(t, "norm", lambda x: F.rms_norm(x, (x.size(-1),)))
     if not process.cuda and process.dtype == torch.bfloat16:  # in fp32 it is the step's own
         forms["PyTorch's fused attention"] = mock.patch.object(t, "attend", fused_attention)
     return forms | {
-        "gains on activations, not in the matrices": mock.patch.object(t.Linear, "forward", gain_on_activations),
+        "F.rms_norm": mock.patch.object(t, "norm", fused_norm),
+        "q, k and v by products of their own": mock.patch.object(t, "side_by_side", one_by_one),
+        "gains on activations, not in the matrices": mock.patch.object(t, "side_by_side", gain_on_activations),
         "cross-entropy with its maximum and log-softmax": mock.patch.object(t.GPT, "forward", loss_with_maximum),
         "Newton-Schulz a matrix at a time": mock.patch.object(optimizers.muon, "orthogonalise", each_matrix_alone),
         "AdamW not fused": mock.patch.object(optimizers, "adam", plain_adam),
