@@ -324,6 +324,42 @@ def test_the_estimate_shows_its_arithmetic(tmp_path):
         measure_report.make(tmp_path / "out", tmp_path / "records")
 
 
+def test_the_report_sets_the_time_beside_the_counts(tmp_path):
+    """Each class at the rates that were measured, the largest gap first, in the classes that kernels have by now."""
+    kernels = [("x", "optimizer", 1.0), ("void cudnn::fusion::dot<true>", "other", 2.0), ("nvjet_a", "products", 10.0),
+               ("cudnn_generated_fort_native_sdpa", "attention", 5.0), ("triton_poi_fused_add", "fused", 4.0)]
+    rows = [{"name": name, "class": kind, "ms": ms, "calls": 1.0} for name, kind, ms in kernels]
+    classes = {row["class"]: row["ms"] for row in rows} | {"copies": 0.0, "idle": 0.5}
+    step = {"peak_tflops": 500.0, "copy_gb_per_s": {"median": 2000.0, "spread_percent": 1.0, "n": 10}, "tokens": 2048,
+            "classes_ms": classes, "profiled": "kernels", "profiled_ms": 22.5, "kernels": rows}
+    counts = {"tokens": 2048, "forward": {"attention": {"bytes": 9, "operations": 1e12},
+                                          "products": {"bytes": 9, "operations": 2e12},
+                                          "fused": {"bytes": 2e9, "operations": 0}},
+              "backward": {"products": {"bytes": 9, "operations": 2e12}, "fused": {"bytes": 5e9, "operations": 0}}}
+    out = tmp_path / "out"
+    out.mkdir()
+    entry = {"status": "done", "began": "2026-01-02 03:04:05", "figures": step}
+    measure_book.write(out, {"stages": {"step": entry}})
+    for name, value in ("profile", {"classes": classes, "kernels": rows}), ("counts", counts):
+        (out / f"{name}.json").write_text(json.dumps(value))
+    (out / "notes.md").write_text("## Notes\n\nOur words.\n")
+    assert measure_report.make(out, tmp_path / "records") == 0
+    (folder,) = (tmp_path / "records" / "gpu").iterdir()
+    text = (folder / "README.md").read_text()
+    assert "Our words." in text and {"counts.json", "profile.json"} <= {path.name for path in folder.iterdir()}
+    gaps = [line for line in text[text.index("| class | counted") :].splitlines() if line.startswith("| ")][2:]
+    assert gaps[:4] == ["| attention | 1.00 TF | 2.00 | 7.00 | 5.00 |", "| products | 4.00 TF | 8.00 | 10.00 | 2.00 |",
+                        "| optimizer | - | 0.00 | 1.00 | 1.00 |", "| fused | 7.0 GB | 3.50 | 4.00 | 0.50 |"]
+
+
+def test_a_stage_is_measured_again_with_another_script(options, tmp_path):
+    options.stages = ["step"]
+    measure_book.write(options.out, {"stages": {"step": {"status": "done", "script": "0"}}})
+    assert measure.undone(options, ["step", "run"]) == ["run"]
+    options.script = "1"
+    assert measure.undone(options, ["step", "run"]) == ["step", "run"]
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,9 @@
     ./run.sh measure --stages tests,step,export --limit 300 --out FOLDER      in two commands: the first three in five
     ./run.sh measure --stages ttt,audit,run --limit 400 --out FOLDER          minutes, and the next three
     ./run.sh measure --stages frontier,peers --against OTHER/train_gpt.py --out FOLDER      at a later hour
-    ./run.sh measure --report --out FOLDER                         records/gpu/DATE_CARD: tables, plot, estimate
+    ./run.sh measure --report --out FOLDER                         records/gpu/DATE_CARD: tables, plot, estimate;
+                               with FOLDER/counts.json, of tools/step_cost.py --json, also where time goes beyond
+                               what is counted; FOLDER/notes.md, in your own words, becomes a part of it
 
 Each stage is a process with its own time limit, and each figure is in FOLDER/measure.json from the moment it is known.
 A stage that fails or is killed leaves the figures it has; one that is done is not repeated in the same folder, unless

@@ -80,3 +80,13 @@ def summed(path: Path, steps: int) -> dict:
     device = any(event.get("cat") in DEVICE for event in work)
     return {"kernels_seen": device, "steps": steps, "ms_a_step": whole / 1000 / steps,
             "classes": classes, "attention": backend if device else None, "kernels": rows}
+
+
+def regrouped(result: dict) -> dict:
+    """The classes and the longest kernels of a profile that was summed by an earlier form of NAMES."""
+    classes = dict.fromkeys(CLASSES, 0.0) | {"idle": result["classes"]["idle"]}
+    for row in result["kernels"]:
+        if row["class"] != "optimizer":
+            row["class"] = class_of(row["name"], "")
+        classes[row["class"]] += row["ms"]
+    return {"classes_ms": classes, "kernels": result["kernels"][:TOP]}

@@ -1,5 +1,5 @@
-"""A folder records/gpu/DATE_CARD of what tools/measure.py found: tables, a plot of a step's time, and what the figures
-of one GPU let one expect of eight, each with its arithmetic."""
+"""A folder records/gpu/DATE_CARD of what tools/measure.py found: tables, a plot of a step's time, where the time goes
+beyond what was counted, and what the figures of one GPU let one expect of eight, each with its arithmetic."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from sweep_results import NO_PLOT, bare, pyplot  # noqa: E402
 
 from train_gpt import Config, UserError, one_line  # noqa: E402
 
+PROFILE, COUNTS, NOTES = KEPT = "profile.json", "counts.json", "notes.md"  # beside the book, where they are
 RANKS, FINEWEB, STEP_TOKENS = 8, 62_021_632, 786_432
 LINK = 450e9  # bytes/s that NVLink 4 is said to move one way, of an H100; not measured here
 UNITS = {"_gb_per_s": " GB/s", "_per_s": "/s", "_ms": " ms", "_s": " s", "_percent": "%", "_gib": " GiB",
@@ -79,6 +80,27 @@ def of_step(entry: dict) -> list[str]:
              for row in figures["kernels"]]
     return [*lines, "", f"The {len(cells)} that took the most time:", "",
             *table(["name", "class", "ms a step", "calls a step"], cells)]
+
+
+def gaps(figures: dict, counts: dict) -> list[str]:
+    """What was counted of a step, the time that it would take at the rates measured here, and the time that it took."""
+    rate, bandwidth = 1e12 * figures["peak_tflops"], 1e9 * figures["copy_gb_per_s"]["median"]
+    cells = []
+    for kind, ms in figures["classes_ms"].items():
+        both = [counts[stage].get(kind, {"bytes": 0, "operations": 0}) for stage in ("forward", "backward")]
+        work, moved = (sum(part[what] for part in both) for what in ("operations", "bytes"))
+        if kind in ("attention", "products"):
+            said, least = f"{work / 1e12:.2f} TF", 1000 * work / rate
+        elif kind == "fused":
+            said, least = f"{moved / 1e9:.1f} GB", 1000 * moved / bandwidth
+        else:
+            said, least = "-", 0.0
+        cells.append((ms - least, [kind, said, f"{least:.2f}", f"{ms:.2f}", f"{ms - least:.2f}"]))
+    rates = f"{figures['peak_tflops']:.0f} TFLOP/s and {figures['copy_gb_per_s']['median']:,.0f} GB/s"
+    said = (f"Counted by `tools/step_cost.py` for {counts['tokens']:,} tokens, at the {rates} that a large product and "
+            "a large copy reached; the largest gap first. Of attention half is counted, which the causal mask leaves.")
+    rows = [row for _, row in sorted(cells, key=lambda cell: -cell[0])]
+    return [paragraph(said), "", *table(["class", "counted", "ms at these rates", "ms measured", "gap"], rows)]
 
 
 def graphs(figures: dict) -> list[str]:
@@ -225,19 +247,21 @@ def story(stages: dict) -> list[str]:
                   "why"], cells)
 
 
-def readme(book: dict, title: str, drawn: bool) -> str:
+def readme(book: dict, title: str, drawn: bool, counts: dict | None, notes: str) -> str:
     """The README of the record."""
     stages = {name: book["stages"][name] for name in PLAN if name in book["stages"]}
     machine = next((entry["machine"] for entry in stages.values() if "machine" in entry), {})
     about = "; ".join(f"{name} {value}" for name, value in machine.items())
     made = paragraph("Made by `./run.sh measure --report` from measure.json, which holds every figure; times are "
                      "medians, ± the distance of the quartiles in percent.")
-    lines = [f"# {title}", "", made, "", f"Machine: {about or 'not told'}", "", *story(stages), "", "## Eight GPUs", "",
-             *estimate(stages), ""]
+    lines = [f"# {title}", "", made, "", f"Machine: {about or 'not told'}", "", *story(stages), "", notes,
+             "## Eight GPUs", "", *estimate(stages), ""]
     for name, entry in stages.items():
         heading, section = SECTIONS[name]
         said = [f"Data {entry['data']}, settings `{json.dumps(entry['settings'])}`", ""] if "settings" in entry else []
         lines += [f"## {heading}", "", *said, *section(entry), ""]
+        if name == "step" and counts and entry.get("figures", {}).get("classes_ms"):
+            lines += [*gaps(entry["figures"], counts), ""]
         lines += ["![a step's time by class](step_time.png)", ""] if name == "step" and drawn else []
     return "\n".join([*lines, "## Not measured", "", *unknown(stages), ""])
 
@@ -275,6 +299,10 @@ def make(out: Path, records: Path) -> int:
             raise UserError(f"{out / book_of.NAME}: nothing was measured yet; measure first")
         folder = records / "gpu" / place(book)
         step = book["stages"].get("step", {})
+        texts = {name: (out / name).read_text() for name in KEPT if (out / name).exists()}
+        if PROFILE in texts and step.get("figures", {}).get("classes_ms"):  # in the classes of today
+            step["figures"] |= measure_profile.regrouped(json.loads(texts[PROFILE]))
+        counts = json.loads(texts[COUNTS]) if COUNTS in texts else None
         title = f"{step.get('machine', {}).get('name', 'a machine')}: what tools/measure.py found"
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         if folder.exists():
@@ -284,10 +312,9 @@ def make(out: Path, records: Path) -> int:
             figures = step.get("figures", {})
             drawn = draw(figures.get("classes_ms"), partial / "step_time.png",
                          f"{step.get('machine', {}).get('name', '')}, {figures.get('tokens', 0):,} tokens a step")
-            (partial / "README.md").write_text(readme(book, title, drawn))
-            for name in (book_of.NAME, "profile.json"):
-                if (out / name).exists():
-                    shutil.copyfile(out / name, partial / name)
+            (partial / "README.md").write_text(readme(book, title, drawn, counts, texts.pop(NOTES, "")))
+            for name in (book_of.NAME, *texts):
+                shutil.copyfile(out / name, partial / name)
             os.rename(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
