@@ -1230,6 +1230,7 @@ class FlatWeights:
         self.weights, self.buffer = torch.empty(total, device=device), torch.zeros(total + 1, device=device)
         self.grads, self.loss = self.buffer[:total], self.buffer[total]
         self.spans: list[tuple[str, torch.Size, int, int]] = []
+        self.parameters = [p for _, p in named]
         for (role, shape), group in itertools.groupby(named, lambda item: (model.role(item[0]), item[1].shape)):
             params = [p for _, p in group]
             self.spans.append((role, shape, begin, len(params)))
@@ -1248,9 +1249,11 @@ class FlatWeights:
         """Gradients and mean loss of a step of `total` sequences, of which this rank has tokens [n, seq_len + 1],
         taken `size` at a time; summed over the ranks."""
         self.buffer.zero_()
+        learning = [p for p in self.parameters if p.requires_grad]
         for part in tokens.split(size) if len(tokens) else ():
             loss = forward(part[:, :-1], part[:, 1:]).mean() * (len(part) / total)
-            loss.backward()
+            grads = torch.autograd.grad(loss, learning, materialize_grads=True)
+            torch._foreach_add_([p.grad for p in learning], grads)  # on a GPU a launch or two, not one a tensor
             self.loss.add_(loss.detach())
         process.sum_(self.buffer)
 
