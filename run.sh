@@ -7,7 +7,7 @@
 #   ./run.sh sweep [...]   many runs and their table and plot: TTT_LR=1e-4,3e-4 SEED=13,1337; see tools/sweep.py
 #   ./run.sh show [...]    table and plots of runs and of published logs; see tools/show.py
 #   ./run.sh inspect FILE  what an artifact holds, tensor by tensor; see tools/inspect_artifact.py
-#   ./run.sh measure [...] what a new machine, a GPU above all, can tell, in twelve minutes; see tools/measure.py
+#   ./run.sh measure [...] what a new machine, a GPU above all, can tell, in eight minutes; see tools/measure.py
 #   ./run.sh audit RUN...  whether an evaluation learns before it scores, or peeks; see tools/audit.py. AUDIT=1 ./run.sh
 #                          and AUDIT=1 ./run.sh sweep [...] audit each run when it ends
 #   ./run.sh record [...]  a folder that is ready to submit, of runs that differ in the seed; see tools/record.py

@@ -78,6 +78,7 @@ def test_parts_are_measured_once_and_reported(corpus, tmp_path, forks_for_stages
     (row,) = ttt["eight"]["groups"]
     assert ttt["iteration_ms"]["32"]["iterations"] >= 2 and row["places"] == 128 and row["iterations"] > 1000
     assert ttt["eight"]["seconds"] == row["iterations"] * ttt["iteration_ms"]["32"]["whole"] / 1000
+    assert ttt["classes_ms"]["products"] > 0 and ttt["profiled_ms"] > 0
     assert {path.name for path in (tmp_path / "logs" / "measure").iterdir()} == {"measure.json", "measure.log",
                                                                               "profile.json"}
     reported(tmp_path, after)
@@ -93,7 +94,8 @@ def reported(tmp_path, stages: dict):
     assert folder.name.startswith(stages["step"]["began"][:10])
     assert {path.name for path in folder.iterdir()} == {"README.md", "measure.json", "profile.json", "step_time.png"}
     text = (folder / "README.md").read_text()
-    for said in ("| share of peak |", "attention, cuDNN", "## Eight GPUs\n\nNone: it needs", "- run: not asked for",
+    for said in ("| share of peak |", "| class | ms an iteration | share |", "attention, cuDNN",
+                 "## Eight GPUs\n\nNone: it needs", "- run: not asked for",
                  f"| products | {stages['step']['figures']['classes_ms']['products']:.3f} |"):
         assert said in text, said
     assert "gpu" not in record_text.index(records)
@@ -131,16 +133,20 @@ def test_an_audited_run(figures_of):
     assert figures["audit_ok"] and figures["audit"]["causal"]["ok"] and figures["valid"]
 
 
-def test_presets_and_peers(figures_of, options, tmp_path):
+def test_presets_and_peers(figures_of, options, tmp_path, monkeypatch):
     other = tmp_path / "other.py"
-    other.write_text("print('step:10/15 train_loss:5 train_time:100ms')\n"
+    other.write_text("print('step:1/15 train_loss:9 train_time:10ms', flush=True)\n"
+                     "print('step:10/15 train_loss:5 train_time:100ms')\n"
                      "print('step:15/15 train_loss:5 train_time:135ms', flush=True)\nimport time\ntime.sleep(99)\n")
     found = figures_of("presets", ITERATIONS="15")
     assert [(run["preset"], run["seed"]) for run in found["runs"]] == [("seed", 1337), ("frontier", 1337)]
     assert found["mean_bpb"] == {run["preset"]: run["val_bpb"] for run in found["runs"]}
     assert len(set(found["mean_bpb"].values())) == 2
     options.against = [str(other)]
+    monkeypatch.setattr(measure_stages, "has_gpu", lambda: True)
     steps = figures_of("peers", ITERATIONS="15")["steps"]
+    compiled = [(tmp_path / "peers" / f"compiled_{number}" / "output.txt").read_text() for number in (0, 1)]
+    assert all("step:1/15" in text for text in compiled) and "step:15/15" not in compiled[0]
     assert steps["ours"]["step_ms"] > 0
     (row,) = [row for name, row in steps.items() if name != "ours"]
     assert row["step_ms"] == 7.0 and row["seconds"] < 60
@@ -200,7 +206,7 @@ def test_what_no_longer_fits_is_skipped(corpus, tmp_path, forks_for_stages):
     assert done.code == 1 and done.err.startswith("not done: step, export;")
     stages = stages_of(tmp_path)
     assert [entry["status"] for entry in stages.values()] == ["skipped", "skipped"]
-    assert stages["step"]["why"].startswith("needs 150 s where ") and "--limit 60 are left" in stages["step"]["why"]
+    assert stages["step"]["why"].startswith("needs 90 s where ") and "--limit 60 are left" in stages["step"]["why"]
     run(corpus, tmp_path, "--report").refused("nothing was measured yet")
     with open(tmp_path / "logs" / "measure" / "measure.log") as log:
         fcntl.flock(log, fcntl.LOCK_EX)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""All that a new machine, a GPU above all, can tell about train_gpt.py: twelve minutes, most knowledge first.
+"""All that a new machine, a GPU above all, can tell about train_gpt.py: eight minutes, most knowledge first.
 
     ./run.sh measure                                               the plan below, but for its last three stages
-    ./run.sh measure --stages tests,step,export --limit 300 --out FOLDER      in two commands: the first three in five
-    ./run.sh measure --stages ttt,audit,run --limit 400 --out FOLDER          minutes, and the next three
+    ./run.sh measure --stages tests,step,export --limit 200 --out FOLDER      in two commands: the first three in three
+    ./run.sh measure --stages ttt,audit,run --limit 320 --out FOLDER          minutes, and the next three in five
     ./run.sh measure --stages frontier,peers --against OTHER/train_gpt.py --out FOLDER      at a later hour
     ./run.sh measure --report --out FOLDER                         records/gpu/DATE_CARD: tables, plot, estimate;
                                with FOLDER/counts.json, of tools/step_cost.py --json, also where time goes beyond
@@ -20,7 +20,8 @@ Data and variables are those of train_gpt.py (DATA_PATH, MODEL_DIM, ...) and win
 the stage is about (PRESET in frontier and presets). Scripts of this field divide a step into 8 passes on one GPU:
 TRAIN_BATCH_TOKENS=786432 MICRO_BATCH_SEQS=48 gives each pass what one of eight GPUs has, for ours too.
 
-The plan, with seconds for one H100 whose cache is empty:
+The plan, with seconds for one H100 whose cache is empty; those of step, export, ttt and audit are what they took there
+and some to spare, the others are guessed:
 """
 
 import argparse
@@ -46,10 +47,10 @@ import measure_book as book_of  # noqa: E402
 TESTS = ROOT / "tests" / "test_cuda.py"
 TOKENS = 98_304  # a step of each of eight GPUs
 PLAN = {  # stage: (seconds, what it tells)
-    "tests": (40, "the tests that need a GPU"),
-    "step": (150, "a training step: first, median, tokens/s, share of the peak, memory, attention, kernels by class"),
-    "export": (40, "calibration, a rounding, the whole search; loss added at the limit"),
-    "ttt": (150, "test-time training at the shape of eight GPUs: graphs, ms an iteration, seconds for FineWeb"),
+    "tests": (60, "the tests that need a GPU"),
+    "step": (90, "a training step: first, median, tokens/s, share of the peak, memory, attention, kernels by class"),
+    "export": (30, "calibration, a rounding, the whole search; loss added at the limit"),
+    "ttt": (130, "test-time training at the shape of eight GPUs: graphs, ms an iteration, seconds for FineWeb"),
     "audit": (50, "a tiny whole run, not compiled, and its audit"),
     "run": (120, "PRESET=seed: training, export, read back, sliding evaluation"),
     "frontier": (180, "the same with PRESET=frontier"),

@@ -70,16 +70,21 @@ def of_step(entry: dict) -> list[str]:
     figures = entry.get("figures", {})
     lines = rows(entry)
     lines += ["", *graphs(figures)] if figures.get("graphs") else []
+    return lines + by_class(figures, "a step")
+
+
+def by_class(figures: dict, each: str) -> list[str]:
+    """The classes of a profile and its longest kernels, for each step or iteration."""
     if not figures.get("classes_ms"):
-        return lines
+        return []
     total = sum(figures["classes_ms"].values())
     cells = [[kind, f"{ms:.3f}", f"{100 * ms / total:.1f}%"] for kind, ms in figures["classes_ms"].items()]
-    lines += ["", f"By class, of {figures['profiled']} under the profiler, {figures['profiled_ms']:.2f} ms a step; "
-              "idle is the time in which nothing ran:", "", *table(["class", "ms a step", "share"], cells)]
+    lines = ["", f"By class, of {figures['profiled']} under the profiler, {figures['profiled_ms']:.2f} ms {each}; "
+             "idle is the time in which nothing ran:", "", *table(["class", f"ms {each}", "share"], cells)]
     cells = [[f"`{row['name'][:100]}`", row["class"], f"{row['ms']:.3f}", f"{row['calls']:.1f}"]
              for row in figures["kernels"]]
     return [*lines, "", f"The {len(cells)} that took the most time:", "",
-            *table(["name", "class", "ms a step", "calls a step"], cells)]
+            *table(["name", "class", f"ms {each}", f"calls {each}"], cells)]
 
 
 def gaps(figures: dict, counts: dict) -> list[str]:
@@ -123,8 +128,9 @@ def of_ttt(entry: dict) -> list[str]:
     lines += ["", *graphs(figures)] if figures.get("graphs") else []
     cells = [[window, number(times["iterations"]), number(times["score"]), number(times["learn"]),
               number(times["whole"])] for window, times in figures.get("iteration_ms", {}).items()]
-    return lines + (["", *table(["window", "iterations", "score ms", "learn ms", "iteration ms, all of it (mean)"],
-                                cells)] if cells else [])
+    lines += ["", *table(["window", "iterations", "score ms", "learn ms", "iteration ms, all of it (mean)"],
+                         cells)] if cells else []
+    return lines + by_class(figures, "an iteration")
 
 
 def of_run(entry: dict) -> list[str]:

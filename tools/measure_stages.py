@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -239,33 +240,41 @@ def steps(stage: Stage, parts: bench.Bench, peak: float):
                   peak_memory_gib=parts.process.memory()[1] / 2**30, memory_gib=parts.process.memory()[0] / 2**30)
 
 
+def traced(stage: Stage, process: t.Process, action, steps: int) -> dict:
+    """The kernels of action(), which takes so many steps, summed and entered, if those of a GPU can be seen."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * process.cuda]
+    trace = stage.work / "trace.json"
+    with torch.profiler.profile(activities=kinds) as found:
+        action()
+        process.synchronize()
+    found.export_chrome_trace(str(trace))
+    result = measure_profile.summed(trace, steps)
+    if process.cuda and not result["kernels_seen"]:
+        stage.figures.missing("classes_ms", "the profiler saw no kernel of the GPU")
+        return result
+    stage.figures(classes_ms=result["classes"], profiled_ms=result["ms_a_step"],
+                  profiled="kernels" if result["kernels_seen"] else "operators of a CPU",
+                  kernels=result["kernels"][: measure_profile.TOP])
+    return result
+
+
 def profile(stage: Stage, parts: bench.Bench, count: int = 3):
     """Sum the kernels of `count` steps."""
-    kinds = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * parts.process.cuda]
     trainer, loader = parts.trainer, t.Loader(parts.cfg, parts.tokens, parts.process, 1)
-    update, trace = trainer.optimizers.step, stage.work / "trace.json"
+    update = trainer.optimizers.step
 
     def marked(*arguments):
         with torch.profiler.record_function("optimizers"):
             return update(*arguments)
 
-    def some(steps: int):
-        with torch.profiler.profile(activities=kinds) as found:
-            for _ in range(steps):
-                trainer.step(loader.next(), 0, 1.0)
-            trainer.synchronize()
-        return found
+    def some():
+        for _ in range(count):
+            trainer.step(loader.next(), 0, 1.0)
 
     with mock.patch.object(trainer.optimizers, "step", marked):
-        some(1)  # the first starts the profiler itself
-        some(count).export_chrome_trace(str(trace))
-    result = measure_profile.summed(trace, count)
-    if parts.process.cuda and not result["kernels_seen"]:
-        return stage.figures.missing("classes_ms", "the profiler saw no kernel of the GPU")
+        for _ in range(2):  # the first starts the profiler itself
+            result = traced(stage, parts.process, some, count)
     (stage.out / "profile.json").write_text(json.dumps(result, indent=1) + "\n")
-    stage.figures(classes_ms=result["classes"], profiled_ms=result["ms_a_step"],
-                  profiled="kernels" if result["kernels_seen"] else "operators of a CPU",
-                  kernels=result["kernels"][: measure_profile.TOP])
     if result["attention"]:
         stage.figures(attention_taken=result["attention"])
     else:
@@ -355,14 +364,14 @@ def groups_of_a_rank(cfg: t.Config, process: t.Process, weights: int, ids: np.nd
     return [Group(*group, chunk) for group in t.document_groups(cfg, rank, text, weights)]
 
 
-def excerpt(ids: np.ndarray, groups: list[Group]) -> np.ndarray:
-    """Documents that fill each group's places for at least 8 turns, of all its lengths, cut to two windows."""
+def excerpt(ids: np.ndarray, groups: list[Group], turns: int = 8) -> np.ndarray:
+    """Documents that fill each group's places for at least so many turns, of all its lengths, cut to two windows."""
     parts = []
     for group in groups:
         whole = group.documents[ids[group.documents[:, 0]] == t.BOS_ID]
         t.require(len(whole), f"no whole document of the validation text needs a window of {group.window}")
         length = np.minimum(whole[:, 1] - whole[:, 0], 2 * group.window).mean()
-        count = group.places * math.ceil(8 * group.chunk / length)
+        count = group.places * math.ceil(turns * group.chunk / length)
         parts += [ids[begin : min(end, begin + 2 * group.window)] for begin, end in
                   whole[np.linspace(0, len(whole) - 1, count).astype(int)].tolist()]
     return np.concatenate([*parts, [t.BOS_ID]])
@@ -422,6 +431,14 @@ def iterations(process: t.Process, walk) -> dict:
             for window, count in whole.turns.items()}
 
 
+def profile_walk(stage: Stage, process: t.Process, walk):
+    """Sum the kernels of walk(), for an iteration."""
+    clock = Clock(process, False)
+    with clock.running():
+        walk()
+    traced(stage, process, walk, sum(clock.turns.values()))
+
+
 def eight(groups: list[Group], times: dict) -> dict:
     """What the walk of all targets takes on eight GPUs, and the arithmetic."""
     rows = []
@@ -456,8 +473,9 @@ def ttt(stage: Stage):
     with Graphs(stage.figures).watching():
         stage.figures(prime_s=parts.timed(lambda: t.prime(mine, process, parts.log, stream, parts.tokenizer)))
         times = iterations(process, lambda: t.test_time_train(mine, process, parts.log, model, stream))
-    stage.figures(iteration_ms=times, eight=eight(groups, times))
-    stage.figures(peak_memory_gib=process.memory()[1] / 2**30)
+    stage.figures(iteration_ms=times, eight=eight(groups, times), peak_memory_gib=process.memory()[1] / 2**30)
+    few = t.Stream(excerpt(ids, groups[:1], 2), parts.tokenizer, process.device)
+    profile_walk(stage, process, lambda: t.test_time_train(mine, process, parts.log, model, few))
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -543,12 +561,18 @@ def presets(stage: Stage):
 
 
 def peers(stage: Stage):
-    """The step of other scripts, each launched like ours, which is first; each launch ends after its last step."""
+    """The step of other scripts, each launched like ours, which is first; each launch ends after its last step. On a
+    GPU all compile side by side before that, into the cache that they then find: it is most of their time."""
     last, rows = 10 + 5 * -(-stage.steps // 5), {}  # a step that is logged
     stage.configured(ITERATIONS=last, WARMDOWN_ITERS=10, MAX_WALLCLOCK_SECONDS=0, TRAIN_LOG_EVERY=5, VAL_LOSS_EVERY=0,
-                     TTT_ENABLED=0, RUN_ID="ours")
+                     TTT_ENABLED=0, WARMUP_STEPS=1, RUN_ID="ours")
     tokens = int(os.environ.get("TRAIN_BATCH_TOKENS", t.Config.train_batch_tokens))
-    for number, script in enumerate([t.SCRIPT, *map(Path, stage.against)]):
+    scripts = [t.SCRIPT, *map(Path, stage.against)]
+    if has_gpu():
+        with ThreadPoolExecutor(2) as side_by_side:  # more would not fit a GPU's memory
+            folders = [stage.work / f"compiled_{number}" for number in range(len(scripts))]
+            list(side_by_side.map(lambda script, folder: bench.launch(script, 0, folder, last=1), scripts, folders))
+    for number, script in enumerate(scripts):
         name, said = f"{number} {script.parent.name}/{script.name}" if number else "ours", []
 
         def hear(line: str, name=name, said=said):
