@@ -1112,8 +1112,8 @@ class GPT(nn.Module):
         return "matrix" if name.endswith(".weight") or name == "sidecar.site" else "vector"
 
     def rope(self, length: int, window: int = 0) -> Tensor:
-        """Factors [3, length, 1, D] of rotary embeddings (https://arxiv.org/abs/2104.09864): of a number itself, of the
-        one half of the dims after it and of the one before it. Beyond 1024 tokens the base grows with the window
+        """RoPE's factors [3, length, 1, D] of each number of a head, of the one ROPE_DIMS/2 places after it and of the
+        one as many before it (https://arxiv.org/abs/2104.09864). Beyond 1024 tokens the base grows with the window
         (NTK-aware scaling), which is `length` unless given."""
         width, base, device = self.cfg.model_dim // self.cfg.num_heads, self.cfg.rope_base, self.smear.device
         dims = self.cfg.rope_dims or width
