@@ -1115,14 +1115,13 @@ class GPT(nn.Module):
         """RoPE's factors [3, length, 1, D] of each number of a head, of the one ROPE_DIMS/2 places after it and of the
         one as many before it (https://arxiv.org/abs/2104.09864). Beyond 1024 tokens the base grows with the window
         (NTK-aware scaling), which is `length` unless given."""
-        width, base, device = self.cfg.model_dim // self.cfg.num_heads, self.cfg.rope_base, self.smear.device
-        dims = self.cfg.rope_dims or width
-        half, span = dims // 2, max(window or length, 1024)
+        attn, base, device = self.blocks[0].attn, self.cfg.rope_base, self.smear.device
+        half, dims, span = attn.half, 2 * attn.half, max(window or length, 1024)
         if dims > 2:
             base *= (span / 1024) ** (dims / (dims - 2))
         speed = base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
         angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), speed)
-        itself, after, before = factors = torch.zeros(3, length, width, device=device)
+        itself, after, before = factors = torch.zeros(3, length, attn.head_dim, device=device)
         itself[:, :half] = itself[:, half:dims] = angle.cos()
         itself[:, dims:] = 1.0
         after[:, :half] = angle.sin()

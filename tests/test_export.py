@@ -137,7 +137,7 @@ def test_the_tool_that_compares_rules_has_gptq(rule, embedding):
     assert output_error(w, fed, x) < 0.7 * output_error(w, plain, x)
 
 
-def test_calibration_measures_inputs_and_gradients(tiny):
+def test_calibration_measures_inputs_and_gradients(tiny, monkeypatch):
     """H and G of a layer, of the tied output and of a lookup, against sums over single sequences."""
     cfg = tiny()
     model, text = model_of(cfg, noise=0.3), torch.randint(2, 400, (6, 33))
@@ -145,10 +145,22 @@ def test_calibration_measures_inputs_and_gradients(tiny):
     used = calibration.run(text, 4, lambda: True)
     found = calibration.sensitivities()
     assert used == 6 and model.watch_output is None and all(p.grad is None for p in model.parameters())
+    assert all(module.watch is None for module in model.modules() if isinstance(module, t.Linear))
     assert set(found) == {n for n, _ in model.named_parameters() if n.endswith(".weight")}
     layer, seen = model.blocks[1].mlp.proj, {}
     hooks = [layer.register_forward_hook(lambda m, args, y: seen.update(x=args[0].detach(), y=y) or y.retain_grad()),
              model.bigram.embed.register_forward_hook(lambda m, args, y: seen.update(e=y) or y.retain_grad())]
+    attn, alone, together = model.blocks[1].attn, {}, t.side_by_side
+
+    def one_by_one(x, layers, gain=1.0):
+        outputs = [together(x, (layer,), gain) for layer in layers]
+        for layer, y in zip("qkv", outputs, strict=False):
+            if layers[0] is attn.q:
+                y.retain_grad()
+                alone[layer] = y
+        return torch.cat(outputs, -1)
+
+    monkeypatch.setattr(t, "side_by_side", one_by_one)
     model(text[:, :-1], text[:, 1:]).sum().backward()
     for hook in hooks:
         hook.remove()
@@ -161,12 +173,16 @@ def test_calibration_measures_inputs_and_gradients(tiny):
     assert torch.equal(order, s.order) and torch.allclose(s.factor.mT @ s.factor, inverse.float(), atol=1e-2)
     scale = model.blocks[1].mlp_scale.detach()  # y is the product with the matrix times this
     assert scale.std() > 0.1 and torch.allclose(s.weight, (g * scale).square().sum(0) / len(x), rtol=1e-3)
+    for layer, y in alone.items():
+        g = y.grad.flatten(0, 1) * model.blocks[1].input_scale
+        cost = found[f"blocks.1.attn.{layer}.weight"].weight
+        assert torch.allclose(cost, g.square().sum(0) / len(x), rtol=1e-3), layer
     ids = model.bigram.hash(text[:, :-1], (text[:, :-1] == 1) & cfg.bos_mask)
     unused = np.setdiff1d(np.arange(cfg.bigram_vocab_size), ids.numpy())
     weight = found["bigram.embed.weight"].weight
     assert torch.allclose(weight.sum(), seen["e"].grad.square().mean(2).sum() / len(x), rtol=1e-3)
     assert (weight[unused] == 0).all() and (weight > 0).sum() == cfg.bigram_vocab_size - len(unused)
-    assert t.Calibration(model).run(text, 4, lambda: False) == 4
+    assert len(alone) == 3 and t.Calibration(model).run(text, 4, lambda: False) == 4
     q, k, fc = (found[f"blocks.1.{name}.weight"].factor for name in ("attn.q", "attn.k", "mlp.fc"))
     assert q.data_ptr() == k.data_ptr() != fc.data_ptr(), "q and k see the same input, fc another"
 

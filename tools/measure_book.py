@@ -8,7 +8,7 @@ import math
 import os
 from pathlib import Path
 
-NAME = "measure.json"
+NAME, CUT = "measure.json", "not finished"
 FOLDER_VARIABLE = "MEASURE_OUT"  # tells the plugin where the book is
 
 
@@ -94,9 +94,11 @@ def pytest_runtest_logreport(report):
     """Called by pytest after each phase of a test. Its seconds are of all phases."""
     figures = Figures(Path(os.environ[FOLDER_VARIABLE]), "tests")
     tests = figures.known().get("tests", {})
-    entry = tests.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
+    entry = tests.setdefault(report.nodeid, {"outcome": CUT, "seconds": 0.0})  # as it stays where it is killed
     entry["seconds"] = round(entry["seconds"] + report.duration, 3)
     if report.outcome != "passed":
         entry |= {"outcome": report.outcome, "message": message_of(report)}
-    counts = {kind: sum(test["outcome"] == kind for test in tests.values()) for kind in ("passed", "failed", "skipped")}
-    figures(tests=tests, counts=counts)
+    elif report.when == "call":
+        entry["outcome"] = "passed"
+    kinds = "passed", "failed", "skipped", CUT
+    figures(tests=tests, counts={kind: sum(test["outcome"] == kind for test in tests.values()) for kind in kinds})

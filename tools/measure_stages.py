@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -561,18 +560,12 @@ def presets(stage: Stage):
 
 
 def peers(stage: Stage):
-    """The step of other scripts, each launched like ours, which is first; each launch ends after its last step. On a
-    GPU all compile side by side before that, into the cache that they then find: it is most of their time."""
+    """The step of other scripts, each launched like ours, which is first; each launch ends after its last step."""
     last, rows = 10 + 5 * -(-stage.steps // 5), {}  # a step that is logged
     stage.configured(ITERATIONS=last, WARMDOWN_ITERS=10, MAX_WALLCLOCK_SECONDS=0, TRAIN_LOG_EVERY=5, VAL_LOSS_EVERY=0,
                      TTT_ENABLED=0, WARMUP_STEPS=1, RUN_ID="ours")
     tokens = int(os.environ.get("TRAIN_BATCH_TOKENS", t.Config.train_batch_tokens))
-    scripts = [t.SCRIPT, *map(Path, stage.against)]
-    if has_gpu():
-        with ThreadPoolExecutor(2) as side_by_side:  # more would not fit a GPU's memory
-            folders = [stage.work / f"compiled_{number}" for number in range(len(scripts))]
-            list(side_by_side.map(lambda script, folder: bench.launch(script, 0, folder, last=1), scripts, folders))
-    for number, script in enumerate(scripts):
+    for number, script in enumerate([t.SCRIPT, *map(Path, stage.against)]):
         name, said = f"{number} {script.parent.name}/{script.name}" if number else "ours", []
 
         def hear(line: str, name=name, said=said):
