@@ -2,12 +2,13 @@
 
 import argparse
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from errors import PrepareError
 from shards import DATA_ROOT, check_replaceable, write_corpus
-from texts import TRAIN, VAL, file_kind, read_texts, split_of
+from texts import TRAIN, VAL, Reader, file_kind, split_of
 from tokenizer import Tokenizer, train_tokenizer
 
 
@@ -27,17 +28,35 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise PrepareError(f"{path}: {error.strerror}; check the path") from error
 
 
-def split_files(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Split and text of each document that is not of a --val file."""
-    for path in args.files:
-        for text in read_texts(path, args.text_key):
-            yield TRAIN if args.val else split_of(text, args.val_fraction), text
+def divided(text: str, val_fraction: float) -> tuple[str, str]:
+    """A text in two: about the last `val_fraction` of it is the second, from a paragraph on, or a line, or a word.
+
+    Raises PrepareError for a text without any white space inside.
+    """
+    begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    wanted = begin + (end - begin) * (1 - val_fraction)
+    for gap in (r"\n\s*\n", r"\n", r"\s"):
+        cuts = [found.end() for found in re.finditer(gap, text) if begin < found.start() and found.end() < end]
+        if cuts:
+            cut = min(cuts, key=lambda cut: abs(cut - wanted))
+            return text[:cut], text[cut:]
+    raise PrepareError("one document that cannot be divided; give more documents, or --val")
 
 
-def val_files(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    for path in args.val or []:
-        for text in read_texts(path, args.text_key):
-            yield VAL, text
+def split_documents(args: argparse.Namespace, reader: Reader) -> Iterator[tuple[str, str]]:
+    """Split and text of each document. A single one is divided, which `reader` notes."""
+    texts = reader.read(args.files)
+    first = list(itertools.islice(texts, 2))
+    if len(first) == 1 and not args.val and first[0].strip():
+        head, tail = divided(first[0], args.val_fraction)
+        held_out = f"its last {len(tail):,} of {len(first[0]):,} characters"
+        reader.notes.append(f"one document: {held_out} are held out for validation")
+        yield from ((TRAIN, head), (VAL, tail))
+        return
+    for text in itertools.chain(first, texts):
+        yield TRAIN if args.val else split_of(text, args.val_fraction), text
+    for text in reader.read(args.val or []):
+        yield VAL, text
 
 
 def run_docs(args: argparse.Namespace) -> None:
@@ -54,6 +73,12 @@ def run_docs(args: argparse.Namespace) -> None:
         check_replaceable(out)
     if tokenizer is None:
         print(f"training a tokenizer of {vocab_size} pieces", flush=True)
-        tokenizer = train_tokenizer((text for split, text in split_files(args) if split == TRAIN), vocab_size)
-    documents = itertools.chain(split_files(args), val_files(args))
-    write_corpus(documents, out, tokenizer, args.shard_tokens, {"kind": "docs"})
+        documents = split_documents(args, Reader(args.text_key, args.skip_bad))
+        tokenizer = train_tokenizer((text for split, text in documents if split == TRAIN), vocab_size)
+    reader, facts = Reader(args.text_key, args.skip_bad), {"kind": "docs"}
+
+    def read_and_report() -> Iterator[tuple[str, str]]:
+        yield from split_documents(args, reader)
+        facts["skipped_lines"] = reader.report()
+
+    write_corpus(read_and_report(), out, tokenizer, args.shard_tokens, facts)

@@ -13,7 +13,7 @@ from shards import DATA_ROOT, SHARD_TOKENS, check_replaceable, sha256_file, writ
 from texts import TRAIN, VAL, split_of, text_hash
 from tokenizer import train_tokenizer
 
-RECIPE = 1  # part of the corpus's identity: raise it whenever the way the corpus is made changes
+RECIPE = 2  # part of the corpus's identity: raise it whenever the way the corpus is made changes
 MIN_DOCSTRING_CHARS = 64  # shorter ones say little more than the name they belong to
 VAL_FRACTION = 0.05
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_vendor"}
@@ -61,17 +61,10 @@ def language_reference(stdlib: Path) -> list[str]:
 
 def embedded_texts(roots: list[Path]) -> list[str]:
     """The documents, without duplicates, in an order that mixes the sources. The first root is the standard library."""
-    import multiprocessing
-    import signal
-
     files = [path for root in roots for path in sorted(root.rglob("*.py"))
              if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts[:-1])]
-    # Workers leave Ctrl-C to this process, which stops them.
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
-    with multiprocessing.Pool(initializer=signal.signal, initargs=ignore_interrupt) as pool:
-        texts = pool.map(docstrings, files, chunksize=16)
     by_hash = {}
-    for text in language_reference(roots[0]) + texts:
+    for text in [*language_reference(roots[0]), *map(docstrings, files)]:
         text = text.encode(errors="ignore").decode()  # a docstring may hold half a surrogate pair
         if text.strip():
             by_hash[text_hash(text)] = text
@@ -99,7 +92,7 @@ def find_sources() -> tuple[dict[str, str], list[Path]]:
 def finished_corpus(out: Path, versions: dict[str, str], vocab_size: int) -> bool:
     """Whether `out` is a whole embedded corpus of these versions. PrepareError if it is none at all."""
     try:
-        manifest = json.loads((out / "manifest.json").read_text())
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
         if manifest["kind"] != "embedded":
             raise ValueError("another kind")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -78,6 +78,7 @@ def build_parser() -> Parser:
     docs.add_argument("--shard-tokens", type=number_from(1, 2**31 - 1), default=SHARD_TOKENS, metavar="N",
                       help="tokens in a full shard (%(default)s)")
     docs.add_argument("--text-key", default="text", metavar="KEY", help="key of a .jsonl text (%(default)s)")
+    docs.add_argument("--skip-bad", action="store_true", help="pass over .jsonl lines without text, and count them")
     docs.set_defaults(run=run_docs)
 
     embedded = commands.add_parser("embedded", help="corpus from installed packages", allow_abbrev=False)
@@ -106,7 +107,8 @@ def main() -> int:
         message = f"{error.name} is not installed; pip install -r {DATA_ROOT / 'requirements.txt'}"
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{error.strerror or first_line(error)}; check permissions and free disk space"
+        message = f"{where}{error.strerror or first_line(error)}; check permissions and free disk space, or " \
+                  "choose another --out, which DATA_PATH then names"
     except KeyboardInterrupt:
         print("error: interrupted; run it again to start over", file=sys.stderr)
         return 130

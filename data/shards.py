@@ -18,6 +18,7 @@ DATA_ROOT = Path(__file__).resolve().parent
 HEADER_BYTES = 1024
 MAGIC, VERSION = 20240520, 1
 SHARD_TOKENS = 100_000_000
+TOLERATED = 0.005  # share of the text's bytes that normalisation may add, or that may be unknown, without a word
 BATCH_CHARS = 4_000_000  # text held in memory before it is tokenised
 
 
@@ -28,6 +29,11 @@ def sha256_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def as_json(manifest: dict) -> bytes:
+    """A manifest as it stands in its file."""
+    return (json.dumps(manifest, indent=2) + "\n").encode()
 
 
 def shard_name(split: str, number: int) -> str:
@@ -56,7 +62,8 @@ class SplitWriter:
         self._split, self._folder, self._tokenizer, self._shard_tokens = split, folder, tokenizer, shard_tokens
         self._file, self._in_shard = None, 0
         self._texts, self._chars = [], 0
-        self.documents = self.tokens = self.raw_bytes = self.counted_bytes = self.empty = 0
+        self.documents = self.tokens = self.empty = 0
+        self.raw_bytes = self.counted_bytes = self.lost_bytes = 0
         self.files = []
 
     def add(self, text: str) -> None:
@@ -73,7 +80,7 @@ class SplitWriter:
         if not self.documents:
             remedy = "give --val or a larger --val-fraction" if self._split == VAL else "give more documents"
             raise PrepareError(f"no document in the {self._split} split; {remedy}")
-        figures = ("documents", "tokens", "raw_bytes", "counted_bytes", "files")
+        figures = ("documents", "tokens", "raw_bytes", "counted_bytes", "lost_bytes", "files")
         return {name: getattr(self, name) for name in figures}
 
     def _write_batch(self) -> None:
@@ -81,13 +88,14 @@ class SplitWriter:
 
         ids = []
         for text, encoded in zip(self._texts, self._tokenizer.encode(self._texts), strict=True):
-            if not encoded:  # white space only, or nothing else once normalised
+            if not encoded or not text.strip():  # white space only, or nothing else once normalised
                 self.empty += 1
                 continue
             ids.append(BOS)
             ids.extend(encoded)
             self.documents += 1
             self.raw_bytes += len(text.encode())
+            self.lost_bytes += self._tokenizer.lost_bytes(text, encoded)
         self._texts, self._chars = [], 0
         tokens = np.array(ids, dtype="<u2")
         self.tokens += len(tokens)
@@ -151,17 +159,31 @@ def write_corpus(documents: Iterable[tuple[str, str]], out: Path, tokenizer: Tok
         manifest = facts | {
             "splits": {split: writer.finish() for split, writer in writers.items()},
             "empty_documents": sum(writer.empty for writer in writers.values()),
-            "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": hashlib.sha256(tokenizer.model).hexdigest(),
-                          "source": tokenizer.source},
+            "tokenizer": tokenizer.facts(),
         }
         (folder / "tokenizer.model").write_bytes(tokenizer.model)
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        (folder / "manifest.json").write_bytes(as_json(manifest))
     for split, figures in manifest["splits"].items():
         print(f"{split}: {figures['documents']:,} documents, {figures['tokens']:,} tokens, "
               f"{figures['raw_bytes']:,} bytes of text, {figures['counted_bytes']:,} counted")
+        for doubt in doubts(figures):
+            print(f"warning: {split}: {doubt}")
     if manifest["empty_documents"]:
         print(f"skipped {manifest['empty_documents']:,} empty documents")
     print_command(out, out / "tokenizer.model", tokenizer.vocab_size)
+
+
+def doubts(figures: dict) -> list[str]:
+    """What a split's figures say against its BPB, a line each."""
+    raw, counted, lost = (figures[name] for name in ("raw_bytes", "counted_bytes", "lost_bytes"))
+    lines = []
+    if counted > (1 + TOLERATED) * raw:
+        lines.append(f"the tokenizer's normalisation makes {counted:,} bytes of {raw:,}, so BPB is too low; "
+                     "--vocab-size makes a tokenizer that keeps text as it is")
+    if lost > TOLERATED * raw:
+        lines.append(f"the tokenizer does not know characters of {lost:,} of {raw:,} bytes, which BPB leaves out; "
+                     "take one with byte fallback")
+    return lines
 
 
 def print_command(dataset: Path, model: Path, vocab_size: int) -> None:

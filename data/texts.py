@@ -3,8 +3,10 @@
 import hashlib
 import io
 import json
+import lzma
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from errors import PrepareError, first_line
@@ -25,37 +27,56 @@ def split_of(text: str, val_fraction: float) -> str:
 def file_kind(path: Path) -> tuple[str, str, str]:
     """(stem, kind, compression) by name, as ("notes", ".jsonl", ".xz"); "" for uncompressed. Raises PrepareError."""
     name, compression = path.name, ""
-    if path.suffix in (".xz", ".gz", ".zst"):
-        name, compression = path.stem, path.suffix
+    if path.suffix.lower() in NEW_STREAM:
+        name, compression = path.stem, path.suffix.lower()
     stem, kind = os.path.splitext(name)
-    if kind not in (".jsonl", ".txt"):
+    if kind.lower() not in (".jsonl", ".txt"):
         raise PrepareError(f"{path}: unknown kind of file; give .jsonl or .txt, plain or as .xz, .gz or .zst")
-    return stem, kind, compression
+    return stem, kind.lower(), compression
 
 
-def zstd_blocks(path: Path) -> Iterator[bytes]:
-    """Decompressed blocks of a .zst file of one or more frames.
-
-    The library's own reader takes a file cut in the middle of a frame for a complete one, which would silently
-    shorten a corpus; this one raises EOFError.
-    """
+def zstd_stream():
     import zstandard
 
-    decompressor, frame = zstandard.ZstdDecompressor(max_window_size=1 << 31), None
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+# How each compression's decompressor is made. A file is one stream or several, one after another.
+NEW_STREAM = {
+    ".xz": lzma.LZMADecompressor,
+    ".gz": lambda: zlib.decompressobj(wbits=31),  # 31: with gzip's header
+    ".zst": zstd_stream,
+}
+
+
+def decompressed(path: Path, new_stream: Callable) -> Iterator[bytes]:
+    """Blocks of a compressed file's text. Raises EOFError or OSError where it is not whole.
+
+    The libraries' own readers pass over an empty file, bytes behind the end and (zstandard) a cut in the middle, which
+    would silently shorten a corpus.
+    """
+    stream, streams = None, 0
     with open(path, "rb") as file:
         while data := file.read(1 << 16):
             while data:
-                frame = frame or decompressor.decompressobj()
+                if stream is None and streams:
+                    data = data.lstrip(b"\0")  # padding between streams and behind the last
+                    if not data:
+                        break
+                if stream is None:
+                    stream, streams = new_stream(), streams + 1
                 try:
-                    block = frame.decompress(data)
-                except zstandard.ZstdError as error:
-                    raise OSError(str(error)) from error
+                    block = stream.decompress(data)
+                except Exception as error:  # each library has errors of its own
+                    raise OSError(first_line(error)) from error
                 yield block
-                data = frame.unused_data
-                if frame.eof:
-                    frame = None
-    if frame is not None:
-        raise EOFError("the file ends in the middle of a frame")
+                data = stream.unused_data
+                if stream.eof:
+                    stream = None
+    if stream is not None:
+        raise EOFError("the file ends in the middle")
+    if streams == 0:
+        raise EOFError("the file is empty")
 
 
 class BlockStream(io.RawIOBase):
@@ -78,48 +99,78 @@ class BlockStream(io.RawIOBase):
 
 def open_bytes(path: Path, compression: str):
     """The file's decompressed bytes, as a stream."""
-    import gzip
-    import lzma
-
-    if compression == ".zst":
-        return io.BufferedReader(BlockStream(zstd_blocks(path)), 1 << 16)
-    return {".xz": lzma.open, ".gz": gzip.open, "": open}[compression](path, "rb")
+    if compression == "":
+        return open(path, "rb")
+    return io.BufferedReader(BlockStream(decompressed(path, NEW_STREAM[compression])), 1 << 16)
 
 
-def json_text(line: bytes, where: str, key: str) -> str:
-    """The text in one .jsonl line; `where` names the line in a PrepareError."""
+def json_text(line: bytes, key: str) -> str:
+    """The text in one .jsonl line. Raises PrepareError with what is wrong with the line and what to do."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = f"not valid JSON ({first_line(error)})"
-        raise PrepareError(f"{where}: {reason}; a .jsonl file holds one JSON object a line") from error
+        raise PrepareError(f"{reason}; a .jsonl file holds one JSON object a line") from error
     if not isinstance(record, dict):
-        raise PrepareError(f"{where}: not a JSON object; write it as {{{json.dumps(key)}: ...}}")
+        raise PrepareError(f"not a JSON object; write it as {{{json.dumps(key)}: ...}}")
     if not isinstance(record.get(key), str):
         found = ", ".join(sorted(record)[:8]) or "no keys"
-        raise PrepareError(f"{where}: no text under {key!r} (found: {found}); name the key with --text-key")
+        raise PrepareError(f"no text under {key!r} (found: {found}); name the key with --text-key")
     try:
         record[key].encode()
     except UnicodeEncodeError as error:
-        raise PrepareError(f"{where}: text with half a surrogate pair; mend or drop this line") from error
+        raise PrepareError("text with half a surrogate pair; mend or drop this line") from error
     return record[key]
 
 
-def read_texts(path: Path, key: str) -> Iterator[str]:
-    """The file's documents: each line of a .jsonl, the whole of a .txt. Raises PrepareError."""
-    _, kind, compression = file_kind(path)
-    import lzma
-    import zlib
+class Reader:
+    """Reads documents, and notes what a person should know about them.
 
-    try:
+    A .jsonl line without text is a PrepareError, with `skip_bad` it is passed over and counted.
+    """
+
+    def __init__(self, key: str, skip_bad: bool):
+        self.key, self.skip_bad = key, skip_bad
+        self.notes, self._skipped, self._first = [], 0, ""  # lines to print; lines passed over, and why the first
+
+    def read(self, paths: list[Path]) -> Iterator[str]:
+        """The documents of the files: each line of a .jsonl, the whole of a .txt. Raises PrepareError."""
+        for path in paths:
+            found = False
+            try:
+                for text in self._texts(path):
+                    found = found or bool(text.strip())
+                    yield text
+            except UnicodeDecodeError as error:
+                raise PrepareError(f"{path}: not UTF-8 text ({error}); convert it to UTF-8") from error
+            except (EOFError, OSError) as error:
+                raise PrepareError(f"{path}: cannot be read ({first_line(error)}); check or replace it") from error
+            if not found:
+                self.notes.append(f"warning: {path}: no text in it")
+
+    def _texts(self, path: Path) -> Iterator[str]:
+        _, kind, compression = file_kind(path)
         with open_bytes(path, compression) as stream:
             if kind == ".txt":
                 yield stream.read().decode("utf-8-sig")
                 return
             for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield json_text(line, f"{path} line {number}", key)
-    except UnicodeDecodeError as error:
-        raise PrepareError(f"{path}: not UTF-8 text ({error}); convert it to UTF-8") from error
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        raise PrepareError(f"{path}: cannot be read ({first_line(error)}); check or replace it") from error
+                if not line.strip():
+                    continue
+                try:
+                    text = json_text(line, self.key)
+                except PrepareError as error:
+                    where = f"{path} line {number}: {error}"
+                    if not self.skip_bad:
+                        raise PrepareError(f"{where}, or pass over such lines with --skip-bad") from error
+                    self._skipped, self._first = self._skipped + 1, self._first or where
+                    continue
+                yield text
+
+    def report(self) -> int:
+        """Prints the notes; returns how many lines were passed over."""
+        if self._skipped:
+            self.notes.append(f"skipped {self._skipped:,} lines without text, the first: {self._first}")
+        for note in self.notes:
+            print(note)
+        return self._skipped

@@ -1,5 +1,6 @@
 """The tokenizer: a SentencePiece model that is given, or trained on the training split."""
 
+import hashlib
 import heapq
 import io
 import os
@@ -31,6 +32,9 @@ class Tokenizer:
             raise PrepareError(f"{source}: {size} pieces, shards hold at most {MAX_VOCAB}; use a smaller one")
         if bos != BOS:
             raise PrepareError(f"{source}: BOS id is {bos}, shards need {BOS}; use a tokenizer with bos_id={BOS}")
+        if "<0xE2>" in pieces.encode("\U0010fffd \U0010fffd", out_type=str):  # as model_type="word" does
+            fault = f"spells a space as the three bytes of {SPACE}, not as one"
+            raise PrepareError(f"{source}: {fault}; use a tokenizer with a piece for it")
         self.model, self.source, self.pieces, self.vocab_size = model, source, pieces, size
         self._tabulate()
 
@@ -54,9 +58,21 @@ class Tokenizer:
                 self._spaced[token] = piece.startswith(SPACE)
                 self._bytes[token] = len(piece.removeprefix(SPACE).encode())
 
+    def facts(self) -> dict:
+        """What a manifest says of it."""
+        return {"vocab_size": self.vocab_size, "sha256": hashlib.sha256(self.model).hexdigest(), "source": self.source}
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without BOS."""
         return self.pieces.encode(texts, num_threads=os.cpu_count() or 1)
+
+    def lost_bytes(self, text: str, encoded: list[int]) -> int:
+        """UTF-8 bytes of the characters in `text` that are unknown, for which BPB counts nothing."""
+        unknown = self.pieces.unk_id()
+        if unknown not in encoded:
+            return 0
+        spelt = self.pieces.encode(text, out_type=str)
+        return sum(len(piece.encode()) for token, piece in zip(encoded, spelt, strict=True) if token == unknown)
 
     def counted_bytes(self, tokens) -> int:
         """Canonical BPB bytes of an array of tokens that begins with BOS.
@@ -106,6 +122,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size, pad_id=0,
             bos_id=BOS, eos_id=2, unk_id=3, byte_fallback=True, minloglevel=3,
+            normalization_rule_name="identity", remove_extra_whitespaces=False,  # text is kept as it is
             num_threads=1)  # written into the model, so the machine's core count would change its bytes
     except RuntimeError as error:
         reason = first_line(error).rsplit("] ", 1)[-1].rstrip(".")

@@ -90,6 +90,10 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
+
+
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     path.write_bytes(compressed(path.suffix, "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()))
     return path
@@ -310,6 +314,87 @@ def test_existing_folder_is_refused_or_replaced(corpus: Path, tokenizer: Path, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "out"]
 
 
+HOSTILE = [
+    "a\n\n    b\tc  d", "  both ends  ", "\r\n line\r", "\ufdfa \ufb01 \u2460 \uff21", "e\u0301 \u00e9",
+    "\u200b\ufeff\u00a0\u3000", "<s> </s> <unk> <0x41>", "nul\0 and \x7f", "\U0001f600\u2585", "\n.",
+]
+
+
+def test_a_new_tokenizer_keeps_text_as_it_is(texts: list[str], tmp_path: Path) -> None:
+    path, out = write_jsonl(tmp_path / "t.jsonl", HOSTILE + texts), tmp_path / "out"
+    printed = succeed("docs", path, "--val", write_jsonl(tmp_path / "v.jsonl", HOSTILE), "--vocab-size", 330,
+                      "--out", out)  # fmt: skip
+    assert decoded(out, "train") == HOSTILE + texts and decoded(out, "val") == HOSTILE
+    for figures in manifest_of(out)["splits"].values():
+        assert figures["counted_bytes"] == figures["raw_bytes"] and figures["lost_bytes"] == 0
+    assert "warning" not in printed
+
+
+ARABIC = "\u0642\u0627\u0644 \u0627\u0644\u0646\u0628\u064a \ufdfa \u062b\u0645 \ufdf2 \u0623\u0639\u0644\u0645"
+EMOJI = "all \U0001f600 good " * 6 + "\U0001f680\U0001f680"
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "words"),
+    [(ARABIC, {"byte_fallback": True}, "normalisation makes"), (EMOJI, {}, "does not know characters of 32 of 92")],
+)
+def test_bytes_that_a_tokenizer_makes_or_loses_are_said(text, options, words, texts, tmp_path: Path) -> None:
+    """NFKC writes two of the letters out as whole phrases; without byte fallback an emoji is lost."""
+    model = make_tokenizer(tmp_path / "nfkc.model", texts, **options)
+    path, val = write_jsonl(tmp_path / "t.jsonl", texts), write_jsonl(tmp_path / "v.jsonl", [text])
+    printed = succeed("docs", path, "--val", val, "--tokenizer", model, "--out", tmp_path / "out")
+    warnings = [line for line in printed.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and warnings[0].startswith("warning: val: ") and words in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "tail"),
+    [
+        ("\n one two\n\nthree\nfour\r\n \r\nfive six\n", "five six\n"),
+        ("one two three\nfour five six\nseven\n", "seven\n"),
+        (" one two three four five", "five"),
+    ],
+)
+def test_one_document_is_divided(text: str, tail: str, texts: list[str], tmp_path: Path) -> None:
+    """At a paragraph, where there is none at a line, where there is none at a word. Nothing is lost."""
+    path, out = tmp_path / "book.TXT", tmp_path / "out"
+    path.write_bytes(text.encode())
+    exact = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+    tokenizer = make_tokenizer(tmp_path / "exact.model", texts, **exact)
+    options = ("docs", path, "--tokenizer", tokenizer, "--val-fraction", "0.2", "--out", out)
+    message = f"one document: its last {len(tail)} of {len(text)} characters are held out for validation"
+    assert message in succeed(*options)
+    assert decoded(out, "train") + decoded(out, "val") == [text.removesuffix(tail), tail]
+
+
+def test_one_document_that_is_one_word(tokenizer: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [" word\n"])
+    assert "cannot be divided" in fail("docs", path, "--tokenizer", tokenizer, "--out", tmp_path / "out")
+
+
+def test_lines_without_text_are_skipped_and_counted(texts: list[str], tokenizer: Path, tmp_path: Path) -> None:
+    path, out = write_jsonl(tmp_path / "a.JSONL", texts), tmp_path / "out"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[3:3] = [b'{"text": null}\n', b"{oops\n", b"[1]\n", b'{"text": "\\ud800"}\n', b'"\xff"\n']
+    path.write_bytes(b"".join(lines))
+    options = ("docs", path, "--val-fraction", "0.2", "--tokenizer", tokenizer, "--out", out)
+    assert "a.JSONL line 4: no text under 'text'" in fail(*options)
+    printed = succeed(*options, "--skip-bad")
+    assert f"skipped 5 lines without text, the first: {path} line 4: no text under 'text'" in printed
+    assert manifest_of(out)["skipped_lines"] == 5
+    assert sorted(decoded(out, "train") + decoded(out, "val")) == sorted(texts)
+
+
+def test_a_file_without_text_beside_others_is_said(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    names = ("a.jsonl", "b.txt", "c.jsonl.gz")
+    for name in names:
+        (tmp_path / name).write_bytes(compressed(Path(name).suffix, b"\n"))
+    printed = succeed("docs", corpus, *(tmp_path / name for name in names), "--val-fraction", "0.2",
+                      "--tokenizer", tokenizer, "--out", tmp_path / "out")  # fmt: skip
+    assert [line for line in printed.splitlines() if "warning" in line] == [
+        f"warning: {tmp_path / name}: no text in it" for name in names]
+
+
 GOOD = b'{"text": "a good line"}\n'
 RANDOM = random.Random(3).randbytes(4000)
 MANY = b"".join(b'{"text": "%s"}\n' % RANDOM[n : n + 40].hex().encode() for n in range(0, 4000, 40))
@@ -327,6 +412,12 @@ BAD_FILES = {
     "not zstd": ("a.jsonl.zst", RANDOM, "a.jsonl.zst: cannot be read"),
     "cut gzip": ("a.jsonl.gz", gzip.compress(MANY)[:-900], "a.jsonl.gz: cannot be read"),
     "cut xz": ("a.txt.xz", lzma.compress(MANY)[:-900], "a.txt.xz: cannot be read"),
+    "empty gzip": ("a.jsonl.gz", b"", "a.jsonl.gz: cannot be read (the file is empty"),
+    "empty xz": ("a.txt.xz", b"", "a.txt.xz: cannot be read (the file is empty"),
+    "empty zstd": ("a.txt.zst", b"", "a.txt.zst: cannot be read (the file is empty"),
+    "more than gzip": ("a.jsonl.gz", gzip.compress(GOOD) + GOOD, "a.jsonl.gz: cannot be read"),
+    "more than xz": ("a.jsonl.xz", lzma.compress(GOOD) + GOOD, "a.jsonl.xz: cannot be read"),
+    "more than zstd": ("a.jsonl.zst", zstandard.compress(GOOD) + GOOD, "a.jsonl.zst: cannot be read"),
     "cut zstd": ("a.txt.zst", zstandard.compress(MANY)[:-900], "a.txt.zst: cannot be read (the file ends in"),
     "no document": ("a.jsonl", b"\n", "no document in the train split"),
 }
@@ -358,9 +449,12 @@ def test_bad_arguments(corpus: Path, texts: list[str], tokenizer: Path, tmp_path
     (tmp_path / "text.model").write_text("not a model")
     message = fail("docs", corpus, "--tokenizer", tmp_path / "text.model", *out)
     assert "text.model: not a SentencePiece model" in message
+    (tmp_path / "text.model").unlink()
+    words = make_tokenizer(tmp_path / "word.model", texts, model_type="word", byte_fallback=True)
+    assert "spells a space as the three bytes" in fail("docs", corpus, "--tokenizer", words, *out)
     other = make_tokenizer(tmp_path / "bos.model", texts, bos_id=2, eos_id=1)
     assert "BOS id is 2" in fail("docs", corpus, "--tokenizer", other, *out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bos.model", "corpus.jsonl", "text.model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bos.model", "corpus.jsonl", "word.model"]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -428,6 +522,8 @@ class Hub(ThreadingHTTPServer):
         self.got: list[tuple[str, str]] = []  # (path, Range header) of each GET
         self.cut: set[str] = set()  # paths whose next GET breaks off half-way
         self.home = ""  # HF_HOME of the client
+        self.revision = "0" * 40
+        self.token = ""  # the only one that is accepted, where one is sent
 
     def variables(self) -> dict[str, str]:
         return {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}", "HF_HOME": self.home}
@@ -452,12 +548,19 @@ class HubHandler(BaseHTTPRequestHandler):
         self.answer(send_body=True)
 
     def answer(self, send_body: bool) -> None:
-        start = f"/datasets/{self.server.repo}/resolve/main/"
-        path = self.path.removeprefix(start)
+        start = f"/datasets/{self.server.repo}/resolve/{self.server.revision}/"
+        asked_for = self.path.replace("/resolve/main/", f"/resolve/{self.server.revision}/")
+        path = asked_for.removeprefix(start)
         data = self.server.files.get(path)
-        if not self.path.startswith(start) or data is None:
+        if self.headers.get("Authorization", f"Bearer {self.server.token}") != f"Bearer {self.server.token}":
+            self.send_response(401)
+            self.send_header("X-Error-Message", "Invalid credentials in Authorization header")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if not asked_for.startswith(start) or data is None:
             self.send_response(404)
-            code = "EntryNotFound" if self.path.startswith(start) else "RepoNotFound"
+            code = "EntryNotFound" if asked_for.startswith(start) else "RepoNotFound"
             self.send_header("X-Error-Code", code)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -470,7 +573,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+        self.send_header("X-Repo-Commit", self.server.revision)
         self.send_header("Accept-Ranges", "bytes")
         self.end_headers()
         if send_body:
@@ -521,7 +624,7 @@ def test_fineweb_downloads_and_resumes(hub: Hub, tmp_path: Path) -> None:
     printed = succeed(*options, **hub.variables())
     names = ["fineweb_train_000000.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"]
     expected = {name: hub.files[f"datasets/datasets/fineweb10B_sp1024/{name}"] for name in names}
-    assert folder_bytes(folder) == expected
+    assert shard_bytes(folder) == expected
     model = root / "tokenizers" / "fineweb_1024_bpe.model"
     assert folder_bytes(model.parent) == {model.name: hub.files[f"datasets/tokenizers/{model.name}"]}
     assert printed.splitlines()[-1] == f"DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE=1024 ./run.sh"
@@ -535,7 +638,7 @@ def test_fineweb_downloads_and_resumes(hub: Hub, tmp_path: Path) -> None:
     (folder / names[2]).write_bytes(b"")
     succeed(*options, **hub.variables())
     assert sorted(hub.shards_got()) == names[1:]
-    assert folder_bytes(folder) == expected
+    assert shard_bytes(folder) == expected
     succeed("fineweb", "--train-shards", 3, "--out", root, **hub.variables())
     assert hub.shards_got() == ["fineweb_train_000002.bin"]
 
@@ -561,7 +664,7 @@ def test_fineweb_refuses_a_lying_shard(data: bytes, message: str, hub: Hub, tmp_
     hub.files[SHARD.format(1)] = data
     line = fail("fineweb", "--train-shards", 2, "--out", tmp_path / "data", **hub.variables())
     assert "fineweb_train_000001.bin" in line and message in line
-    left = folder_bytes(tmp_path / "data" / "datasets" / "fineweb10B_sp1024")
+    left = shard_bytes(tmp_path / "data" / "datasets" / "fineweb10B_sp1024")
     assert sorted(left) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin"]
 
 
@@ -591,3 +694,84 @@ def test_fineweb_from_another_repository(hub: Hub, tmp_path: Path) -> None:
     variables = {"MATCHED_FINEWEB_REPO_ID": "my/copy", "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX": ""}
     succeed("fineweb", "--train-shards", 1, "--out", tmp_path / "data", **hub.variables(), **variables)
     assert len(hub.shards_got()) == 2
+
+
+def retokenised(hub: Hub, texts: list[str], tmp_path: Path) -> None:
+    """A new revision of the hub: another tokenizer, and all shards but one are others."""
+    model = make_tokenizer(tmp_path / "n.model", texts[1:], vocab_size=1024)
+    hub.files["datasets/tokenizers/fineweb_1024_bpe.model"] = model.read_bytes()
+    for number in range(2):
+        hub.files[SHARD.format(number)] = shard(60_000 + number)
+    hub.revision = "1" * 40
+
+
+@pytest.mark.parametrize("left", ["manifest", "no manifest"])
+def test_fineweb_of_a_changed_hub_is_fetched_again(left: str, hub: Hub, texts: list[str], tmp_path: Path) -> None:
+    """Whatever is here ends as one revision's shards and tokenizer; what is the same there is not fetched twice."""
+    root = tmp_path / "data"
+    folder = root / "datasets" / "fineweb10B_sp1024"
+    succeed("fineweb", "--train-shards", 3, "--out", root, **hub.variables())
+    if left == "no manifest":
+        (folder / "manifest.json").unlink()
+    hub.shards_got()
+    retokenised(hub, texts, tmp_path)
+    printed = succeed("fineweb", "--train-shards", 1, "--out", root, **hub.variables())
+    was = f"{hub.repo} at {'0' * 40}" if left == "manifest" else "unknown origin"
+    assert f"the shards here are of {was}; comparing" in printed
+    assert sorted(hub.shards_got()) == ["fineweb_train_000000.bin", "fineweb_train_000001.bin"]
+    for name, data in shard_bytes(folder).items():
+        assert data == hub.files[f"datasets/datasets/fineweb10B_sp1024/{name}"]
+    model = (root / "tokenizers" / "fineweb_1024_bpe.model").read_bytes()
+    assert model == hub.files["datasets/tokenizers/fineweb_1024_bpe.model"]
+    manifest = manifest_of(folder)
+    assert manifest["origin"] == {"repository": hub.repo, "revision": "1" * 40}
+    assert manifest["tokenizer"]["sha256"] == hashlib.sha256(model).hexdigest()
+    assert "comparing" not in succeed("fineweb", "--train-shards", 1, "--out", root, **hub.variables())
+    assert hub.shards_got() == []
+
+
+def test_fineweb_interrupted_between_two_revisions_is_not_usable(hub: Hub, texts: list[str], tmp_path: Path) -> None:
+    """Shards of both lie there, and the old tokenizer: the manifest names the new one, which train_gpt.py checks."""
+    root = tmp_path / "data"
+    folder = root / "datasets" / "fineweb10B_sp1024"
+    options = ("fineweb", "--train-shards", 2, "--out", root)
+    succeed(*options, **hub.variables())
+    before = (root / "tokenizers" / "fineweb_1024_bpe.model").read_bytes()
+    retokenised(hub, texts, tmp_path)
+    good, hub.files[SHARD.format(1)] = hub.files[SHARD.format(1)], b"<html>"
+    assert "fineweb_train_000001.bin" in fail(*options, **hub.variables())
+    new = hashlib.sha256(hub.files["datasets/tokenizers/fineweb_1024_bpe.model"]).hexdigest()
+    assert manifest_of(folder)["tokenizer"]["sha256"] == new
+    assert (root / "tokenizers" / "fineweb_1024_bpe.model").read_bytes() == before
+    variables = {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(root / "tokenizers" / "fineweb_1024_bpe.model")}
+    command = [sys.executable, str(SCRIPT.parents[1] / "train_gpt.py"), "--check"]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 2 and "not the tokenizer that cut the data" in done.stderr, done.stderr
+
+    hub.files[SHARD.format(1)] = good
+    hub.shards_got()
+    succeed(*options, **hub.variables())
+    assert hub.shards_got() == ["fineweb_train_000001.bin"]
+    assert subprocess.run(command, env=os.environ | variables, capture_output=True).returncode == 0
+
+
+def test_fineweb_of_another_repository_keeps_what_that_lacks(hub: Hub, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    folder = root / "datasets" / "fineweb10B_sp1024"
+    succeed("fineweb", "--train-shards", 3, "--out", root, **hub.variables())
+    before = shard_bytes(folder)
+    hub.repo = "my/copy"
+    hub.files["datasets/manifest.json"] = hub.files["datasets/manifest.json"].replace(b": 3", b": 2")
+    options = ("fineweb", "--train-shards", 2, "--out", root)
+    message = fail(*options, **hub.variables(), MATCHED_FINEWEB_REPO_ID="my/copy")
+    assert "fineweb_train_000002.bin, which my/copy does not have; move it away" in message
+    assert shard_bytes(folder) == before
+
+
+@pytest.mark.parametrize("token", ["hf_old", "hf_\u00e9"])
+def test_a_token_that_the_hub_does_not_accept(token: str, hub: Hub, tmp_path: Path) -> None:
+    hub.token = "hf_new"
+    message = fail("fineweb", "--out", tmp_path / "data", **hub.variables(), HF_TOKEN=token)
+    assert "the hub does not accept HF_TOKEN" in message
+    options = ("fineweb", "--train-shards", 1, "--out", tmp_path / "data")
+    succeed(*options, **hub.variables(), HF_TOKEN="hf_new")
