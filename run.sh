@@ -17,6 +17,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 fail() { echo "error: $*" >&2; exit 2; }
 
+export PYTHONIOENCODING=${PYTHONIOENCODING:-:replace}  # a terminal without Unicode must not end a job
+
 # The Python to use: .venv if we made one, else the one on the PATH.
 py=${PYTHON:-python3}
 [ -x "$here/.venv/bin/python" ] && py=$here/.venv/bin/python
@@ -91,9 +93,10 @@ follow() {
   "$@" &
   local child=$!
   trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'kill -HUP "$child" 2>/dev/null || true' HUP
   trap : INT  # which a terminal sends to the command too
   while wait "$child" && code=0 || code=$?; kill -0 "$child" 2>/dev/null; do :; done
-  trap - TERM INT
+  trap - TERM HUP INT
 }
 
 # Whether the run in a folder has come to its end.
@@ -107,7 +110,13 @@ case $job in
     choose
     ranks=$((gpus > 0 ? gpus : 1))
     "$py" "$here/train_gpt.py" --check --ranks "$ranks"
-    launch=("$py" -m torch.distributed.run --standalone --nproc_per_node="$ranks" "$here/train_gpt.py" "$@")
+    launch=("$py")
+    if [ "$ranks" -gt 1 ]; then
+      # A loopback address, because a host name may not resolve. Under nohup torchrun shall not heed SIGHUP either.
+      launch+=(-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node="$ranks")
+      [ -z "$(trap -p HUP)" ] || export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
+    fi
+    launch+=("$here/train_gpt.py" "$@")
     [ "$audit" = 1 ] || exec "${launch[@]}"
     export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)_seed${SEED:-1337}_$$}  # to know the folder
     folder=${LOG_DIR:-logs}/$RUN_ID
@@ -138,7 +147,7 @@ case $job in
   test)
     need "$here/tests/requirements.txt" pytest xdist huggingface_hub
     need "$here/tools/requirements.txt" matplotlib scipy
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUTF8=1
     cd "$here" && exec "$py" -m pytest -q -n auto --maxprocesses 4 "$@" tests ;;
   data)
     need "$here/data/requirements.txt" huggingface_hub

@@ -19,6 +19,7 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -41,6 +42,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve()
+SIGNALS = [signal.SIGINT, signal.SIGTERM]  # that end a run, once it has saved
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+    SIGNALS.append(signal.SIGHUP)
 DEFAULT_DATA, DEFAULT_TOKENIZER = "./data/datasets/fineweb10B_sp1024", "./data/tokenizers/fineweb_1024_bpe.model"
 
 # ==== Configuration: every variable once, with its default, what it accepts and what it is for ========================
@@ -117,7 +121,7 @@ class Config:
     micro_batch_seqs: int = var(0, ">=0", "sequences a forward pass of one rank; 0: from the device's memory")
     iterations: int = var(9000, ">=1", "steps at most")
     max_wallclock_seconds: float = var(596.0, ">=0", "training seconds at most; 0 no cap")
-    warmdown_iters: int = var(3000, ">=0", "final steps of linear decay to 0, in their measured time under a cap")
+    warmdown_iters: int = var(3000, ">=0", "last steps before ITERATIONS or the cap, with rates that fall to 0")
     warmup_steps: int = var(20, ">=0", "steps that prime compilation on random tokens and are undone")
     val_loss_every: int = var(0, ">=0", "steps between validations of the raw weights, off the clock; 0 off")
     use_compile: str = var("auto", "auto|0|1", "torch.compile; auto: on CUDA")
@@ -410,14 +414,20 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def complain(text: str):
+    """A line on stderr, if there is somebody to read it: a terminal may be gone."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + "\n")
+
+
 def leave(code: int, said: str = "", silent: bool = False):
     """End this rank with what it has to say. A silent one waits: a launcher kills all ranks once one has failed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     if silent:
         time.sleep(3)
     elif said:
-        sys.stderr.write(said + "\n")
+        complain(said)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -461,7 +471,8 @@ def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
 
 if __name__ == "__main__":  # here, so that a typo is answered before the seconds that importing torch takes
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save yet, and no traceback
-    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # None where it was closed
+    sys.stdout, sys.stderr = (  # None where it was closed
+        stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))
     LAUNCH = read_launch(sys.argv[1:])
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a busy machine many times slower
 
@@ -484,6 +495,9 @@ except ImportError:
 # ==== Process and log: this rank among the others, its device, the signals it gets, what it tells people ==============
 
 
+CGROUPS = Path("/sys/fs/cgroup")  # where Linux keeps the limits of containers and jobs
+
+
 class SharedError(UserError):
     """A UserError that all ranks raise alike, so that one of them is enough to say it."""
 
@@ -493,7 +507,7 @@ class Diverged(SharedError):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM, at a place where leaving loses nothing."""
+    """One of SIGNALS, at a place where leaving loses nothing."""
 
     def __init__(self, number: int):
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -501,12 +515,13 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """SIGINT and SIGTERM. The first raises Interrupted, or waits while it is held until what must be finished is
-    saved; a second ends the process at once. Under torchrun, which adds its own, signals within 2 s are one."""
+    """The first of SIGNALS raises Interrupted, or waits while it is held until what must be finished is saved; a second
+    ends the process at once. Under torchrun, which adds its own, signals within 2 s are one. A second SIGHUP is none: a
+    terminal that closes may send several."""
 
     def __init__(self, listens: bool = False):
         self.caught, self.held, self.began = 0, False, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM) if listens else ():
+        for number in SIGNALS if listens else ():
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame):
@@ -515,8 +530,9 @@ class Signals:
             if not self.held:
                 raise Interrupted(number)
             if os.environ.get("RANK", "0") == "0":
-                sys.stderr.write(f"{signal.Signals(number).name}: finishing the step and saving; a second one leaves "
-                                 "at once\n")
+                complain(f"{signal.Signals(number).name}: finishing the step and saving; a second one leaves at once")
+        elif number == signal.SIGHUP:
+            return
         elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self.began > 2:
             os._exit(128 + number)
 
@@ -537,6 +553,26 @@ def keep_freed_memory():
     with contextlib.suppress(OSError, AttributeError):  # another C library
         for option, most in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, most)
+
+
+def memory_limit() -> int:
+    """Bytes of memory that this process may use: the machine's, or fewer where a container or a job is limited."""
+    limits, groups = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")], ""
+    with contextlib.suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace")
+    for line in groups.splitlines():
+        controllers, group = line.split(":", 2)[1:]
+        if controllers == "":  # version 2
+            folder, name = CGROUPS, "memory.max"
+        elif controllers == "memory":
+            folder, name = CGROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        inner = folder / group.lstrip("/")
+        for path in (inner, *inner.parents):  # each holds for what is below it
+            with contextlib.suppress(OSError, ValueError):  # no such file here, or "max"
+                limits.append(int((path / name).read_text(encoding="utf-8")))
+    return min(limits)
 
 
 class Process:
@@ -562,7 +598,7 @@ class Process:
         if self.world > 1:
             self._meet()
         cpuinfo = Path("/proc/cpuinfo")
-        self.cpuinfo = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
+        self.cpuinfo = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
         self.compute_in(compute_dtype)
 
     def _meet(self):
@@ -655,7 +691,7 @@ class Process:
         if self.cuda:
             return torch.cuda.get_device_properties(self.device).total_memory, torch.cuda.max_memory_allocated()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), peak
+        return memory_limit(), peak
 
     def hardware(self) -> dict:
         """What this run runs on, for the log and the summary."""
@@ -722,11 +758,15 @@ def find_path(value: str) -> Path:
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Memory-map a shard's tokens (uint16). Raises UserError naming the file when it is not a whole shard."""
+    """Memory-map a shard's tokens (uint16), not to be written to; the file is closed again, as there may be thousands.
+    Raises UserError naming the file when it is not a whole shard."""
     try:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend its permissions or fetch it again") from None
+        remedy = "mend its permissions or fetch it again"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = "allow more with ulimit -n"
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     if header.size < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise UserError(f"{path}: not a token shard, its header does not begin {SHARD_MAGIC}, {SHARD_VERSION}; make "
                         "shards with data/prepare.py")
@@ -734,7 +774,8 @@ def open_shard(path: Path) -> np.ndarray:
     if count <= 0 or size != HEADER_BYTES + 2 * count:
         raise UserError(f"{path}: its header promises {count} tokens in {HEADER_BYTES + 2 * max(count, 0)} bytes, the "
                         f"file has {size}; fetch or make it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+    words = torch.from_file(str(path), shared=False, size=size // 2, dtype=torch.uint16)
+    return words.numpy()[HEADER_BYTES // 2 :]
 
 
 class Tokens:
@@ -801,6 +842,9 @@ class Tokenizer:
         odd = next((piece for piece in pieces if "\u2581" in piece[1:]), None)
         require(not odd, f"{where}: its piece {odd!r} marks a space past its start, which the canonical byte count "
                 "does not know; train a tokenizer with data/prepare.py")
+        rare = sp.encode("\U0010fffd \U0010fffd", out_type=str)
+        require("<0xE2>" not in rare, f"{where}: it spells a space as the three bytes of \u2581, where the canonical "
+                "byte count knows one; train a tokenizer with data/prepare.py")
         self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)])
         self.spaced = np.array([piece.startswith("\u2581") for piece in pieces]) & ~self.boundary
         self.piece_bytes = np.array([len(piece.removeprefix("\u2581").encode()) for piece in pieces])
@@ -1490,15 +1534,14 @@ def check_settings(settings: dict):
 def rate_factor(cfg: Config, step: int, seconds: float) -> float:
     """Learning rates at a step, as a share of their full values: 1, then a linear warmdown to 0.
 
-    Under a wall-clock cap the warmdown is the time that WARMDOWN_ITERS steps take at the speed measured so far.
+    The end is the step ITERATIONS or the wall-clock cap, whichever comes first at the speed measured so far.
     """
     if cfg.warmdown_iters == 0:
         return 1.0
-    if cfg.training_seconds == 0:
-        return min((cfg.iterations - step) / cfg.warmdown_iters, 1.0)
-    warmdown = cfg.warmdown_iters * seconds / max(step, 1)
-    left = max(cfg.training_seconds - seconds, 0.0)
-    return left / max(warmdown, 1e-9) if left <= warmdown else 1.0
+    left = cfg.iterations - step
+    if cfg.training_seconds and seconds > 0:
+        left = min(left, (cfg.training_seconds - seconds) * step / seconds)
+    return min(max(left, 0.0) / cfg.warmdown_iters, 1.0)
 
 
 class Trainer:
@@ -1507,6 +1550,7 @@ class Trainer:
     def __init__(self, cfg: Config, process: Process, model: GPT):
         self.cfg, self.process, self.started = cfg, process, 0.0
         self._marks, self.fault = collections.deque(), ""  # steps not waited for; what was not finite, and where
+        self.raw_bpb = None  # of the weights that are not averaged, when last validated
         self.flat, self.forward = FlatWeights(model, process.device), compiled(model, cfg, process)
         self.optimizers = Optimizers(cfg, self.flat, process)
         self.share = cfg.train_batch_tokens // cfg.train_seq_len // process.world
@@ -1647,7 +1691,7 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
     if trainer.optimizers.average is not None:
         trainer.flat.weights.copy_(trainer.optimizers.average)
     return {"steps": step, "tokens": step * cfg.train_batch_tokens, "seconds": seconds,
-            "step_ms": 1000 * seconds / max(step, 1), "stop": stop}
+            "step_ms": 1000 * seconds / max(step, 1), "stop": stop, "raw_bpb": trainer.raw_bpb}
 
 
 def validate(trainer: Trainer, log: Log, stream: Stream, step: int, seconds: float) -> int:
@@ -1662,6 +1706,7 @@ def validate(trainer: Trainer, log: Log, stream: Stream, step: int, seconds: flo
     log(f"step:{step}/{cfg.iterations} val_loss:{raw.val_loss:.4f} val_bpb:{raw.val_bpb:.4f} "
         f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms")
     log.metric(step=step, val_loss=raw.val_loss, val_bpb=raw.val_bpb, train_seconds=seconds)
+    trainer.raw_bpb = raw.val_bpb
     return 0
 
 
@@ -2874,6 +2919,7 @@ class Inputs:
     tokenizer: Tokenizer
     train: Tokens | None
     stream: Stream
+    doubts: list[str]  # what the data's makers say against a BPB in its bytes
     blob: bytes | None  # of MODEL_PATH: an artifact to score,
     weights: Tensor | None  # or a run's averaged weights to export
 
@@ -2889,6 +2935,23 @@ def read_model(path: str) -> tuple[dict, bytes | None, Tensor | None]:
             f"CKPT_EVERY_SECONDS has kept, or a {ARTIFACT_NAME}")
     facts, tensors = read_checkpoint(saved[-1])
     return {f.name: facts["settings"][f.name] for f in MODEL_FIELDS}, None, tensors.get("average", tensors["weights"])
+
+
+def read_manifest(folder: Path) -> tuple[str | None, list[str]]:
+    """What data/prepare.py has noted beside its shards: the sha256 of the tokenizer that cut them, None where it says
+    none; and where that has changed the text by more than 0.5%, a line on what it does to BPB."""
+    cut_with, doubts = None, []
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        cut_with = manifest["tokenizer"]["sha256"]
+        split = manifest["splits"]["val"]
+        raw, counted = split["raw_bytes"], split["counted_bytes"]
+        if counted > 1.005 * raw:
+            doubts.append(f"BPB is too low: the tokenizer's normalisation makes {counted} bytes of the text's {raw}")
+        lost = split["lost_bytes"]
+        if lost > 0.005 * raw:
+            doubts.append(f"BPB leaves out {lost} of the text's {raw} bytes, which the tokenizer does not know")
+    return cut_with, doubts
 
 
 def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict) -> tuple[Config, Inputs]:
@@ -2909,28 +2972,29 @@ def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict)
     require(folder.is_dir(), f"DATA_PATH={folder}: no such folder; run ./run.sh data, or set DATA_PATH")
     path = Path(cfg.tokenizer_path or folder / "tokenizer.model")
     path = path if cfg.tokenizer_path or path.exists() else find_path(DEFAULT_TOKENIZER)
-    tokenizer, cut_with = Tokenizer(path, cfg.vocab_size), None
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # data/prepare.py says what it cut with
-        cut_with = json.loads((folder / "manifest.json").read_bytes())["tokenizer"]["sha256"]
+    tokenizer, (cut_with, doubts) = Tokenizer(path, cfg.vocab_size), read_manifest(folder)
     require(cut_with in (None, hashlib.sha256(path.read_bytes()).hexdigest()), f"TOKENIZER_PATH={path}: not the "
             f"tokenizer that cut the data, by {folder / 'manifest.json'}; give that one")
     train = None
     if cfg.train_enabled or (weights is not None and cfg.export_enabled):
         train = Tokens(folder, "train", cfg.vocab_size)
+        require(len(train) > cfg.train_seq_len, f"{train.paths[0]}: the training split has {len(train)} tokens, a "
+                f"sequence takes {cfg.train_seq_len + 1}; give more text or lower TRAIN_SEQ_LEN")
     if past and past.facts:
         count, before = len(train or ()), past.facts["train_tokens"]
         require(count == before, f"DATA_PATH={folder}: {count} training tokens where the run to go on with had {before}"
                 "; give the same data")
     stream = open_stream(Tokens(folder, "val", cfg.vocab_size), tokenizer, cfg.val_token_limit, process.device)
-    return cfg, Inputs(path, tokenizer, train, stream, blob, weights)
+    return cfg, Inputs(path, tokenizer, train, stream, doubts, blob, weights)
 
 
 def check_machine(cfg: Config, process: Process, past: Past | None):
     """UserError where a run would end for want of room on the disk or a place to write to."""
     folder, dump = Path(cfg.log_dir, cfg.run_id).absolute(), Path(cfg.nll_dump).absolute()
-    require(not cfg.run_id or past or not folder.exists(), f"RUN_ID={cfg.run_id}: {folder} exists and no run is "
-            "overwritten; choose another RUN_ID, or RESUME=1 if that run is to go on")
-    here = next(p for p in (folder, *folder.parents) if p.exists())
+    taken = cfg.run_id and not past and os.path.lexists(folder)
+    require(not taken, f"RUN_ID={cfg.run_id}: {folder} exists and no run is overwritten; choose another RUN_ID, or "
+            "RESUME=1 if that run is to go on")
+    here = next(p for p in (folder, *folder.parents) if os.path.lexists(p))  # a link may lead nowhere
     require(here.is_dir() and os.access(here, os.W_OK),
             f"LOG_DIR={cfg.log_dir}: {here} is not a folder that can be written to")
     replaceable = dump.is_file() or not dump.exists()  # a device or a folder is not
@@ -2965,16 +3029,17 @@ def check(cfg: Config, process: Process, inputs: Inputs, ranks: int) -> str:
         scored = f"test-time training, {cfg.ttt_mode}, {scored}"
     lines = [
         f"preset:     {cfg.preset} {json.dumps(cfg.overrides())}",
-        f"machine:    {ranks} x {process.hardware()['name']}, {str(process.dtype)[6:]}",
+        f"machine:    {ranks} x {process.hardware()['name']}, {process.memory()[0] / 2**30:.1f} GiB, "
+        f"{str(process.dtype)[6:]}",
         f"tokenizer:  {inputs.tokenizer_path}, {cfg.vocab_size} pieces",
         f"validation: {inputs.stream.targets:,} targets, {inputs.stream.bytes:,} bytes of {cfg.data_path}",
         f"evaluation: {scored}, {f'within {cfg.eval_max_seconds:g} s' if cfg.eval_max_seconds else 'no time limit'}",
         f"parameters: {sum(counts.values()):,} ({', '.join(f'{n:,} {kind}' for kind, n in counts.items() if n)})",
         f"artifact:   about {predicted:,} bytes with code at first, limit {cfg.artifact_limit_bytes:,}"]
     if cfg.train_enabled:
-        end = f"as many as {cfg.training_seconds:g} s allow, at most" if cfg.training_seconds else "no time cap,"
+        cap = f", or as many as {cfg.training_seconds:g} s allow" if cfg.training_seconds else ""
         lines += [f"training:   {len(inputs.train):,} tokens in {len(inputs.train.paths)} shards",
-                  f"steps:      {end} {cfg.iterations:,} of {cfg.train_batch_tokens:,} tokens"]
+                  f"steps:      {cfg.iterations:,} of {cfg.train_batch_tokens:,} tokens{cap}"]
     return "\n".join(lines)
 
 
@@ -3047,7 +3112,7 @@ def run(cfg: Config, process: Process, log: Log, inputs: Inputs, past: Past | No
     scores.append(score(*about, model, stream, "sliding"))
     scores.append(adapt(*about, model, stream))
     keep_losses(*about, [found for found in scores if found])
-    return judge(*about, stream, past)
+    return judge(*about, inputs, past)
 
 
 def compile_ahead(cfg: Config, process: Process, log: Log, summary: dict, inputs: Inputs):
@@ -3134,8 +3199,8 @@ def export(cfg: Config, process: Process, log: Log, summary: dict, model: GPT, i
 def calibration_text(cfg: Config, process: Process, tokens: Tokens) -> tuple[Tensor, int]:
     """Sequences spread evenly over the training split, [n, T + 1], and how many of them a forward pass takes."""
     length = cfg.train_seq_len
-    count = min(max(cfg.calibration_tokens // length, 1), max(len(tokens) // length, 1))
-    starts = [max(i * (len(tokens) - length) // count, 0) for i in range(count)]
+    count = min(max(cfg.calibration_tokens // length, 1), len(tokens) // length)
+    starts = [i * (len(tokens) - length) // count for i in range(count)]
     text = torch.from_numpy(np.stack([tokens.read(s, length + 1) for s in starts]).astype(np.int32))
     return text.to(process.device), max(tokens_per_pass(cfg, process, True) // length, 1)
 
@@ -3190,7 +3255,7 @@ def keep_losses(cfg: Config, process: Process, log: Log, summary: dict, scores: 
     process.together(write, main=True)
 
 
-def judge(cfg: Config, process: Process, log: Log, summary: dict, stream: Stream, past: Past | None) -> int:
+def judge(cfg: Config, process: Process, log: Log, summary: dict, inputs: Inputs, past: Past | None) -> int:
     """Fill `valid`, `reasons` and `caveats`, and say them. Returns the exit code: 1 if a check failed."""
     seconds, hardware, train, reasons = summary["seconds"], summary["hardware"], summary["train"], summary["reasons"]
     scores, artifact = [s for s in summary["eval"].values() if s], summary["artifact"]
@@ -3209,19 +3274,20 @@ def judge(cfg: Config, process: Process, log: Log, summary: dict, stream: Stream
     if artifact is None and not cfg.export_enabled:
         reasons.append("EXPORT_ENABLED=0: no artifact, the scores are of float weights")
     cap, data = cfg.max_wallclock_seconds, Path(cfg.data_path).name
-    changes = past.changes if past else []
+    changes, lag = past.changes if past else [], lag_of_average(cfg, summary)
     spent = train["seconds"] + seconds.get("search", 0.0) if train else 0.0  # both are training time
     caveats = [  # (holds, what is said)
         (not scores, "no final evaluation ran"),
         (cap and spent > 1.01 * cap, f"training and export took {spent:.1f} s, MAX_WALLCLOCK_SECONDS={cap:g}"),
-        (not stream.complete, f"partial split: its first {stream.targets} targets"),
+        (lag, lag),
+        (not inputs.stream.complete, f"partial split: its first {inputs.stream.targets} targets"),
         (not data.startswith("fineweb10B"), f"not the challenge's data: {data}"),
         (summary["resumes"], f"resumed {len(summary['resumes'])} times; its seconds are those of the last launch"),
         (changes, "; ".join(changes)),
         (hardware["world_size"] != 8 or "H100" not in hardware["name"],
          f"not 8 x H100: {hardware['world_size']} x {hardware['name']}"),
         (True, f"not audited; ./run.sh audit {log.folder}")]
-    summary["caveats"] = [text for holds, text in caveats if holds]
+    summary["caveats"] = [text for holds, text in caveats if holds] + inputs.doubts
     summary["valid"], summary["finished"] = not reasons, True
     summary["memory_peak_bytes"] = process.memory()[1]
     seconds["total"] = time.perf_counter() - process.started
@@ -3231,6 +3297,16 @@ def judge(cfg: Config, process: Process, log: Log, summary: dict, stream: Stream
         log(f"note: {caveat}")
     log(f"summary: {log.folder / 'summary.json'}")
     return int(failed)
+
+
+def lag_of_average(cfg: Config, summary: dict) -> str:
+    """What to say where a short run's average still holds so much of its early weights that it scores worse."""
+    train, averaged = summary["train"], summary["eval"]["float"]
+    if not train or not averaged or not train.get("raw_bpb") or averaged["val_bpb"] <= 1.02 * train["raw_bpb"]:
+        return ""
+    suits = max(0.0, 1 - 20 / train["steps"])  # a memory of 5% of the steps, as the published 0.997 is of 7,000
+    return (f"the averaged weights score {averaged['val_bpb']:.4f} BPB, the last ones {train['raw_bpb']:.4f}: "
+            f"EMA_DECAY={cfg.ema_decay:g} remembers too much for {train['steps']} steps, {suits:.2g} suits them")
 
 
 def how_to_resume(cfg: Config, folder: Path) -> str:
@@ -3294,6 +3370,9 @@ if __name__ == "__main__":
     except Exception as problem:
         if "an't allocate memory" in str(problem) or isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
             leave(2, "error: out of memory; lower MICRO_BATCH_SEQS, VAL_BATCH_SIZE or the model's size")
+        if any(kind.__name__ == "BackendCompilerFailed" for kind in type(problem).__mro__):  # of a lazy module
+            leave(2, f"error: USE_COMPILE: PyTorch's compiler fails here ({str(problem).splitlines()[0]}); install a "
+                     "C++ compiler, or set USE_COMPILE=0")
         if "gloo" in str(problem) or isinstance(problem, dist.DistError):  # the lost rank says why
             leave(1, f"error: rank {os.environ['RANK']}: another rank is gone ({one_line(problem)[:200]})")
         traceback.print_exc()

@@ -629,7 +629,7 @@ def test_the_script_of_a_log_is_that_of_its_last_launch(tmp_path):
 STUB = """#!/usr/bin/env bash
 case "$*" in
   *--check*) ;;
-  *torch.distributed.run*)
+  *train_gpt.py*)
     echo "ran $RUN_ID, AUDIT is ${AUDIT-gone}"
     mkdir -p "logs/$RUN_ID"
     [ "$RAN" = 143 ] && { trap 'kill $!; echo stopped; exit 143' TERM; echo ready; sleep 60 >/dev/null & wait; }

@@ -58,7 +58,7 @@ def fail(problem: str):
 def read_ideas(path: Path) -> list[Idea]:
     """The lines of CANDIDATES; the base first."""
     try:
-        lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+        lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         fail(f"{path}: {error.strerror}; give a file of lines `name | VAR=value ... | verdict`")
     ideas = []
@@ -134,12 +134,12 @@ def plan(ideas: list[Idea], path: Path, rounds: int):
 def costs_of(path: Path) -> dict:
     """What `plan` measured: {stem of CANDIDATES: {settings: cost}}."""
     costs = path.parent / "costs.json"
-    return json.loads(costs.read_text()) if costs.exists() else {}
+    return json.loads(costs.read_text(encoding="utf-8")) if costs.exists() else {}
 
 
 def write_costs(path: Path, costs: dict):
     text = json.dumps(costs_of(path) | {path.stem: costs}, indent=1)
-    (path.parent / "costs.json").write_text(text + "\n")
+    (path.parent / "costs.json").write_text(text + "\n", encoding="utf-8")
 
 
 # ---- table -----------------------------------------------------------------------------------------------------------
@@ -169,15 +169,15 @@ def summaries_of(path: Path) -> list[dict]:
     """What the table needs of the summaries in LOG_DIR/<stem>, which is kept beside CANDIDATES; without such a folder
     what was kept."""
     kept, found = path.with_suffix(".json"), Path(os.environ.get("LOG_DIR", "logs"), path.stem).glob("*/summary.json")
-    if summaries := [json.loads(file.read_text()) for file in sorted(found)]:
+    if summaries := [json.loads(file.read_text(encoding="utf-8")) for file in sorted(found)]:
         said = [{name: value for name, value in s["overrides"].items() if not name.endswith(("_PATH", "_DIR", "_ID"))}
                 for s in summaries]  # nothing of this machine
         lines = [json.dumps({"seed": s["seed"], "preset": s["preset"], "overrides": overrides, "eval": s["eval"],
                              "config": {name: s["config"][name] for name in ("iterations", "warmdown_iters")},
                              "artifact": {"bytes_model": s["artifact"]["bytes_model"]}})
                  for s, overrides in zip(summaries, said, strict=True)]
-        kept.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-    return json.loads(kept.read_text()) if kept.exists() else []
+        kept.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else []
 
 
 def rows_of(ideas: list[Idea], summaries: list[dict], costs: dict) -> list[dict]:
@@ -207,7 +207,7 @@ def spread(values: list[float], sign: str = "") -> str:
 def table(paths: list[Path]):
     """README.md beside the files of candidates: its `about.md`, then a table for each of them."""
     about = paths[0].parent / "about.md"
-    lines = [about.read_text().rstrip() if about.exists() else f"# Ablations\n\nMade by {MARK} ...`."]
+    lines = [about.read_text(encoding="utf-8").rstrip() if about.exists() else f"# Ablations\n\nMade by {MARK} ...`."]
     for path in paths:
         ideas = read_ideas(path)
         first, *rest = rows_of(ideas, summaries_of(path), costs_of(path).get(path.stem, {}))
@@ -224,9 +224,9 @@ def table(paths: list[Path]):
                      "" if row is first else spread(row["gains"], "+"), idea.verdict)
             lines.append(f"| {' | '.join(cells)} |")
     readme = paths[0].parent / "README.md"
-    if readme.exists() and MARK not in readme.read_text():
+    if readme.exists() and MARK not in readme.read_text(encoding="utf-8"):
         fail(f"{readme}: not made by this tool; put the file of candidates into a folder of its own")
-    readme.write_text("\n".join(lines) + "\n")
+    readme.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str]) -> int:

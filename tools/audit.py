@@ -513,7 +513,7 @@ def write(path: Path, result: dict):
     """Write audit.json whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
         raise AuditError(f"{path}: {error.strerror}; mend its folder's permissions or make room") from None

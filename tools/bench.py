@@ -208,7 +208,8 @@ def launch(script: Path, ranks: int, folder: Path, hear=lambda line: None, last:
     for; the seconds it took, and its log's, and its exit code. `hear` is given each line. With `last` the launch is
     ended once it has logged that step."""
     folder.mkdir(parents=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+                f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, str(script)]
     environment = dict(os.environ)  # that run is in another folder
     for name in ("DATA_PATH", "TOKENIZER_PATH"):
@@ -216,8 +217,9 @@ def launch(script: Path, ranks: int, folder: Path, hear=lambda line: None, last:
             environment[name] = str(Path(os.environ[name]).absolute())
     environment |= {"LOG_DIR": str(folder), "PYTHONUNBUFFERED": "1"}  # each line when printed, to time step 1
     began, lines, start = time.perf_counter(), [], {}
-    with subprocess.Popen(command, env=environment, cwd=folder, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT) as process, open(folder / "output.txt", "w") as out:
+    with (open(folder / "output.txt", "w", encoding="utf-8") as out,
+          subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           encoding="utf-8", errors="replace") as process):
         for line in process.stdout:
             if not start and re.match(r"step:1/\d+ train_loss:", line):
                 start = {"start_s": time.perf_counter() - began}
@@ -297,7 +299,7 @@ def launched(argv: list[str]) -> int:
         bench.adaptation(options.ttt_tokens)  # last, since it freezes weights
         bench.add("peak memory", [bench.process.memory()[1] / 2**20], "MiB", 0)
         record["parts"] = bench.rows
-    out.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    out.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     print(f"written: {out}")
     return 0
 

@@ -171,7 +171,7 @@ def children(root: int) -> list[int]:
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_text().rsplit(")", 1)[1].split()[1])
+            parents[int(path.parent.name)] = int(path.read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
     found = [root]
     for process in found:
         found += [child for child, parent in parents.items() if parent == process]
@@ -313,12 +313,12 @@ def check(options: argparse.Namespace):
     environment = {"VAL_TOKEN_LIMIT": "1024"} | {n: v for n, v in os.environ.items() if n not in OWN}
     if options.tokens:
         environment.setdefault("TRAIN_BATCH_TOKENS", str(options.tokens))
-    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), "--check"], env=environment, text=True,
-                          capture_output=True)
+    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), "--check"], env=environment,
+                          capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         problems = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         fail(problems[0].removeprefix("error: ") if problems else f"train_gpt.py --check: exit code {done.returncode}")
-    with open(options.out / LOG, "a") as log:
+    with open(options.out / LOG, "a", encoding="utf-8") as log:
         log.write(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')} train_gpt.py --check\n{done.stdout}")
 
 
@@ -457,7 +457,7 @@ def launched(argv: list[str]) -> int:
 
         return measure_report.make(options.out, options.records)
     options.out.mkdir(parents=True, exist_ok=True)
-    lock = open(options.out / LOG, "a")  # held until this process ends
+    lock = open(options.out / LOG, "a", encoding="utf-8")  # held until this process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -490,5 +490,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as an exception, so that no stage is left running
-        signal.signal(caught, lambda number, frame: sys.exit(128 + number))
+        if caught != signal.SIGHUP or signal.getsignal(caught) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(caught, lambda number, frame: sys.exit(128 + number))
     sys.exit(main(sys.argv[1:]))

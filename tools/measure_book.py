@@ -22,7 +22,7 @@ def read(folder: Path) -> dict:
     if not path.exists():
         return {"stages": {}}
     try:
-        book = json.loads(path.read_text())
+        book = json.loads(path.read_text(encoding="utf-8"))
         entries = book["stages"].values()
         if all(isinstance(entry, dict) and isinstance(entry.get("status"), str) for entry in entries):
             return book
@@ -45,7 +45,7 @@ def finite(value):
 def write(folder: Path, book: dict):
     """Put a book in place of the old one: at no moment is there half of one."""
     partial = folder / f".{NAME}.{os.getpid()}"
-    partial.write_text(json.dumps(finite(book), indent=1, default=str) + "\n")
+    partial.write_text(json.dumps(finite(book), indent=1, default=str) + "\n", encoding="utf-8")
     os.replace(partial, folder / NAME)
 
 

@@ -55,7 +55,7 @@ def busy(work: list[dict]) -> tuple[float, float]:
 def summed(path: Path, steps: int) -> dict:
     """Milliseconds a step of each class, of which idle is the time without any work; the kernels by their time; and
     whose attention ran. On a GPU the work is kernels and copies, put down to the optimizers where these launched it."""
-    events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
+    events = [event for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"] if event.get("ph") == "X"]
     work = [event for event in events if event.get("cat") in DEVICE] or operators(events)
     if not work:
         raise ValueError("the profiler saw no work")

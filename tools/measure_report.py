@@ -305,7 +305,7 @@ def make(out: Path, records: Path) -> int:
             raise UserError(f"{out / book_of.NAME}: nothing was measured yet; measure first")
         folder = records / "gpu" / place(book)
         step = book["stages"].get("step", {})
-        texts = {name: (out / name).read_text() for name in KEPT if (out / name).exists()}
+        texts = {name: (out / name).read_text(encoding="utf-8") for name in KEPT if (out / name).exists()}
         if PROFILE in texts and step.get("figures", {}).get("classes_ms"):  # in the classes of today
             step["figures"] |= measure_profile.regrouped(json.loads(texts[PROFILE]))
         counts = json.loads(texts[COUNTS]) if COUNTS in texts else None
@@ -318,7 +318,8 @@ def make(out: Path, records: Path) -> int:
             figures = step.get("figures", {})
             drawn = draw(figures.get("classes_ms"), partial / "step_time.png",
                          f"{step.get('machine', {}).get('name', '')}, {figures.get('tokens', 0):,} tokens a step")
-            (partial / "README.md").write_text(readme(book, title, drawn, counts, texts.pop(NOTES, "")))
+            text = readme(book, title, drawn, counts, texts.pop(NOTES, ""))
+            (partial / "README.md").write_text(text, encoding="utf-8")
             for name in (book_of.NAME, *texts):
                 shutil.copyfile(out / name, partial / name)
             os.rename(partial, folder)

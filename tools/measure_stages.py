@@ -88,8 +88,9 @@ def machine(process: t.Process) -> dict:
         found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
                   "processors": torch.cuda.get_device_properties(process.device).multi_processor_count}
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            asked = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm",
-                                    "--format=csv,noheader"], text=True, capture_output=True, timeout=10)
+            asked = subprocess.run(
+                ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"],
+                encoding="utf-8", capture_output=True, timeout=10)
             found["driver, power limit, highest clock"] = asked.stdout.strip().splitlines()[0] if asked.stdout else ""
     return found
 
@@ -273,7 +274,7 @@ def profile(stage: Stage, parts: bench.Bench, count: int = 3):
     with mock.patch.object(trainer.optimizers, "step", marked):
         for _ in range(2):  # the first starts the profiler itself
             result = traced(stage, parts.process, some, count)
-    (stage.out / "profile.json").write_text(json.dumps(result, indent=1) + "\n")
+    (stage.out / "profile.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if result["attention"]:
         stage.figures(attention_taken=result["attention"])
     else:
@@ -493,7 +494,7 @@ def whole(stage: Stage, name: str, enter) -> dict:
     found, code = bench.launch(t.SCRIPT, 0, folder, hear)
     path = next(folder.glob("*/summary.json"), None)
     t.require(path, f"{name}: no summary, exit code {code}; {t.one_line(said[-1]) if said else 'it said nothing'}")
-    summary = json.loads(path.read_text())
+    summary = json.loads(path.read_text(encoding="utf-8"))
     kept = ("train", "eval", "export", "artifact", "seconds", "val_bpb", "valid", "reasons", "memory_peak_bytes")
     result = found | {"launch_s": found["seconds"], "exit_code": code} | {key: summary.get(key) for key in kept}
     result["artifact"] = {key: value for key, value in (result["artifact"] or {}).items() if key.startswith("bytes")}
@@ -509,7 +510,7 @@ def audit(stage: Stage):
     whole(stage, "audit", lambda found: stage.figures(**found))
     (folder,) = (path.parent for path in (stage.work / "audit").glob("*/summary.json"))
     t.require(audit_tool.main([str(folder)]) < 2, "the run could not be audited")
-    found = json.loads((folder / "audit.json").read_text())
+    found = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
     stage.figures(audit=found, audit_s=found["seconds"], audit_ok=found["ok"])
 
 

@@ -120,7 +120,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    with open(options.out / "table.csv", "w", newline="") as file:
+    with open(options.out / "table.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

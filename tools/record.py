@@ -63,7 +63,7 @@ def whole(run: Run):
 def script_of_sweep(run: Run) -> str | None:
     """sha256 of the script, where the run lies in the folder of a sweep, which keeps it."""
     try:
-        told = json.loads((run.path.parent / "sweep.json").read_text())
+        told = json.loads((run.path.parent / "sweep.json").read_text(encoding="utf-8"))
         return told["script"] if run.name in told["runs"] else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
@@ -137,7 +137,7 @@ def without_paths(log: str, run: Run) -> str:
 
 def log_of(run: Run) -> str:
     """A run's log for the record: the script, which lies beside it, is named instead of copied."""
-    _, body = split_log(read_text(run.path / "train.log"))
+    _, body = split_log(read_text(run.path / "train.log", encoding="utf-8"))
     digest = hashlib.sha256(run.code).hexdigest()
     return f"script train_gpt.py bytes:{len(run.code)} sha256:{digest}\n" + without_paths(body, run)
 
@@ -156,7 +156,7 @@ def logs(runs: list[Run]) -> dict[str, str]:
 def requirements(run: Run) -> str:
     """The packages as they were when it ran."""
     lines = [f"{name}=={version.partition('+')[0]}" for name, version in run.versions.items() if name != "python"]
-    return "\n".join(lines) + "\n" if lines else read_text(ROOT / "requirements.txt")
+    return "\n".join(lines) + "\n" if lines else read_text(ROOT / "requirements.txt", encoding="utf-8")
 
 
 def fill(folder: Path, place: str, runs: list[Run], options: argparse.Namespace, reasons: list[str] | None) -> bool:
@@ -164,18 +164,19 @@ def fill(folder: Path, place: str, runs: list[Run], options: argparse.Namespace,
     facts = submission(runs, options, time.strftime("%Y-%m-%d"))
     found = logs(runs)
     audits = {f"audit_seed{run.seed}.json": run.path / "audit.json" for run in runs if run.audits}
-    found |= {name: read_text(path) for name, path in audits.items() if path.exists()}
+    found |= {name: read_text(path, encoding="utf-8") for name, path in audits.items() if path.exists()}
     for name, log in found.items():
-        (folder / name).write_text(log)
+        (folder / name).write_text(log, encoding="utf-8")
     (folder / "train_gpt.py").write_bytes(runs[0].code)
-    (folder / "submission.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    (folder / "requirements.txt").write_text(requirements(runs[0]))
+    (folder / "submission.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text(requirements(runs[0]), encoding="utf-8")
     names = [f"seed {run.seed}" for run in runs]
     drawn = figures.pictures(runs, names, folder, options.name)
     files = ["train_gpt.py", "submission.json", "requirements.txt", *found, *(f"{stem}.{end}" for stem in drawn or []
                                                                               for end in ("png", "svg"))]
     reference = (options.reference_bpb, options.reference_name) if options.reference_bpb else None
-    (folder / "README.md").write_text(text.readme(runs, facts, reasons, place, drawn or [], files, reference))
+    readme = text.readme(runs, facts, reasons, place, drawn or [], files, reference)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
     check_submission(reader.read_all([str(folder)]), facts, folder)
     return drawn is not None
 
@@ -278,5 +279,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as an exception, so that nothing half-written stays
-        signal.signal(caught, lambda number, frame: sys.exit(128 + number))
+        if caught != signal.SIGHUP or signal.getsignal(caught) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(caught, lambda number, frame: sys.exit(128 + number))
     t.leave(main(sys.argv[1:]))

@@ -71,7 +71,7 @@ def main() -> int:
     curves = {name: running(x, tokenizer.target_bytes(ids), args.chunk) for name, x in nats.items()}
     ends = next(iter(curves.values()))[0]
     args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "running_bpb.csv", "w", newline="") as file:
+    with open(args.out / "running_bpb.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["targets", *curves])
         table.writerows([end, *(f"{curve[i]:.6f}" for _, curve in curves.values())] for i, end in enumerate(ends))

@@ -405,7 +405,7 @@ def write_code(folder: str, code: dict[str, str]):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for stage, text in code.items():
-            (Path(folder) / f"{stage}.py").write_text(text)
+            (Path(folder) / f"{stage}.py").write_text(text, encoding="utf-8")
     except OSError as problem:
         fail(f"--code {folder}: {problem.strerror}; give a folder that can be written to")
 

@@ -108,7 +108,7 @@ class Run:
     def summary_after(self, stage: str) -> dict | None:
         """Its summary.json if there is something under this name."""
         try:
-            found = json.loads((self.folder / "summary.json").read_text())
+            found = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
             return found if found[stage] else None
         except (OSError, ValueError, LookupError, TypeError):
             return None
@@ -118,7 +118,7 @@ class Run:
         if not self.audited:
             return []
         try:
-            checks = json.loads((self.folder / "audit.json").read_text())
+            checks = json.loads((self.folder / "audit.json").read_text(encoding="utf-8"))
             return [f"audit, {name}: {check['detail']}" for name, check in checks.items()
                     if isinstance(check, dict) and not check["ok"]]
         except (OSError, ValueError, LookupError, AttributeError):
@@ -183,7 +183,7 @@ def read_grid(words: list[str]) -> list[dict[str, str]]:
 def read_list(path: Path) -> list[dict[str, str]]:
     """The runs of a --list file."""
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig", encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         fail(f"--list {path}: {getattr(problem, 'strerror', None) or 'not a text file'}")
     runs = []
@@ -266,12 +266,15 @@ class Slot:
     def command(self) -> list[str]:
         """torchrun finds a free port for each launch; a single rank needs no launcher, which would hide its exit code
         and take seconds to start."""
-        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
+        several = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+                   f"--nproc_per_node={self.ranks}"]
         return [sys.executable, *(several if self.ranks > 1 else []), str(t.SCRIPT)]
 
     def environment(self) -> dict[str, str]:
         shown = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
         set_already = self.ranks > 1 or "OMP_NUM_THREADS" in os.environ  # torchrun gives each of several ranks one
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup torchrun shall not heed it either
+            shown["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
         return shown | ({} if set_already else {"OMP_NUM_THREADS": str(self.threads)})
 
 
@@ -471,7 +474,7 @@ def take(folder: Path, description: dict, command: str):
     path = folder / "sweep.json"
     if folder.exists():
         try:
-            odd = differences(json.loads(path.read_text()), description)
+            odd = differences(json.loads(path.read_text(encoding="utf-8")), description)
         except (OSError, ValueError, AttributeError):
             fail(f"{folder}: exists and holds no sweep; choose another --name")
         if odd:
@@ -490,7 +493,7 @@ def check(run: Run, slot: Slot):
     """train_gpt.py's own --check of files and folders, which says what is wrong."""
     env = base_environment() | run.given | slot.environment()
     done = subprocess.run([sys.executable, str(t.SCRIPT), "--check", "--ranks", str(slot.ranks)], env=env,
-                          capture_output=True, text=True)
+                          capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         lines = re.findall(r"^error: (.*)$", done.stderr, re.M)
         fail(*(lines or [f"train_gpt.py --check ended with exit code {done.returncode}: {done.stderr[-300:]}"]))
