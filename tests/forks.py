@@ -37,7 +37,7 @@ def child(arguments: list[str], env: dict[str, str], cwd: str, out, err, nodes: 
         if not isinstance(pipe, str):
             pipe.close()
     for what, most in limits.items():
-        resource.setrlimit(what, (most, resource.RLIM_INFINITY))
+        resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

@@ -1,6 +1,7 @@
 """The audit: evaluations that cheat are rejected, honest ones pass; and what it needs of a run's folder."""
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from conftest import ROOT, SCRIPT, TINY, clean_environment
 from forks import Launched
@@ -394,6 +396,22 @@ def test_bytes_from_decoded_pieces_are_the_table_s(corpus, monkeypatch):
     assert any(tokenizer.sp.is_byte(i) for i in text)
     tokenizer.piece_bytes[tokenizer.spaced] += 1
     assert audit.decoded_bytes(tokenizer.sp, ids) < tokenizer.target_bytes(ids).sum()
+
+
+def test_a_word_mark_spelt_in_bytes_is_one_space(tmp_path, monkeypatch):
+    """As a tokenizer of whole words spells it, which the table takes for three bytes and train_gpt.py refuses."""
+    words = ["one", "two", "three", "four"]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(words)] * 20), model_writer=model, model_type="word", vocab_size=264,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, minloglevel=2)
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    texts = ["one more word", "new", "two two \u96ea three"]
+    ids = np.array([1, *sp.encode(texts[0]), 1, *sp.encode(texts[1]), 1, *sp.encode(texts[2])])
+    assert {"<0xE2>", "<0x96>", "<0x81>"} <= {sp.id_to_piece(i) for i in ids.tolist()}
+    for length in (2**22, 1, 2, 3, 7):
+        monkeypatch.setattr(audit, "DECODED", length)
+        assert audit.decoded_bytes(sp, ids) == sum(len(text.encode()) for text in texts), length
 
 
 # ---- through the command line ----

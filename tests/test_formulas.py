@@ -437,6 +437,11 @@ def test_warmdown_by_steps_and_by_time(tiny):
             left = 60 - step * a_step
             assert ask_factor(cfg, step, step * a_step) == pytest.approx(min(left / (20 * a_step), 1.0))
         assert ask_factor(cfg, int(60 / a_step) + 1, 60.1) == 0
+    cfg = tiny(ITERATIONS=50, WARMDOWN_ITERS=20, MAX_WALLCLOCK_SECONDS=60, EXPORT_ENABLED=0)
+    for a_step in (0.3, 1.1, 1.3, 4.0):  # seconds; the first two come to 50 steps in time
+        for step in range(1, min(50, int(60 / a_step))):
+            left = min(50 - step, 60 / a_step - step)
+            assert ask_factor(cfg, step, step * a_step) == pytest.approx(min(left / 20, 1.0))
 
 
 # ---- rounding ----

@@ -1,5 +1,6 @@
 """Records and shows: figures from the logs, refusals, a folder that works, plots, old logs and the index."""
 
+import ast
 import fcntl
 import io
 import json
@@ -95,6 +96,40 @@ def forged(path, to, log=(), summary=(), audit=()):
 
 
 H100 = "NVIDIA H100 80GB HBM3"
+
+
+def test_a_record_is_utf_8_in_a_locale_without_it(swept, tmp_path):
+    """Python then takes files and output for ASCII, unless it is told."""
+    bare = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, str(ROOT / "tools" / "record.py"), swept[0], "--records", str(tmp_path), "--name", "Two",
+               "--author", "S\u00f8ren \u0141", "--non-record", "--reference-bpb", "4", "--reference-name", "\u0141's"]
+    done = subprocess.run(command, env=clean_environment() | bare, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.glob("track_non_record_16mb/*_Two")
+    assert json.loads((folder / "submission.json").read_bytes())["author"] == "S\u00f8ren \u0141"
+    assert "\u0141's" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "\u00b1" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether it opens a text file or a text pipe."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    if name == "open":
+        modes = [a.value for a in (*call.args[:2], *given.values()) if isinstance(a, ast.Constant)]
+        low_level = isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") in ("os", "tarfile")
+        return not low_level and not any(isinstance(m, str) and re.fullmatch("[rwax+]*b[rwax+]*", m) for m in modes)
+    method = isinstance(call.func, ast.Attribute)
+    return method and name in ("read_text", "write_text") or "text" in given or "universal_newlines" in given
+
+
+@pytest.mark.parametrize("path", sorted(p for folder in (".", "tools", "data") for p in (ROOT / folder).glob("*.py")),
+                         ids=lambda path: path.name)
+def test_every_text_file_says_its_encoding(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    unsaid = [ast.unparse(call) for call in calls
+              if opens_text(call) and "encoding" not in {keyword.arg for keyword in call.keywords}]
+    assert not unsaid
 
 
 def moved(path: str) -> dict:

@@ -1,9 +1,11 @@
 """Whole runs through the command line: stages, records, ranks, bad input."""
 
 import hashlib
+import io
 import json
 import os
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -12,6 +14,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from conftest import ROOT, SCRIPT, TINY, Launch, clean_environment, patched
 from forks import free_port
@@ -206,9 +209,87 @@ def test_wallclock_cap(launch):
     train = run.summary["train"]
     assert train["stop"] == "wallclock_cap" and 1.5 <= train["seconds"] < 3.5, "a quarter is the export's"
     assert "stopping_early: wallclock_cap train_time:" in run.out
-    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-    rates = [json.loads(line)["rate_factor"] for line in lines if "rate" in line]
+    rates = rates_of(run)
     assert rates[0] == 1.0 and rates[-1] < 0.5
+
+
+def rates_of(run: Launch) -> list[float]:
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["rate_factor"] for line in lines if "rate" in line]
+
+
+def test_the_rates_fall_before_iterations_end_under_a_cap(launch):
+    """And there the seconds decide once they are the nearer end."""
+    many = {"FINAL_EVAL_ENABLE": 0, "FINAL_SLIDING_EVAL_ENABLE": 0, "EXPORT_ENABLED": 0, "TRAIN_LOG_EVERY": 1}
+    for cap in (0, 600):
+        run = launch(run_id=f"cap{cap}", MAX_WALLCLOCK_SECONDS=cap, **many)
+        assert run.summary["train"]["stop"] == "iterations"
+        assert rates_of(run) == [1.0] * 8 + [1.0, 0.75, 0.5, 0.25]
+    run = launch(MAX_WALLCLOCK_SECONDS=1.5, ITERATIONS=100000, WARMDOWN_ITERS=90000, **many)
+    assert run.summary["train"]["stop"] == "wallclock_cap" and 0 < rates_of(run)[-1] < 0.01
+
+
+def test_an_average_that_lags_is_said(launch):
+    """Over 30 steps 0.997 exports nearly the initial weights."""
+    variables = {"ITERATIONS": 30, "FINAL_SLIDING_EVAL_ENABLE": 0, "EXPORT_ENABLED": 0}
+    run = launch(EMA_DECAY=0.997, **variables)
+    raw, averaged = run.summary["train"]["raw_bpb"], run.summary["eval"]["float"]["val_bpb"]
+    assert averaged > 1.2 * raw and f"step:30/30 val_loss:{run.summary['eval']['float']['val_loss']:.4f}" not in run.out
+    note = f"the averaged weights score {averaged:.4f} BPB, the last ones {raw:.4f}: EMA_DECAY=0.997 remembers too " \
+           "much for 30 steps, 0.33 suits them"
+    assert note in run.summary["caveats"] and f"note: {note}\n" in run.out
+    run = launch(run_id="suits", EMA_DECAY=0.33, **variables)
+    assert run.summary["eval"]["float"]["val_bpb"] < 1.005 * raw and "remembers" not in run.out
+
+
+@pytest.mark.parametrize("words, figures", [
+    ("BPB is too low: the tokenizer's normalisation makes 1006 bytes of the text's 1000", (1000, 1006, 5)),
+    ("BPB leaves out 6 of the text's 1000 bytes, which the tokenizer does not know", (1000, 1004, 6)),
+    (None, (1000, 1004, 5)), (None, (1000, 900, 0)), (None, ("many", 1, 1)), (None, (1, float("nan"), [])),
+])
+def test_what_a_tokenizer_makes_or_loses_is_a_caveat(launch, corpus, tmp_path, words, figures):
+    shutil.copytree(corpus, tmp_path / "data")
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    manifest["splits"]["val"] |= dict(zip(("raw_bytes", "counted_bytes", "lost_bytes"), figures, strict=True))
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    run = launch(DATA_PATH=tmp_path / "data", ITERATIONS=1, FINAL_SLIDING_EVAL_ENABLE=0, EXPORT_ENABLED=0)
+    assert run.code == 0 and [x for x in run.summary["caveats"] if x.startswith("BPB")] == [words] * bool(words)
+
+
+def test_more_shards_than_open_files(launch, corpus, tmp_path):
+    """A shard does not keep a file open: 200 where 64 may be."""
+    shutil.copytree(corpus, tmp_path / "data")
+    shard = tmp_path / "data" / "fineweb_train_000000.bin"
+    tokens = np.fromfile(shard, dtype="<u2")[512:]
+    for number, part in enumerate(np.array_split(tokens, 200)):
+        header = struct.pack("<256i", 20240520, 1, len(part), *[0] * 253)
+        shard.with_name(f"fineweb_train_{number:06d}.bin").write_bytes(header + part.tobytes())
+    variables = {"ITERATIONS": 3, "FINAL_SLIDING_EVAL_ENABLE": 0, "EXPORT_ENABLED": 0}
+    run = launch(DATA_PATH=tmp_path / "data", limits={resource.RLIMIT_NOFILE: 64}, **variables)
+    assert run.code == 0 and "train_shards:200" in run.out, run.err
+    assert train_losses(run.out) == train_losses(launch(run_id="one", **variables).out)
+
+
+@pytest.mark.parametrize("file, limit, seen, micro", [
+    (None, "", None, 8), ("memory.max", "max", None, 8), ("memory.max", "1500000000", "1.4 GiB", 8),
+    ("memory.max", "1000000", "0.0 GiB", 1), ("memory/memory.limit_in_bytes", "1000000", "0.0 GiB", 1),
+    ("memory/memory.limit_in_bytes", str(2**63 - 4096), None, 8)])
+def test_the_memory_of_a_container_is_its_limit(launch, tmp_path, file, limit, seen, micro):
+    """In --check, and in what a forward pass takes."""
+    groups = tmp_path / "groups"
+    (groups / "memory").mkdir(parents=True)
+    if file:
+        (groups / file).write_text(limit + "\n")
+    script = patched(tmp_path, f"t.CGROUPS = t.Path({str(groups)!r})")
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    assert f", {seen or f'{whole:.1f} GiB'}, float32" in launch(script=script, options=["--check"]).out
+    run = launch(script=script, ITERATIONS=1, EXPORT_ENABLED=0, FINAL_SLIDING_EVAL_ENABLE=0)
+    assert f"micro_batch_seqs:{micro} " in run.out, run.err
+
+
+def test_a_compiler_that_is_missing_is_one_line(launch, tmp_path):
+    run = launch(prefix=["env"], USE_COMPILE=1, CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=tmp_path / "cache")
+    run.refused("USE_COMPILE: PyTorch's compiler fails here", "/bin/false", "or set USE_COMPILE=0")
 
 
 def test_run_id_is_never_overwritten(launch, finished):
@@ -245,7 +326,7 @@ def test_runs_from_a_copy_in_a_records_folder(launch, tmp_path, corpus):
 def test_check_predicts_and_leaves_nothing(launch, finished, tmp_path):
     run = launch(options=["--check", "--ranks", "4"], MAX_WALLCLOCK_SECONDS=1, ITERATIONS=1000)
     assert run.code == 0, run.err
-    assert "steps:      as many as 0.75 s allow, at most 1,000 of 256 tokens" in run.out
+    assert "steps:      1,000 of 256 tokens, or as many as 0.75 s allow" in run.out
     assert not (tmp_path / "logs").exists()
     predicted = int(re.search(r"about ([\d,]+) bytes", run.out).group(1).replace(",", ""))
     launch(options=["--check", "--ranks", "3"]).refused("WORLD_SIZE=3")
@@ -304,6 +385,24 @@ def damage(name: str, folder):
         return {"NLL_DUMP": "/dev/null"}, ("NLL_DUMP=/dev/null",)
     if name == "NLL_DUMP is a folder":
         return {"NLL_DUMP": folder}, ("NLL_DUMP=",)
+    if name == "tokenizer that spells spaces in bytes":
+        words = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([" ".join(f"w{n}" for n in range(140))] * 2), model_writer=words, minloglevel=2,
+            model_type="word", vocab_size=400, pad_id=0, bos_id=1, eos_id=2, unk_id=3, byte_fallback=True)
+        model.write_bytes(words.getvalue())
+        return {}, (str(model), "spells a space as the three bytes")
+    if name == "training split of one token":
+        train.write_bytes(struct.pack("<256i", 20240520, 1, 1, *[0] * 253) + b"\1\0")
+        return {}, (str(train), "has 1 tokens, a sequence takes 33")
+    if name == "LOG_DIR is a link to nowhere":
+        folder.with_name("link").symlink_to("nowhere")
+        return {"LOG_DIR": folder.with_name("link")}, ("LOG_DIR=", "link is not a folder")
+    if name == "too few open files":
+        script = patched(folder.parent, "import resource\nhonest = t.open_shard\n"
+                         "def short(path):\n    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+                         "    return honest(path)\nt.open_shard = short")
+        return {"script": script}, (str(train), "Too many open files", "ulimit -n")
     if name == "tokenizer of other data":
         data = bytearray(model.read_bytes())
         at = data.index("\u2581the".encode())  # same size, same kind, another piece
@@ -325,7 +424,8 @@ def damage(name: str, folder):
     "missing shards", "missing folder", "empty", "truncated", "foreign", "lying header", "ids beyond the vocabulary",
     "tokenizer of another size", "tokenizer of another kind", "missing tokenizer", "LOG_DIR is a file",
     "NLL_DUMP is a device", "NLL_DUMP is a folder", "tokenizer of other data", "path too long", "NLL_DUMP nowhere",
-    "MODEL_PATH nowhere", "MODEL_PATH foreign",
+    "MODEL_PATH nowhere", "MODEL_PATH foreign", "tokenizer that spells spaces in bytes", "training split of one token",
+    "LOG_DIR is a link to nowhere", "too few open files",
 ])
 def test_bad_input_is_one_line(launch, corpus, tmp_path, name):
     shutil.copytree(corpus, tmp_path / "data")

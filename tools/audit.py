@@ -49,6 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARTIFACT = "final_model.int6.ptz"
 CHECKS = ("causal", "normalised", "one_pass", "score_before_update", "bytes", "figures")
 WINDOWS = 4  # of an excerpt, if not said otherwise; a run leaves the losses of as many
+START = b"\xff\xfe\xff"  # stands for a boundary in decoded text, where no text has it
 DECODED = 2**22  # tokens at a time
 CODE_END = re.compile(b"^={100}\n", re.M)  # the line after the script in a log
 NEEDED = ("BOS_ID", "Config", "Evaluator.lesson", "Evaluator.record", "Evaluator.result", "Log.silent", "Process",
@@ -476,17 +477,20 @@ def figures(subject: Subject) -> tuple[bool, str]:
 
 
 def decoded_bytes(sp, ids: np.ndarray) -> int:
-    """Canonical bytes of the targets ids[1:], counted without the table: from the text that the pieces spell, in
-    which a space at the start of a document does not count."""
-    mark, boundary = b"\xff\xfe\xff", [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(len(sp))]
-    spelt = [mark if boundary[i] else bytes([int(p[3:5], 16)]) if sp.is_byte(i) else p.replace("\u2581", " ").encode()
+    """Canonical bytes of the targets ids[1:], counted without the table: from the text that the tokens spell, in which
+    a word mark is a space, however it is spelt, and a space at the start of a document does not count."""
+    boundary = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(len(sp))]
+    spelt = [START if boundary[i] else bytes([int(p[3:5], 16)]) if sp.is_byte(i) else p.encode()
              for i, p in enumerate(map(sp.id_to_piece, range(len(sp))))]
+
+    def count(tokens: np.ndarray) -> int:
+        text = b"".join(map(spelt.__getitem__, tokens.tolist())).replace("\u2581".encode(), b" ")
+        return len(text) - text.count(START + b" ") - len(START) * text.count(START)
+
     total = 0
-    for begin in range(0, len(ids) - 1, DECODED):
-        part = ids[begin : begin + DECODED + 1].tolist()
-        first = spelt[part[0]]  # the context of the first target, itself not scored
-        text = first + b"".join(map(spelt.__getitem__, part[1:]))
-        total += len(text) - len(first) - text.count(mark + b" ") - len(mark) * text[len(first) :].count(mark)
+    for begin in range(1, len(ids), DECODED):
+        before = ids[max(begin - 3, 0) : begin]  # what the first target goes on from, a mark's first bytes or a start
+        total += count(ids[max(begin - 3, 0) : begin + DECODED]) - count(before)
     return total
 
 

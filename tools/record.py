@@ -137,7 +137,7 @@ def without_paths(log: str, run: Run) -> str:
 
 def log_of(run: Run) -> str:
     """A run's log for the record: the script, which lies beside it, is named instead of copied."""
-    _, body = split_log(read_text(run.path / "train.log", encoding="utf-8"))
+    _, body = split_log(read_text(run.path / "train.log"))
     digest = hashlib.sha256(run.code).hexdigest()
     return f"script train_gpt.py bytes:{len(run.code)} sha256:{digest}\n" + without_paths(body, run)
 
@@ -156,7 +156,7 @@ def logs(runs: list[Run]) -> dict[str, str]:
 def requirements(run: Run) -> str:
     """The packages as they were when it ran."""
     lines = [f"{name}=={version.partition('+')[0]}" for name, version in run.versions.items() if name != "python"]
-    return "\n".join(lines) + "\n" if lines else read_text(ROOT / "requirements.txt", encoding="utf-8")
+    return "\n".join(lines) + "\n" if lines else read_text(ROOT / "requirements.txt")
 
 
 def fill(folder: Path, place: str, runs: list[Run], options: argparse.Namespace, reasons: list[str] | None) -> bool:
@@ -164,7 +164,7 @@ def fill(folder: Path, place: str, runs: list[Run], options: argparse.Namespace,
     facts = submission(runs, options, time.strftime("%Y-%m-%d"))
     found = logs(runs)
     audits = {f"audit_seed{run.seed}.json": run.path / "audit.json" for run in runs if run.audits}
-    found |= {name: read_text(path, encoding="utf-8") for name, path in audits.items() if path.exists()}
+    found |= {name: read_text(path) for name, path in audits.items() if path.exists()}
     for name, log in found.items():
         (folder / name).write_text(log, encoding="utf-8")
     (folder / "train_gpt.py").write_bytes(runs[0].code)
@@ -206,17 +206,22 @@ def number(word: str) -> float:
     return value
 
 
+def utf_8(word: str) -> str:
+    """A word of the command line, which in a locale without UTF-8 arrives as bytes."""
+    return os.fsencode(word).decode("utf-8", "replace")
+
+
 def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="./run.sh record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder or RUN_ID, one a seed; a sweep's folder")
     parser.add_argument("--name", help="of the record; its folder is DATE_NAME")
-    parser.add_argument("--author", help="for submission.json")
+    parser.add_argument("--author", type=utf_8, help="for submission.json")
     parser.add_argument("--github-id", default="", help="for submission.json")
-    parser.add_argument("--blurb", default="", help="what is new, in a sentence (from the settings)")
+    parser.add_argument("--blurb", default="", type=utf_8, help="what is new, in a sentence (from the settings)")
     parser.add_argument("--track", help=f"folder under records/ (track_10min_16mb; with --non-record {NON_RECORD})")
     parser.add_argument("--non-record", action="store_true", help="write it all the same, and say why it is none")
     parser.add_argument("--reference-bpb", type=number, metavar="X", help="the score to test against")
-    parser.add_argument("--reference-name", default="reference", metavar="NAME", help="whose score that is")
+    parser.add_argument("--reference-name", default="reference", type=utf_8, metavar="NAME", help="whose score that is")
     parser.add_argument("--index", action="store_true", help="only write the index again")
     parser.add_argument("--records", type=Path, default=ROOT / "records", metavar="FOLDER", help="records/ of this "
                         "project")

@@ -241,13 +241,13 @@ def why_not(folder: Path) -> str:
 
 def readme_of(folder: Path) -> str:
     path = folder / "README.md"
-    return read_text(path, encoding="utf-8") if path.is_file() else ""
+    return read_text(path) if path.is_file() else ""
 
 
 def load(path: Path, *keys: str) -> dict:
     """A JSON file that holds at least `keys`."""
     try:
-        found = json.loads(read_text(path, encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise t.UserError(f"{path}: broken JSON ({t.one_line(error)}); mend it") from None
     if not isinstance(found, dict) or any(key not in found for key in keys):

@@ -36,7 +36,7 @@ def point_of(m: dict) -> tuple[str, Point | Chunk]:
 def read_metrics(path: Path, run: Run):
     """Hold metrics.jsonl against the log, and take from it what the log rounds."""
     found = {"train": [], "val": [], "chunk": []}
-    lines = read_text(path, encoding="utf-8").split("\n")
+    lines = read_text(path).split("\n")
     if tail := lines.pop():
         run.wrong(f"{path.name} is cut in its last line, {tail[:60]!r}; give it whole")
     for number, line in enumerate(lines, 1):
@@ -223,7 +223,7 @@ def read_audit(run: Run, path: Path):
     if not path.exists():
         return
     try:
-        found = json.loads(read_text(path, encoding="utf-8"))
+        found = json.loads(read_text(path))
         checks = {name: bool(check["ok"]) for name, check in found.items() if isinstance(check, dict)}
         if found["code_sha256"] != script:
             run.audited = "its audit is of another train_gpt.py"

@@ -408,7 +408,7 @@ def split_log(text: str) -> tuple[str, str]:
 
 def read_log(path: Path, run: Run):
     """Fill `run` from its log."""
-    whole = read_text(path, encoding="utf-8")
+    whole = read_text(path)
     code, text = split_log(whole)
     run.code, first = code.encode(), whole.count("\n") - text.count("\n") + 1
     lines = text.split("\n")

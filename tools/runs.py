@@ -46,7 +46,7 @@ def read_summary(path: Path, run: Run) -> dict | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(read_text(path, encoding="utf-8"))
+        found = json.loads(read_text(path))
         return found if found.get("finished", True) else None  # older scripts wrote it at their end alone
     except (ValueError, RecursionError, AttributeError) as error:
         return run.wrong(f"summary.json is broken ({t.one_line(error)}); give the run as it was left")

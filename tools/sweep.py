@@ -183,7 +183,7 @@ def read_grid(words: list[str]) -> list[dict[str, str]]:
 def read_list(path: Path) -> list[dict[str, str]]:
     """The runs of a --list file."""
     try:
-        lines = path.read_text("utf-8-sig", encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         fail(f"--list {path}: {getattr(problem, 'strerror', None) or 'not a text file'}")
     runs = []
