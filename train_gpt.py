@@ -3317,6 +3317,16 @@ def how_to_resume(cfg: Config, folder: Path) -> str:
     return f"{where}RUN_ID={shlex.quote(folder.name)} RESUME=1 {does}"
 
 
+def remedy(problem: Exception) -> str:
+    """What is wrong and what to do, where a library's error is one that the person who launched can mend; else ""."""
+    if "an't allocate memory" in str(problem) or isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
+        return "out of memory; lower MICRO_BATCH_SEQS, VAL_BATCH_SIZE or the model's size"
+    if any(kind.__name__ == "BackendCompilerFailed" for kind in type(problem).__mro__):  # of a module not yet imported
+        reason = str(problem).partition("\n")[0]
+        return f"USE_COMPILE: PyTorch's compiler fails here ({reason}); install a C++ compiler, or set USE_COMPILE=0"
+    return ""
+
+
 def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
     """One launch on one rank: set up the process, find, open and check, then run. Returns the exit code; raises
     UserError and Interrupted."""
@@ -3368,11 +3378,8 @@ if __name__ == "__main__":
     except OSError as problem:
         leave(2, f"error: {problem.filename or 'output'}: {problem.strerror}; mend the path or make room")
     except Exception as problem:
-        if "an't allocate memory" in str(problem) or isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
-            leave(2, "error: out of memory; lower MICRO_BATCH_SEQS, VAL_BATCH_SIZE or the model's size")
-        if any(kind.__name__ == "BackendCompilerFailed" for kind in type(problem).__mro__):  # of a lazy module
-            leave(2, f"error: USE_COMPILE: PyTorch's compiler fails here ({str(problem).splitlines()[0]}); install a "
-                     "C++ compiler, or set USE_COMPILE=0")
+        if advice := remedy(problem):
+            leave(2, f"error: {advice}")
         if "gloo" in str(problem) or isinstance(problem, dist.DistError):  # the lost rank says why
             leave(1, f"error: rank {os.environ['RANK']}: another rank is gone ({one_line(problem)[:200]})")
         traceback.print_exc()

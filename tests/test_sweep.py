@@ -293,7 +293,8 @@ def test_each_job_has_its_own_gpus_or_threads(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     one, two = sweep.slots_of(2, ["0", "1", "2", "3", "6"], 32)
     assert [s.environment() for s in (one, two)] == [{"CUDA_VISIBLE_DEVICES": c} for c in ("0,1", "2,3")]
-    assert one.command()[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert one.command()[1:6] == ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+                                  "--nproc_per_node=2"]
     assert [s.environment() for s in sweep.slots_of(3, [], 8)] == [{"OMP_NUM_THREADS": "2"}] * 3
     assert sweep.slots_of(4, [], 2)[3].command() == [sys.executable, str(SCRIPT)]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")

@@ -311,6 +311,10 @@ def main(argv: list[str]) -> int:
         fail(t.one_line(problem))
     except OSError as problem:
         fail(f"{problem.filename or 'output'}: {problem.strerror}")
+    except Exception as problem:
+        if not (advice := t.remedy(problem)):
+            raise
+        fail(advice)
 
 
 if __name__ == "__main__":
