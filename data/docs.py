@@ -29,18 +29,22 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def divided(text: str, val_fraction: float) -> tuple[str, str]:
-    """A text in two: about the last `val_fraction` of it is the second, from a paragraph on, or a line, or a word.
+    """A text in two: the second is about the last `val_fraction` of it, from a paragraph on. Where no paragraph begins
+    near there it begins with a line, and where no line does, with a word.
 
     Raises PrepareError for a text without any white space inside.
     """
     begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
-    wanted = begin + (end - begin) * (1 - val_fraction)
+    share = (end - begin) * val_fraction
+    cut = None
     for gap in (r"\n\s*\n", r"\n", r"\s"):
         cuts = [found.end() for found in re.finditer(gap, text) if begin < found.start() and found.end() < end]
-        if cuts:
-            cut = min(cuts, key=lambda cut: abs(cut - wanted))
-            return text[:cut], text[cut:]
-    raise PrepareError("one document that cannot be divided; give more documents, or --val")
+        cut = min(cuts, key=lambda cut: abs(end - cut - share), default=cut)
+        if cuts and abs(end - cut - share) <= share / 2:
+            break
+    if cut is None:
+        raise PrepareError("one document that cannot be divided; give more documents, or --val")
+    return text[:cut], text[cut:]
 
 
 def split_documents(args: argparse.Namespace, reader: Reader) -> Iterator[tuple[str, str]]:

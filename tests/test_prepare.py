@@ -353,10 +353,13 @@ def test_bytes_that_a_tokenizer_makes_or_loses_are_said(text, options, words, te
         ("\n one two\n\nthree\nfour\r\n \r\nfive six\n", "five six\n"),
         ("one two three\nfour five six\nseven\n", "seven\n"),
         (" one two three four five", "five"),
+        ("title\n\none two three\nfour five six seven\neight\n", "eight\n"),
+        ("title\n\none\ntwo three four five six seven eight", "seven eight"),
+        ("a\nlongestlongest", "longestlongest"),
     ],
 )
 def test_one_document_is_divided(text: str, tail: str, texts: list[str], tmp_path: Path) -> None:
-    """At a paragraph, where there is none at a line, where there is none at a word. Nothing is lost."""
+    """At a paragraph, where none is near at a line, where none is near at a word. Nothing is lost."""
     path, out = tmp_path / "book.TXT", tmp_path / "out"
     path.write_bytes(text.encode())
     exact = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
