@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
-from conftest import ROOT, TINY, clean_environment
+from conftest import ROOT, TINY, clean_environment, patched
 
 import train_gpt as t
 
@@ -89,12 +90,16 @@ def test_a_terminal_that_closes_leaves_a_run_that_can_go_on(project, tmp_path):
     assert int(saved.stem[5:]) >= 20
 
 
-def test_a_hangup_saves_and_several_are_one(start):
-    """A shell sends its own beside that of the terminal. Later signals of another kind leave at once."""
-    cut = start(**LONG)
+def test_a_hangup_saves_and_several_are_one(start, tmp_path):
+    """A shell sends its own beside that of the terminal, here both in one step."""
+    script = patched(tmp_path, "honest = t.Trainer.step\ndef slow(self, tokens, step, factor):\n"
+                               "    time.sleep(step == 20)\n    honest(self, tokens, step, factor)\n"
+                               "t.Trainer.step = slow")
+    cut = start(script=script, **LONG)
     cut.until("step:20/")
     for _ in range(3):
         cut.process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
     assert cut.end(30).code == 128 + signal.SIGHUP
     assert cut.err.splitlines()[0].startswith("SIGHUP: finishing the step and saving")
     assert re.search(r"^interrupted by SIGHUP; .*RUN_ID=run RESUME=1 goes on$", cut.err, re.M), cut.err
