@@ -389,9 +389,9 @@ def test_lines_without_text_are_skipped_and_counted(texts: list[str], tokenizer:
 
 
 def test_a_file_without_text_beside_others_is_said(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
-    names = ("a.jsonl", "b.txt", "c.jsonl.gz")
+    names = ("a.jsonl", "b.txt", "c.jsonl.GZ")
     for name in names:
-        (tmp_path / name).write_bytes(compressed(Path(name).suffix, b"\n"))
+        (tmp_path / name).write_bytes(compressed(Path(name.lower()).suffix, b"\n"))
     printed = succeed("docs", corpus, *(tmp_path / name for name in names), "--val-fraction", "0.2",
                       "--tokenizer", tokenizer, "--out", tmp_path / "out")  # fmt: skip
     assert [line for line in printed.splitlines() if "warning" in line] == [
