@@ -17,7 +17,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-export PYTHONIOENCODING=${PYTHONIOENCODING:-:replace}  # a terminal without Unicode must not end a job
+export PYTHONUTF8=1  # names, texts and output are UTF-8 whatever the locale
 
 # The Python to use: .venv if we made one, else the one on the PATH.
 py=${PYTHON:-python3}
@@ -94,7 +94,7 @@ follow() {
   local child=$!
   trap 'kill -TERM "$child" 2>/dev/null || true' TERM
   trap 'kill -HUP "$child" 2>/dev/null || true' HUP
-  trap : INT  # which a terminal sends to the command too
+  trap 'kill -INT "$child" 2>/dev/null || true' INT  # a terminal sends it to the command too, which takes both for one
   while wait "$child" && code=0 || code=$?; kill -0 "$child" 2>/dev/null; do :; done
   trap - TERM HUP INT
 }
@@ -147,7 +147,7 @@ case $job in
   test)
     need "$here/tests/requirements.txt" pytest xdist huggingface_hub
     need "$here/tools/requirements.txt" matplotlib scipy
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUTF8=1
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     cd "$here" && exec "$py" -m pytest -q -n auto --maxprocesses 4 "$@" tests ;;
   data)
     need "$here/data/requirements.txt" huggingface_hub

@@ -336,6 +336,8 @@ def read_variables(environ) -> tuple[dict, list[str]]:
             continue
         try:
             values[f.name] = parse(f.type, accepts, raw)
+        except UnicodeEncodeError:
+            problems.append(f"{name}={raw[:80]!r}: not UTF-8 text in this locale; set PYTHONUTF8=1, or use ASCII")
         except (ValueError, OverflowError):
             most = ", at most 1e15" if accepts.startswith(">") else ""
             problems.append(f"{name}={raw[:80]!r}: accepts {f.type.__name__} {accepts}{most}")
@@ -423,7 +425,7 @@ def complain(text: str):
 def leave(code: int, said: str = "", silent: bool = False):
     """End this rank with what it has to say. A silent one waits: a launcher kills all ranks once one has failed."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
     if silent:
         time.sleep(3)
     elif said:
@@ -515,9 +517,9 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """The first of SIGNALS raises Interrupted, or waits while it is held until what must be finished is saved; a second
-    ends the process at once. Under torchrun, which adds its own, signals within 2 s are one. A second SIGHUP is none: a
-    terminal that closes may send several."""
+    """The first of SIGNALS raises Interrupted, or waits while it is held until what must be finished is saved; a later
+    one ends the process at once. Signals within 2 s are one: torchrun adds its own, and a system that shuts down sends
+    several. SIGHUP is never a later one, for a terminal closes only once."""
 
     def __init__(self, listens: bool = False):
         self.caught, self.held, self.began = 0, False, 0.0
@@ -530,10 +532,9 @@ class Signals:
             if not self.held:
                 raise Interrupted(number)
             if os.environ.get("RANK", "0") == "0":
-                complain(f"{signal.Signals(number).name}: finishing the step and saving; a second one leaves at once")
-        elif number == signal.SIGHUP:
-            return
-        elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self.began > 2:
+                name = signal.Signals(number).name
+                complain(f"{name}: finishing the step and saving; a second one, after 2 s, leaves at once")
+        elif number != signal.SIGHUP and time.monotonic() - self.began > 2:
             os._exit(128 + number)
 
     @contextlib.contextmanager
@@ -774,7 +775,7 @@ def open_shard(path: Path) -> np.ndarray:
     if count <= 0 or size != HEADER_BYTES + 2 * count:
         raise UserError(f"{path}: its header promises {count} tokens in {HEADER_BYTES + 2 * max(count, 0)} bytes, the "
                         f"file has {size}; fetch or make it again")
-    words = torch.from_file(str(path), shared=False, size=size // 2, dtype=torch.uint16)
+    words = torch.from_file(os.fsencode(path), shared=False, size=size // 2, dtype=torch.uint16)
     return words.numpy()[HEADER_BYTES // 2 :]
 
 
@@ -839,13 +840,13 @@ class Tokenizer:
         require(sp.bos_id() == BOS_ID, f"{where}: its BOS id is not {BOS_ID}, as shards need; make data and tokenizer "
                 "with data/prepare.py")
         pieces = [sp.id_to_piece(i) for i in range(size)]
-        odd = next((piece for piece in pieces if "\u2581" in piece[1:]), None)
+        self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)])
+        odd = next((piece for i, piece in enumerate(pieces) if "\u2581" in piece[1:] and not self.boundary[i]), None)
         require(not odd, f"{where}: its piece {odd!r} marks a space past its start, which the canonical byte count "
                 "does not know; train a tokenizer with data/prepare.py")
-        rare = sp.encode("\U0010fffd \U0010fffd", out_type=str)
+        rare = sp.encode("\u0378 \U0010fffd", out_type=str)  # no tokenizer has pieces for these
         require("<0xE2>" not in rare, f"{where}: it spells a space as the three bytes of \u2581, where the canonical "
                 "byte count knows one; train a tokenizer with data/prepare.py")
-        self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)])
         self.spaced = np.array([piece.startswith("\u2581") for piece in pieces]) & ~self.boundary
         self.piece_bytes = np.array([len(piece.removeprefix("\u2581").encode()) for piece in pieces])
         self.piece_bytes[[sp.is_byte(i) for i in range(size)]] = 1
@@ -1221,15 +1222,25 @@ def shapes_of(cfg: Config) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in GPT(cfg).named_parameters()}
 
 
-def activation_bytes(cfg: Config) -> int:
-    """Estimated bytes that a token keeps for the backward pass: 2 x (16 C + 2 H) a layer and 10 V for its logits."""
-    return 2 * cfg.num_layers * (16 * cfg.model_dim + 2 * cfg.mlp_dim) + 10 * cfg.vocab_size
+@functools.cache
+def model_size(cfg: Config) -> int:
+    """A model's number of parameters."""
+    return sum(map(math.prod, shapes_of(cfg).values()))
+
+
+def activation_bytes(cfg: Config, process: Process) -> int:
+    """Estimated bytes that a token keeps for the backward pass: 16 C + 2 H numbers a layer and 10 V bytes for its
+    logits, compiled; else about twice as many, for nothing is made anew."""
+    number = process.dtype.itemsize * (1 if compiles(cfg, process) else 2)
+    return number * cfg.num_layers * (16 * cfg.model_dim + 2 * cfg.mlp_dim) + 10 * cfg.vocab_size
 
 
 def tokens_per_pass(cfg: Config, process: Process, training: bool) -> int:
-    """Tokens that one forward pass of a rank should hold: activations may take half of the device's memory, and
-    evaluation, which keeps none, takes four times as many. On a CPU more than a few thousand only leave the caches."""
-    room = process.memory()[0] // 2 // activation_bytes(cfg) * (1 if training else 4)
+    """Tokens that one forward pass of a rank should hold: activations may take half of what torch, the weights and the
+    optimizers leave of the device's memory, and evaluation, which keeps none, takes four times as many. On a CPU more
+    than a few thousand only leave the caches."""
+    left = max(process.memory()[0] - 2**29 - 40 * model_size(cfg), 0)
+    room = left // 2 // activation_bytes(cfg, process) * (1 if training else 4)
     return room if process.cuda else min(room, 4096 if training else 8192)
 
 
@@ -1651,6 +1662,9 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
     trainer = Trainer(cfg, process, model)
     log(f"world_size:{process.world} grad_accum_steps:{trainer.share // trainer.micro} "
         f"micro_batch_seqs:{trainer.micro} compute_dtype:{str(process.dtype)[6:]} warmup_steps:{cfg.warmup_steps}")
+    if tokens_per_pass(cfg, process, True) < cfg.train_seq_len:
+        log(f"warning: {process.memory()[0] / 2**30:.1f} GiB of memory are little for a sequence of this model; if the "
+            "run is killed, lower TRAIN_SEQ_LEN or the model's size")
     trainer.warm_up()
     first, seconds, caught = 0, 0.0, 0
     if saved:
@@ -2939,10 +2953,13 @@ def read_model(path: str) -> tuple[dict, bytes | None, Tensor | None]:
 
 def read_manifest(folder: Path) -> tuple[str | None, list[str]]:
     """What data/prepare.py has noted beside its shards: the sha256 of the tokenizer that cut them, None where it says
-    none; and where that has changed the text by more than 0.5%, a line on what it does to BPB."""
+    none; and where that has changed the text by more than 0.5%, a line on what it does to BPB. Raises UserError where
+    the shards are not of one origin."""
     cut_with, doubts = None, []
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         manifest = json.loads((folder / "manifest.json").read_bytes())
+        require(manifest.get("origin") != {}, f"DATA_PATH={folder}: shards of several origins, since fetching was cut "
+                "short; run ./run.sh data again")
         cut_with = manifest["tokenizer"]["sha256"]
         split = manifest["splits"]["val"]
         raw, counted = split["raw_bytes"], split["counted_bytes"]
@@ -3003,7 +3020,7 @@ def check_machine(cfg: Config, process: Process, past: Past | None):
     code, limit = SCRIPT.stat().st_size, cfg.artifact_limit_bytes
     require(not (cfg.train_enabled and cfg.export_enabled) or code < limit,
             f"ARTIFACT_LIMIT_BYTES={limit}: the code alone has {code} bytes; raise the limit")
-    elements = sum(map(math.prod, shapes_of(cfg).values()))
+    elements = model_size(cfg)
     need = code + 2**20  # the log, which holds the script
     if cfg.train_enabled:
         need += 16 * elements * (cfg.keep_ckpts + 1 if cfg.ckpt_every_seconds else 1)

@@ -30,9 +30,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def divided(text: str, val_fraction: float) -> tuple[str, str]:
     """A text in two: the second is about the last `val_fraction` of it, from a paragraph on. Where no paragraph begins
-    near there it begins with a line, and where no line does, with a word.
+    near there it begins with a line, where no line does with a word, and in a text without words with any character.
 
-    Raises PrepareError for a text without any white space inside.
+    Raises PrepareError for a text of one character.
     """
     begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
     share = (end - begin) * val_fraction
@@ -42,16 +42,24 @@ def divided(text: str, val_fraction: float) -> tuple[str, str]:
         cut = min(cuts, key=lambda cut: abs(end - cut - share), default=cut)
         if cuts and abs(end - cut - share) <= share / 2:
             break
-    if cut is None:
+    if end - begin < 2:
         raise PrepareError("one document that cannot be divided; give more documents, or --val")
+    if cut is None:
+        cut = min(max(round(end - share), begin + 1), end - 1)
     return text[:cut], text[cut:]
 
 
 def split_documents(args: argparse.Namespace, reader: Reader) -> Iterator[tuple[str, str]]:
     """Split and text of each document. A single one is divided, which `reader` notes."""
-    texts = reader.read(args.files)
-    first = list(itertools.islice(texts, 2))
-    if len(first) == 1 and not args.val and first[0].strip():
+    texts, first = reader.read(args.files), []
+    for text in texts:
+        if not text.strip():
+            yield TRAIN, text  # to be counted as empty
+            continue
+        first.append(text)
+        if len(first) == 2:
+            break
+    if len(first) == 1 and not args.val:
         head, tail = divided(first[0], args.val_fraction)
         held_out = f"its last {len(tail):,} of {len(first[0]):,} characters"
         reader.notes.append(f"one document: {held_out} are held out for validation")

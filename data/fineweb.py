@@ -159,7 +159,7 @@ def fetch(hub: Hub, root: Path, folder: Path, variant: str, train_shards: int) -
     origin = {"repository": hub.repo, "revision": hub.revision}
     compare = bool(present) and origin_of(folder) != origin
     if compare:
-        was = " at ".join(origin_of(folder).values()) or "unknown origin"
+        was = " at ".join(map(str, origin_of(folder).values())) or "unknown origin"
         print(f"the shards here are of {was}; comparing them with {hub.repo} at {hub.revision}", flush=True)
         if foreign := sorted(set(present) - available):
             raise PrepareError(f"{folder} holds {foreign[0]}, which {hub.repo} does not have; move it away")

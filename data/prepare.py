@@ -12,6 +12,7 @@ Every failure is one line on stderr and exit status 2, and leaves nothing under 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,11 @@ def fraction(text: str) -> float:
     return value
 
 
+def utf_8(word: str) -> str:
+    """Argument type: text, which in a locale without UTF-8 arrives as bytes."""
+    return os.fsencode(word).decode("utf-8", "replace")
+
+
 def build_parser() -> Parser:
     """The command line; each subcommand sets `run` to the function that carries it out."""
     as_written = argparse.RawDescriptionHelpFormatter
@@ -77,7 +83,8 @@ def build_parser() -> Parser:
     docs.add_argument("--force", action="store_true", help="replace DIR if it exists")
     docs.add_argument("--shard-tokens", type=number_from(1, 2**31 - 1), default=SHARD_TOKENS, metavar="N",
                       help="tokens in a full shard (%(default)s)")
-    docs.add_argument("--text-key", default="text", metavar="KEY", help="key of a .jsonl text (%(default)s)")
+    docs.add_argument("--text-key", default="text", type=utf_8, metavar="KEY",
+                      help="key of a .jsonl text (%(default)s)")
     docs.add_argument("--skip-bad", action="store_true", help="pass over .jsonl lines without text, and count them")
     docs.set_defaults(run=run_docs)
 

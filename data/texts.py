@@ -113,7 +113,9 @@ def json_text(line: bytes, key: str) -> str:
         raise PrepareError(f"{reason}; a .jsonl file holds one JSON object a line") from error
     if not isinstance(record, dict):
         raise PrepareError(f"not a JSON object; write it as {{{json.dumps(key)}: ...}}")
-    if not isinstance(record.get(key), str):
+    if key in record and not isinstance(record[key], str):
+        raise PrepareError(f"{key!r} is no text; mend or drop this line")
+    if key not in record:
         found = ", ".join(sorted(record)[:8]) or "no keys"
         raise PrepareError(f"no text under {key!r} (found: {found}); name the key with --text-key")
     try:

@@ -32,7 +32,7 @@ class Tokenizer:
             raise PrepareError(f"{source}: {size} pieces, shards hold at most {MAX_VOCAB}; use a smaller one")
         if bos != BOS:
             raise PrepareError(f"{source}: BOS id is {bos}, shards need {BOS}; use a tokenizer with bos_id={BOS}")
-        if "<0xE2>" in pieces.encode("\U0010fffd \U0010fffd", out_type=str):  # as model_type="word" does
+        if "<0xE2>" in pieces.encode("\u0378 \U0010fffd", out_type=str):  # as model_type="word" does
             fault = f"spells a space as the three bytes of {SPACE}, not as one"
             raise PrepareError(f"{source}: {fault}; use a tokenizer with a piece for it")
         self.model, self.source, self.pieces, self.vocab_size = model, source, pieces, size
@@ -71,8 +71,8 @@ class Tokenizer:
         unknown = self.pieces.unk_id()
         if unknown not in encoded:
             return 0
-        spelt = self.pieces.encode(text, out_type=str)
-        return sum(len(piece.encode()) for token, piece in zip(encoded, spelt, strict=True) if token == unknown)
+        spelt = zip(encoded, self.pieces.encode(text, out_type=str), strict=True)
+        return sum(len(piece.replace(SPACE, " ").encode()) for token, piece in spelt if token == unknown)
 
     def counted_bytes(self, tokens) -> int:
         """Canonical BPB bytes of an array of tokens that begins with BOS.

@@ -128,7 +128,8 @@ def test_unimplemented_switches_pass_when_off():
      ({"MICRO_BATCH_SEQS": 3}, "MICRO_BATCH_SEQS"), ({"TRAIN_ENABLED": 0}, "MODEL_PATH"),
      ({"TTT_ENABLED": 1, "TTT_CHUNK_TOKENS": 4}, "TTT_CHUNK_TOKENS"), ({"RUN_ID": "a/b"}, "RUN_ID"),
      ({"RUN_ID": ".."}, "RUN_ID"),
-     ({"RUN_ID": "\udcff"}, "RUN_ID"), ({"LOG_DIR": "a\nb"}, "LOG_DIR"),
+     ({"RUN_ID": "\udcff"}, "RUN_ID='\\udcff': not UTF-8 text in this locale; set PYTHONUTF8=1"),
+     ({"LOG_DIR": "a\nb"}, "LOG_DIR"),
      ({"TRAIN_BATCH_TOKENS": 10**30}, "TRAIN_BATCH_TOKENS"),
      ({"MATRIX_LR": "inf"}, "MATRIX_LR"), ({"MATRIX_LR": "-1"}, "MATRIX_LR"), ({"SEED": "1.5"}, "SEED")],
 )

@@ -259,16 +259,16 @@ def test_a_bf16_step_takes_a_fused_attention_and_compiles_to_the_same_loss():
 @on_a_gpu
 def test_a_pass_stays_within_the_memory_that_is_reckoned_with():
     """Compiled, by the graph of the test before; the model's weights and gradients are there already."""
-    cfg, process = two_layers(), t.Process("bf16")
+    cfg, process = dataclasses.replace(two_layers(), use_compile="1"), t.Process("bf16")
     model, ids = model_on(process, cfg), tokens_for(cfg, process, 8)
-    forward = t.compiled(model, dataclasses.replace(cfg, use_compile="1"), process)
+    forward = t.compiled(model, cfg, process)
     forward(ids[:, :-1], ids[:, 1:]).mean().backward()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     forward(ids[:, :-1], ids[:, 1:]).mean().backward()
     used = torch.cuda.max_memory_allocated() - before
-    assert used <= t.activation_bytes(cfg) * ids[:, 1:].numel(), used / ids[:, 1:].numel()
+    assert used <= t.activation_bytes(cfg, process) * ids[:, 1:].numel(), used / ids[:, 1:].numel()
 
 
 @on_a_gpu

@@ -4,7 +4,6 @@ import contextlib
 import os
 import pty
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -51,14 +50,16 @@ def project(tmp_path, corpus):
         env = clean_environment() | TINY | python | {"DATA_PATH": str(corpus), "RUN_ID": "run"} | variables
         return [str(tmp_path / "run.sh")], env
 
-    yield make
-    shutil.rmtree(tmp_path / "logs", ignore_errors=True)
+    return make
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_under_nohup_a_terminal_may_close_and_a_host_may_lack_a_name(project, tmp_path, ranks):
-    """SIGHUP to run.sh, to torchrun and to every rank, in the middle of training; the host name resolves to nothing."""
-    command, env = project(ranks, ITERATIONS="300", TRAIN_LOG_EVERY="20", VAL_TOKEN_LIMIT="300")
+def test_under_nohup_a_terminal_may_close_and_a_host_may_lack_a_name(project, corpus, tmp_path, ranks):
+    """SIGHUP to run.sh, to torchrun and to every rank, in the middle of training; the host name resolves to nothing,
+    and names are UTF-8 where the locale is not."""
+    (tmp_path / "d\u00e4t\u00e4").symlink_to(corpus)
+    strange = {"DATA_PATH": "d\u00e4t\u00e4", "LOG_DIR": "l\u00f6gs", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    command, env = project(ranks, ITERATIONS="300", TRAIN_LOG_EVERY="20", VAL_TOKEN_LIMIT="300", **strange)
     command = [*(NAMELESS if can(NAMELESS) else []), "nohup", *command]
     with subprocess.Popen(command, env=env, cwd=tmp_path, encoding="utf-8", stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
@@ -72,7 +73,7 @@ def test_under_nohup_a_terminal_may_close_and_a_host_may_lack_a_name(project, tm
         killer.cancel()
     text = "".join(said)
     assert process.returncode == 0 and "valid: yes" in text and f"world_size:{ranks} " in text, text
-    assert "Traceback" not in text
+    assert "Traceback" not in text and "summary: l\u00f6gs/run/summary.json" in text
 
 
 def test_a_terminal_that_closes_leaves_a_run_that_can_go_on(project, tmp_path):
@@ -91,14 +92,14 @@ def test_a_terminal_that_closes_leaves_a_run_that_can_go_on(project, tmp_path):
 
 
 def test_a_hangup_saves_and_several_are_one(start, tmp_path):
-    """A shell sends its own beside that of the terminal, here both in one step."""
+    """A shell sends its own beside that of the terminal, and a system that ends SIGTERM too, here all in one step."""
     script = patched(tmp_path, "honest = t.Trainer.step\ndef slow(self, tokens, step, factor):\n"
                                "    time.sleep(step == 20)\n    honest(self, tokens, step, factor)\n"
                                "t.Trainer.step = slow")
     cut = start(script=script, **LONG)
     cut.until("step:20/")
-    for _ in range(3):
-        cut.process.send_signal(signal.SIGHUP)
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+        cut.process.send_signal(number)
         time.sleep(0.2)
     assert cut.end(30).code == 128 + signal.SIGHUP
     assert cut.err.splitlines()[0].startswith("SIGHUP: finishing the step and saving")

@@ -368,10 +368,11 @@ def test_a_second_signal_leaves_at_once(start, tmp_path):  # noqa: F811
     cut = start(script=script)
     cut.until("step:5/12")
     cut.process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    assert cut.process.poll() is None
-    cut.process.send_signal(signal.SIGTERM)
-    assert cut.end(5).code == 143 and "a second one leaves at once" in cut.err
+    for pause in (0.3, 2):  # what comes within 2 s is the same
+        time.sleep(pause)
+        assert cut.process.poll() is None
+        cut.process.send_signal(signal.SIGTERM)
+    assert cut.end(5).code == 143 and "a second one, after 2 s, leaves at once" in cut.err
 
 
 # ---- restarts and failing ranks --------------------------------------------------------------------------------------

@@ -310,7 +310,7 @@ def main(argv: list[str]) -> int:
     except t.UserError as problem:
         fail(t.one_line(problem))
     except OSError as problem:
-        fail(f"{problem.filename or 'output'}: {problem.strerror}")
+        fail(f"{problem.filename or 'output'}: {problem.strerror}; mend the path, or set LOG_DIR to another")
     except Exception as problem:
         if not (advice := t.remedy(problem)):
             raise

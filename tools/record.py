@@ -278,7 +278,7 @@ def main(argv: list[str]) -> int:
     except t.UserError as problem:
         sys.stderr.write(f"error: {t.one_line(problem)}\n")
     except OSError as problem:
-        sys.stderr.write(f"error: {problem.filename or 'output'}: {problem.strerror}\n")
+        sys.stderr.write(f"error: {problem.filename or 'output'}: {problem.strerror}; mend the path or make room\n")
     return 2
 
 

@@ -9,6 +9,7 @@ targets, the first of DATA_PATH's validation split. Needs tools/requirements.txt
 import argparse
 import csv
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def plot(curves: dict[str, np.ndarray], ends: np.ndarray, path: Path):
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode must not end it
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="NAME=FILE.npy")
     parser.add_argument("--data", required=True, type=Path, help="folder of the shards and tokenizer.model")
@@ -57,7 +59,8 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, default=32768, help="targets between two points")
     args = parser.parse_args()
     try:
-        nats = {name: np.load(file) for name, _, file in (run.rpartition("=") for run in args.runs)}
+        named = [run.rpartition("=") for run in args.runs]
+        nats = {os.fsencode(name).decode("utf-8", "replace"): np.load(file) for name, _, file in named}
         sizes = {len(x) for x in nats.values()}
         if len(sizes) != 1:
             raise ValueError(f"the runs scored different numbers of targets: {sorted(sizes)}; give runs of one stream")

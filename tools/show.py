@@ -93,7 +93,8 @@ def main(argv: list[str]) -> int:
     except t.UserError as problem:
         sys.stderr.write(f"error: {t.one_line(problem)}\n")
     except OSError as problem:
-        sys.stderr.write(f"error: {problem.filename or 'output'}: {problem.strerror}\n")
+        where = problem.filename or "output"
+        sys.stderr.write(f"error: {where}: {problem.strerror}; mend the path, or choose another with --out\n")
     return 2
 
 

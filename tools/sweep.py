@@ -574,7 +574,7 @@ def main(argv: list[str]) -> int:
     except t.UserError as problem:
         return fail(str(problem))
     except OSError as problem:
-        return fail(f"{problem.filename or 'output'}: {problem.strerror}")
+        return fail(f"{problem.filename or 'output'}: {problem.strerror}; mend the path, or set LOG_DIR to another")
 
 
 if __name__ == "__main__":
