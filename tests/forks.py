@@ -38,6 +38,7 @@ def child(arguments: list[str], env: dict[str, str], cwd: str, out, err, nodes: 
             pipe.close()
     for what, most in limits.items():
         resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

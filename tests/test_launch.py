@@ -80,6 +80,7 @@ def test_a_terminal_that_closes_leaves_a_run_that_can_go_on(project, tmp_path):
     command, env = project(1, **LONG)
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         os.chdir(tmp_path)
         os.execve(command[0], command, env)
     with open(terminal, "rb", buffering=0) as out:
