@@ -72,7 +72,8 @@ class Tokenizer:
         if unknown not in encoded:
             return 0
         spelt = zip(encoded, self.pieces.encode(text, out_type=str), strict=True)
-        return sum(len(piece.replace(SPACE, " ").encode()) for token, piece in spelt if token == unknown)
+        lost = sum(len(piece.replace(SPACE, " ").encode()) for token, piece in spelt if token == unknown)
+        return min(lost, len(text.encode()))  # normalisation may have written them out
 
     def counted_bytes(self, tokens) -> int:
         """Canonical BPB bytes of an array of tokens that begins with BOS.

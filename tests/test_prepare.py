@@ -336,7 +336,8 @@ EMOJI = "all \U0001f600 good " * 6 + "\U0001f680\U0001f680"
 
 @pytest.mark.parametrize(
     ("text", "options", "words"),
-    [(ARABIC, {"byte_fallback": True}, "normalisation makes"), (EMOJI, {}, "does not know characters of 32 of 92")],
+    [(ARABIC, {"byte_fallback": True}, "normalisation makes"), (EMOJI, {}, "does not know characters of 32 of 92"),
+     ("\ufdfa", {}, "does not know characters of 3 of 3 bytes")],
 )
 def test_bytes_that_a_tokenizer_makes_or_loses_are_said(text, options, words, texts, tmp_path: Path) -> None:
     """NFKC writes two of the letters out as whole phrases; without byte fallback an emoji is lost."""
