@@ -2958,8 +2958,8 @@ def read_manifest(folder: Path) -> tuple[str | None, list[str]]:
     cut_with, doubts = None, []
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        require(manifest.get("origin") != {}, f"DATA_PATH={folder}: shards of several origins, since fetching was cut "
-                "short; run ./run.sh data again")
+        require(manifest.get("origin") != {}, f"DATA_PATH={folder}: fetching was cut short and its shards may be of "
+                "several origins; run ./run.sh data again")
         cut_with = manifest["tokenizer"]["sha256"]
         split = manifest["splits"]["val"]
         raw, counted = split["raw_bytes"], split["counted_bytes"]

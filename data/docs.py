@@ -30,22 +30,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def divided(text: str, val_fraction: float) -> tuple[str, str]:
     """A text in two: the second is about the last `val_fraction` of it, from a paragraph on. Where no paragraph begins
-    near there it begins with a line, where no line does with a word, and in a text without words with any character.
+    near there it begins with a line, where no line does with a word, and where no word does with any character.
 
     Raises PrepareError for a text of one character.
     """
     begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
-    share = (end - begin) * val_fraction
-    cut = None
-    for gap in (r"\n\s*\n", r"\n", r"\s"):
-        cuts = [found.end() for found in re.finditer(gap, text) if begin < found.start() and found.end() < end]
-        cut = min(cuts, key=lambda cut: abs(end - cut - share), default=cut)
-        if cuts and abs(end - cut - share) <= share / 2:
-            break
     if end - begin < 2:
         raise PrepareError("one document that cannot be divided; give more documents, or --val")
-    if cut is None:
-        cut = min(max(round(end - share), begin + 1), end - 1)
+    share = (end - begin) * val_fraction
+    for gap in (r"\n\s*\n", r"\n", r"\s"):
+        ends = [found.end() for found in re.finditer(gap, text) if begin < found.start() and found.end() < end]
+        if near := [cut for cut in ends if abs(end - cut - share) <= share / 2]:
+            cut = min(near, key=lambda cut: abs(end - cut - share))
+            return text[:cut], text[cut:]
+    cut = min(max(round(end - share), begin + 1), end - 1)
     return text[:cut], text[cut:]
 
 

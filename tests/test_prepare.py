@@ -356,7 +356,7 @@ def test_bytes_that_a_tokenizer_makes_or_loses_are_said(text, options, words, te
         (" one two three four five", "five"),
         ("title\n\none two three\nfour five six seven\neight\n", "eight\n"),
         ("title\n\none\ntwo three four five six seven eight", "seven eight"),
-        ("a\nlongestlongest", "longestlongest"),
+        ("\u96ea\n\n" + "\u96ea" * 20, "\u96ea" * 5),
         ("\u96ea" * 20, "\u96ea" * 4),
     ],
 )
@@ -756,7 +756,7 @@ def test_fineweb_interrupted_between_two_revisions_is_not_usable(hub: Hub, texts
     for files, revision in ((second, "1" * 40), (first, "0" * 40)):
         hub.files, hub.revision = files | {SHARD.format(int(revision[0])): b"<html>"}, revision
         assert f"fineweb_train_00000{revision[0]}.bin" in fail(*options, **hub.variables())
-        assert model.read_bytes() == before and "shards of several origins" in check()
+        assert model.read_bytes() == before and "its shards may be of several origins" in check()
 
     hub.files, hub.revision = second, "1" * 40
     hub.shards_got()

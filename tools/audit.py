@@ -39,6 +39,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save, and in run.sh's background it is ignored at first
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train_gpt.py does
 
 import numpy as np  # noqa: E402
@@ -582,5 +584,4 @@ def complain(problem) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save
     sys.exit(main(sys.argv[1:]))
