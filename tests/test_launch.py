@@ -58,7 +58,8 @@ def test_under_nohup_a_terminal_may_close_and_a_host_may_lack_a_name(project, co
     """SIGHUP to run.sh, to torchrun and to every rank, in the middle of training; the host name resolves to nothing,
     and names are UTF-8 where the locale is not."""
     (tmp_path / "d\u00e4t\u00e4").symlink_to(corpus)
-    strange = {"DATA_PATH": "d\u00e4t\u00e4", "LOG_DIR": "l\u00f6gs", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    strange = {"DATA_PATH": "d\u00e4t\u00e4", "LOG_DIR": "l\u00f6gs", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0",
+               "PYTHONUTF8": "0"}
     command, env = project(ranks, ITERATIONS="300", TRAIN_LOG_EVERY="20", VAL_TOKEN_LIMIT="300", **strange)
     command = [*(NAMELESS if can(NAMELESS) else []), "nohup", *command]
     with subprocess.Popen(command, env=env, cwd=tmp_path, encoding="utf-8", stdin=subprocess.DEVNULL,
