@@ -424,7 +424,7 @@ def complain(text: str):
 
 def leave(code: int, said: str = "", silent: bool = False):
     """End this rank with what it has to say. A silent one waits: a launcher kills all ranks once one has failed."""
-    for number in SIGNALS:
+    for number in SIGNALS:  # a terminal that closes now shall not change the exit code
         signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
     if silent:
         time.sleep(3)
@@ -496,7 +496,6 @@ except ImportError:
 
 # ==== Process and log: this rank among the others, its device, the signals it gets, what it tells people ==============
 
-
 CGROUPS = Path("/sys/fs/cgroup")  # where Linux keeps the limits of containers and jobs
 
 
@@ -556,6 +555,7 @@ def keep_freed_memory():
             ctypes.CDLL(None).mallopt(option, most)
 
 
+@functools.cache
 def memory_limit() -> int:
     """Bytes of memory that this process may use: the machine's, or fewer where a container or a job is limited."""
     limits, groups = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")], ""
@@ -2956,7 +2956,7 @@ def read_manifest(folder: Path) -> tuple[str | None, list[str]]:
     none; and where that has changed the text by more than 0.5%, a line on what it does to BPB. Raises UserError where
     the shards are not of one origin."""
     cut_with, doubts = None, []
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         manifest = json.loads((folder / "manifest.json").read_bytes())
         require(manifest.get("origin") != {}, f"DATA_PATH={folder}: fetching was cut short and its shards may be of "
                 "several origins; run ./run.sh data again")
@@ -3146,7 +3146,7 @@ def train_and_average(cfg: Config, process: Process, log: Log, summary: dict, in
     if inputs.weights is not None:
         FlatWeights(model, process.device).weights.copy_(inputs.weights)
         return model
-    log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    log(f"model_params:{model_size(cfg)}")
     saved = (past.facts, past.tensors) if past and past.facts else None
     with timed(summary["seconds"], "train"):
         summary["train"] = train(cfg, process, log, model, inputs.train, inputs.stream, saved)

@@ -142,7 +142,7 @@ def fetch_shards(hub: Hub, remote: str, folder: Path, names: list[str], compare:
 
 def origin_of(folder: Path) -> dict:
     """What the folder's manifest says of where its shards are from; {} where it says nothing."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["origin"])
     return {}
 
@@ -150,8 +150,8 @@ def origin_of(folder: Path) -> dict:
 def fetch(hub: Hub, root: Path, folder: Path, variant: str, train_shards: int) -> tuple[Path, Tokenizer]:
     """Makes `folder` one revision's shards, with a manifest that says which and what tokenizer cut them.
 
-    Shards from elsewhere are kept where they are the same. An interruption leaves a manifest that names the new
-    tokenizer and no revision: with the old tokenizer the folder cannot be used, and the next launch compares again.
+    Shards from elsewhere are kept where they are the same. Until all are, the manifest names no origin: train_gpt.py
+    refuses such a folder, and the next launch compares again.
     """
     shards, model_path, available = fineweb_plan(hub.read("manifest.json"), folder.name, train_shards)
     tokenizer = read_tokenizer(hub, model_path, variant)

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -650,7 +651,10 @@ case "$*" in
   *train_gpt.py*)
     echo "ran $RUN_ID, AUDIT is ${AUDIT-gone}"
     mkdir -p "logs/$RUN_ID"
-    [ "$RAN" = 143 ] && { trap 'kill $!; echo stopped; exit 143' TERM; echo ready; sleep 60 >/dev/null & wait; }
+    stop() { kill $!; echo "stopped by $1"; exit "$2"; }
+    trap 'stop TERM 143' TERM
+    trap 'stop HUP 129' HUP
+    [ "$RAN" = signalled ] && { echo ready; sleep 60 >/dev/null & wait; }
     echo '  "finished": '$FINISHED, >"logs/$RUN_ID/summary.json"
     exit "$RAN" ;;
   *tools/audit.py*)
@@ -673,7 +677,8 @@ def runner(tmp_path):
         env = clean_environment() | {"PYTHON": str(stub), "REAL": sys.executable, "DATA_PATH": str(tmp_path), "RAN":
                                      str(ran), "FOUND": str(found), "FINISHED": finished, "AUDIT": "1"}
         return subprocess.Popen([str(tmp_path / "run.sh")], env=env | variables, cwd=tmp_path, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(
+                                    signal.SIGHUP, signal.SIG_DFL))  # the tests themselves may run under nohup
 
     return go
 
@@ -689,12 +694,14 @@ def test_an_audit_follows_a_run(runner, ran, found, finished, code):
     assert (f"audited logs/{name}\n" in out) == (finished == "true")
 
 
-def test_a_signal_reaches_the_run_that_is_to_be_audited(runner):
-    process = runner(143, 0, RUN_ID="mine")
+@pytest.mark.parametrize("name", ["TERM", "HUP"])
+def test_a_signal_reaches_the_run_that_is_to_be_audited(runner, name):
+    process = runner("signalled", 0, RUN_ID="mine")
     assert process.stdout.readline() == "ran mine, AUDIT is gone\n" and process.stdout.readline() == "ready\n"
-    process.terminate()
+    number = getattr(signal, f"SIG{name}")
+    process.send_signal(number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and out == "stopped\n"
+    assert process.returncode == 128 + number and out == f"stopped by {name}\n"
 
 
 def test_run_sh_knows_the_audit(runner):

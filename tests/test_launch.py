@@ -93,12 +93,23 @@ def test_a_terminal_that_closes_leaves_a_run_that_can_go_on(project, tmp_path):
     assert int(saved.stem[5:]) >= 20
 
 
+SLOW = """
+honest_step, honest_complain = t.Trainer.step, t.complain
+def slow(self, tokens, step, factor):
+    time.sleep(step == 20)
+    honest_step(self, tokens, step, factor)
+def late(text):
+    honest_complain(text)
+    if text.startswith("interrupted"):
+        os.kill(os.getpid(), 1)
+t.Trainer.step, t.complain = slow, late
+"""
+
+
 def test_a_hangup_saves_and_several_are_one(start, tmp_path):
-    """A shell sends its own beside that of the terminal, and a system that ends SIGTERM too, here all in one step."""
-    script = patched(tmp_path, "honest = t.Trainer.step\ndef slow(self, tokens, step, factor):\n"
-                               "    time.sleep(step == 20)\n    honest(self, tokens, step, factor)\n"
-                               "t.Trainer.step = slow")
-    cut = start(script=script, **LONG)
+    """A shell sends its own beside that of the terminal, and a system that ends SIGTERM too, here all in one step; and
+    one comes when all is saved."""
+    cut = start(script=patched(tmp_path, SLOW), **LONG)
     cut.until("step:20/")
     for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
         cut.process.send_signal(number)

@@ -710,7 +710,7 @@ def retokenised(hub: Hub, texts: list[str], tmp_path: Path) -> None:
     hub.revision = "1" * 40
 
 
-@pytest.mark.parametrize("left", ["manifest", "no manifest"])
+@pytest.mark.parametrize("left", ["manifest", "no manifest", "odd manifest"])
 def test_fineweb_of_a_changed_hub_is_fetched_again(left: str, hub: Hub, texts: list[str], tmp_path: Path) -> None:
     """Whatever is here ends as one revision's shards and tokenizer; what is the same there is not fetched twice."""
     root = tmp_path / "data"
@@ -718,10 +718,12 @@ def test_fineweb_of_a_changed_hub_is_fetched_again(left: str, hub: Hub, texts: l
     succeed("fineweb", "--train-shards", 3, "--out", root, **hub.variables())
     if left == "no manifest":
         (folder / "manifest.json").unlink()
+    if left == "odd manifest":
+        (folder / "manifest.json").write_text('{"origin": {"repository": null, "revision": 3}}')
     hub.shards_got()
     retokenised(hub, texts, tmp_path)
     printed = succeed("fineweb", "--train-shards", 1, "--out", root, **hub.variables())
-    was = f"{hub.repo} at {'0' * 40}" if left == "manifest" else "unknown origin"
+    was = {"manifest": f"{hub.repo} at {'0' * 40}", "no manifest": "unknown origin", "odd manifest": "None at 3"}[left]
     assert f"the shards here are of {was}; comparing" in printed
     assert sorted(hub.shards_got()) == ["fineweb_train_000000.bin", "fineweb_train_000001.bin"]
     for name, data in shard_bytes(folder).items():

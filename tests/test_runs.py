@@ -256,6 +256,15 @@ def test_what_a_tokenizer_makes_or_loses_is_a_caveat(launch, corpus, tmp_path, w
     assert run.code == 0 and [x for x in run.summary["caveats"] if x.startswith("BPB")] == [words] * bool(words)
 
 
+@pytest.mark.parametrize("text", [
+    "", "[]", "[" * 100000, '{"origin": 3, "tokenizer": 5}', '{"tokenizer": {"sha256": null}}'])
+def test_a_manifest_that_says_nothing_is_passed_over(launch, corpus, tmp_path, text):
+    shutil.copytree(corpus, tmp_path / "data")
+    (tmp_path / "data" / "manifest.json").write_text(text)
+    run = launch(options=["--check"], DATA_PATH=tmp_path / "data")
+    assert run.code == 0 and run.err == ""
+
+
 def test_more_shards_than_open_files(launch, corpus, tmp_path):
     """A shard does not keep a file open: 200 where 64 may be."""
     shutil.copytree(corpus, tmp_path / "data")

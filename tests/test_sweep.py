@@ -291,7 +291,7 @@ def test_what_to_remove_where_shared_weights_are_gone(monkeypatch, tmp_path):
 
 def test_each_job_has_its_own_gpus_or_threads(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(sweep.signal, "getsignal", lambda number: signal.SIG_DFL)
+    monkeypatch.setattr(sweep.t, "SIGNALS", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     one, two = sweep.slots_of(2, ["0", "1", "2", "3", "6"], 32)
     assert [s.environment() for s in (one, two)] == [{"CUDA_VISIBLE_DEVICES": c} for c in ("0,1", "2,3")]
     assert one.command()[1:6] == ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
@@ -300,7 +300,7 @@ def test_each_job_has_its_own_gpus_or_threads(monkeypatch):
     assert sweep.slots_of(4, [], 2)[3].command() == [sys.executable, str(SCRIPT)]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert sweep.slots_of(3, [], 8)[0].environment() == {}
-    monkeypatch.setattr(sweep.signal, "getsignal", lambda number: signal.SIG_IGN)  # under nohup
+    monkeypatch.setattr(sweep.t, "SIGNALS", [signal.SIGINT, signal.SIGTERM])  # as under nohup
     assert sweep.slots_of(2, [], 8)[0].environment() == {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGQUIT"}
 
 

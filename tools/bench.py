@@ -20,10 +20,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train_gpt.py does
 
 import torch  # noqa: E402
+from sweep_results import tell  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
@@ -76,7 +77,7 @@ class Bench:
     def add(self, name: str, values: list[float], unit: str, digits: int = 1):
         middle, percent = spread(values)
         self.rows[name] = {"median": middle, "spread_percent": percent, "unit": unit, "n": len(values)}
-        print(f"{name:32}{middle:>16,.{digits}f} {unit:<10} ±{percent:.1f}%  of {len(values)}", flush=True)
+        tell(f"{name:32}{middle:>16,.{digits}f} {unit:<10} ±{percent:.1f}%  of {len(values)}")
 
     def peak(self) -> float:
         """What matrix products reach here in the type of the run, in FLOP/s."""
@@ -266,7 +267,7 @@ def against(other: Path, ranks: int, repeats: int, folder: Path) -> dict:
             continue
         (a, wide), (b, other_wide) = map(spread, sides)
         rows[key] = {"ours": a, "other": b, "ratio": b / a, "spread_percent": [wide, other_wide]}
-        print(f"{name:30}{a:12.4f}{b:12.4f}{b / a:12.3f}{f'±{wide:.1f}% ±{other_wide:.1f}%':>16}")
+        tell(f"{name:30}{a:12.4f}{b:12.4f}{b / a:12.3f}{f'±{wide:.1f}% ±{other_wide:.1f}%':>16}")
     return {"runs": runs, "median": rows, "script": str(other), "ranks": ranks}
 
 

@@ -36,7 +36,7 @@ from record_checks import check_submission, reasons_against  # noqa: E402
 from run_log import ROOT, TITLES, Run, read_text, split_log, t  # noqa: E402
 from runs import hardware_of  # noqa: E402
 from show import Parser  # noqa: E402
-from sweep_results import NO_PLOT, counted, tell  # noqa: E402
+from sweep_results import NO_PLOT, counted, tell, utf_8  # noqa: E402
 
 NON_RECORD = "track_non_record_16mb"
 
@@ -206,11 +206,6 @@ def number(word: str) -> float:
     return value
 
 
-def utf_8(word: str) -> str:
-    """A word of the command line, which in a locale without UTF-8 arrives as bytes."""
-    return os.fsencode(word).decode("utf-8", "replace")
-
-
 def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="./run.sh record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder or RUN_ID, one a seed; a sweep's folder")
@@ -283,7 +278,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as an exception, so that nothing half-written stays
-        if caught != signal.SIGHUP or signal.getsignal(caught) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(caught, lambda number, frame: sys.exit(128 + number))
+    for caught in t.SIGNALS:  # as an exception, so that nothing half-written stays
+        signal.signal(caught, lambda number, frame: sys.exit(128 + number))
     t.leave(main(sys.argv[1:]))

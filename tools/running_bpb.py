@@ -9,14 +9,15 @@ targets, the first of DATA_PATH's validation split. Needs tools/requirements.txt
 import argparse
 import csv
 import math
-import os
 import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 0)]
+from sweep_results import tell, utf_8  # noqa: E402
+
 import train_gpt  # noqa: E402
 
 matplotlib.use("Agg")
@@ -51,7 +52,6 @@ def plot(curves: dict[str, np.ndarray], ends: np.ndarray, path: Path):
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode must not end it
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="NAME=FILE.npy")
     parser.add_argument("--data", required=True, type=Path, help="folder of the shards and tokenizer.model")
@@ -60,7 +60,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         named = [run.rpartition("=") for run in args.runs]
-        nats = {os.fsencode(name).decode("utf-8", "replace"): np.load(file) for name, _, file in named}
+        nats = {utf_8(name): np.load(file) for name, _, file in named}
         sizes = {len(x) for x in nats.values()}
         if len(sizes) != 1:
             raise ValueError(f"the runs scored different numbers of targets: {sorted(sizes)}; give runs of one stream")
@@ -79,7 +79,7 @@ def main() -> int:
         table.writerow(["targets", *curves])
         table.writerows([end, *(f"{curve[i]:.6f}" for _, curve in curves.values())] for i, end in enumerate(ends))
     plot({name: curve for name, (_, curve) in curves.items()}, ends, args.out / "running_bpb")
-    print("| targets | " + " | ".join(curves) + " |\n|---|" + "---|" * len(curves))
+    tell("| targets | " + " | ".join(curves) + " |\n|---|" + "---|" * len(curves))
     for i, end in enumerate(ends):
         print(f"| {end:,} | " + " | ".join(f"{curve[i]:.4f}" for _, curve in curves.values()) + " |")
     return 0

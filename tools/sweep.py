@@ -273,7 +273,7 @@ class Slot:
     def environment(self) -> dict[str, str]:
         shown = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
         set_already = self.ranks > 1 or "OMP_NUM_THREADS" in os.environ  # torchrun gives each of several ranks one
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup torchrun shall not heed it either
+        if signal.SIGHUP not in t.SIGNALS:  # under nohup torchrun shall not heed it either
             shown["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
         return shown | ({} if set_already else {"OMP_NUM_THREADS": str(self.threads)})
 
@@ -377,8 +377,7 @@ class Sweep:
     def go(self) -> int:
         """Run what is left. Returns the signal that ended it early, else 0. Whatever happens, no process stays."""
         passed = 0
-        hung_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []  # not under nohup
-        before = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM, *hung_up)}
+        before = {number: signal.signal(number, self.catch) for number in t.SIGNALS}
         try:
             while True:
                 self.reap()

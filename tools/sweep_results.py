@@ -8,6 +8,7 @@ import contextlib
 import csv
 import io
 import math
+import os
 import shlex
 import statistics
 import sys
@@ -29,6 +30,11 @@ def tell(text: str):
     with contextlib.suppress(OSError):
         code = sys.stdout.encoding or "utf-8"
         print(text.encode(code, "replace").decode(code), flush=True)
+
+
+def utf_8(word: str) -> str:
+    """A word of the command line, which in a locale without UTF-8 arrives as bytes."""
+    return os.fsencode(word).decode("utf-8", "replace")
 
 
 def counted(items) -> list[tuple]:
