@@ -72,20 +72,27 @@ case $job in
 esac
 need "$here/requirements.txt" torch numpy sentencepiece zstandard
 
-# What a run needs that nobody has set: a preset for this machine, and data.
-choose() {
-  gpus=0  # to ask torch takes seconds
+# How many GPUs torch can use; to ask it takes seconds. Without any the script takes PRESET=demo.
+count_gpus() {
+  gpus=0
   if [ -e /dev/nvidiactl ] || [ -e /dev/dxg ] || [ -e /dev/kfd ]; then
     gpus=$("$py" -c 'import torch; print(torch.cuda.device_count())')
+    [ "$gpus" -gt 0 ] || export CUDA_VISIBLE_DEVICES=
   fi
-  [ "$gpus" -gt 0 ] || export PRESET=${PRESET:-demo}
-  if [ -n "${DATA_PATH:-}" ]; then
-    [ -d "$DATA_PATH" ] || fail "DATA_PATH=$DATA_PATH: no such folder; unset it or make it with data/prepare.py"
-  elif [ ! -d data/datasets/fineweb10B_sp1024 ] && [ ! -d "$here/data/datasets/fineweb10B_sp1024" ]; then
+}
+
+# The script's --check on so many ranks. Where it finds no data and names the embedded corpus, that is made.
+check() {
+  local said code size
+  { said=$("$py" "$here/train_gpt.py" --check --ranks "$1" 2>&1 >&3) && code=0 || code=$?; } 3>&1
+  size=$(sed -n 's/^error: DATA_PATH is not set.*prepare.py embedded --vocab-size \([0-9]*\) makes it)$/\1/p' <<<"$said")
+  if [ -n "$size" ]; then
     echo "no FineWeb shards here (./run.sh data fetches them): using the embedded corpus"
-    export DATA_PATH=$here/data/datasets/embedded_sp${VOCAB_SIZE:-1024}
-    "$py" "$here/data/prepare.py" embedded --vocab-size "${VOCAB_SIZE:-1024}" --out "$DATA_PATH"
+    "$py" "$here/data/prepare.py" embedded --vocab-size "$size"
+    exec "$py" "$here/train_gpt.py" --check --ranks "$1"
   fi
+  [ -z "$said" ] || echo "$said" >&2
+  return "$code"
 }
 
 # Run a command, pass signals on to it, and set `code` to its exit code.
@@ -107,9 +114,13 @@ case $job in
     case ${AUDIT:-0} in 0 | 1) ;; *) fail "AUDIT=$AUDIT: accepts 0 or 1" ;; esac
     audit=${AUDIT:-0}
     unset AUDIT  # which is ours and not the script's
-    choose
+    LAUNCHED_BY=$(printf %q "$0")  # the command that goes on with a run
+    case $0 in */*) ;; *) LAUNCHED_BY="bash $LAUNCHED_BY" ;; esac
+    [ "$audit" = 0 ] || LAUNCHED_BY="AUDIT=1 $LAUNCHED_BY"
+    export LAUNCHED_BY
+    count_gpus
     ranks=$((gpus > 0 ? gpus : 1))
-    "$py" "$here/train_gpt.py" --check --ranks "$ranks"
+    (check "$ranks")
     launch=("$py")
     if [ "$ranks" -gt 1 ]; then
       # A loopback address, because a host name may not resolve. Under nohup torchrun shall not heed SIGHUP either.
@@ -128,7 +139,7 @@ case $job in
   audit)
     exec "$py" "$here/tools/audit.py" "$@" ;;
   bench)
-    choose
+    count_gpus
     exec "$py" "$here/tools/bench.py" "$@" ;;
   inspect)
     exec "$py" "$here/tools/inspect_artifact.py" "$@" ;;
@@ -142,7 +153,7 @@ case $job in
     (need "$here/tools/requirements.txt" matplotlib) || echo "warning: no matplotlib, so no plot; the tables come" >&2
     [ ! -x "$here/.venv/bin/python" ] || py=$here/.venv/bin/python  # where that had to make one
     case " $* " in *" --reference-bpb"*) need "$here/tools/requirements.txt" scipy ;; esac
-    [ "$job" != sweep ] || choose
+    [ "$job" != sweep ] || count_gpus
     exec "$py" "$here/tools/$job.py" "$@" ;;
   test)
     need "$here/tests/requirements.txt" pytest xdist huggingface_hub

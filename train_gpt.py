@@ -45,7 +45,6 @@ SCRIPT = Path(__file__).resolve()
 SIGNALS = [signal.SIGINT, signal.SIGTERM]  # that end a run, once it has saved
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
     SIGNALS.append(signal.SIGHUP)
-DEFAULT_DATA, DEFAULT_TOKENIZER = "./data/datasets/fineweb10B_sp1024", "./data/tokenizers/fineweb_1024_bpe.model"
 
 # ==== Configuration: every variable once, with its default, what it accepts and what it is for ========================
 
@@ -85,8 +84,10 @@ class Config:
     resume: bool = var(False, "0|1", "1: go on with RUN_ID where it stopped, or start it")
     env_extra: str = var("", "text", "comma-separated names of your own variables that may look like ours")
 
-    data_path: str = var(DEFAULT_DATA, "path", "folder of shards; the default is sought above the script too", "Data")
-    tokenizer_path: str = var("", "path", f"SentencePiece; empty: DATA_PATH/tokenizer.model or {DEFAULT_TOKENIZER}")
+    data_path: str = var("", "path", "folder of shards; empty: data/datasets/fineweb10B_sp<VOCAB_SIZE>, else "
+                         "embedded_sp<VOCAB_SIZE> there; here, else above the script", "Data")
+    tokenizer_path: str = var("", "path", "SentencePiece; empty: tokenizer.model in DATA_PATH, else data/tokenizers/"
+                              "fineweb_<VOCAB_SIZE>_bpe.model")
     val_token_limit: int = var(0, ">=0", "score only the first N targets of the validation split; 0 all")
 
     vocab_size: int = var(1024, "2..65535", "tokens, as in the tokenizer", "Model")
@@ -127,19 +128,19 @@ class Config:
     use_compile: str = var("auto", "auto|0|1", "torch.compile; auto: on CUDA")
     compute_dtype: str = var("auto", "auto|bf16|fp32", "auto: bf16 on GPUs and CPUs with bf16 instructions")
 
-    matrix_lr: float = var(0.025, ">=0", "Muon's rate, for matrices", "Optimizers")
-    tied_embed_lr: float = var(0.035, ">=0", "AdamW's rate for all embeddings when the output layer is tied")
-    embed_lr: float = var(0.6, ">=0", "the same when untied")
-    head_lr: float = var(0.008, ">=0", "Adam's rate for the untied output layer")
-    scalar_lr: float = var(0.025, ">=0", "AdamW's rate for vectors, scalars and the sidecar's kernel")
+    matrix_lr: float = var(0.025, "0..10", "Muon's rate, for matrices", "Optimizers")
+    tied_embed_lr: float = var(0.035, "0..10", "AdamW's rate for all embeddings when the output layer is tied")
+    embed_lr: float = var(0.6, "0..10", "the same when untied")
+    head_lr: float = var(0.008, "0..10", "Adam's rate for the untied output layer")
+    scalar_lr: float = var(0.025, "0..10", "AdamW's rate for vectors, scalars and the sidecar's kernel")
     tied_embed_init_std: float = var(0.005, ">0", "standard deviation of initial tied embeddings")
     muon_momentum: float = var(0.99, "0..<1", "Muon's momentum after its warm-up")
     muon_momentum_warmup_start: float = var(0.92, "0..<1", "Muon's momentum at step 0")
     muon_momentum_warmup_steps: int = var(1500, ">=0", "steps of that warm-up")
     muon_backend_steps: int = var(5, "1..100", "Newton-Schulz iterations")
     muon_beta2: float = var(0.0, "0..<1", "memory of the row sizes by which Muon's updates are divided; 0 off")
-    muon_wd: float = var(0.04, ">=0", "Muon's decoupled weight decay")
-    adam_wd: float = var(0.04, ">=0", "AdamW's weight decay")
+    muon_wd: float = var(0.04, "0..10", "Muon's decoupled weight decay")
+    adam_wd: float = var(0.04, "0..10", "AdamW's weight decay")
     beta1: float = var(0.9, "0..<1", "Adam's first beta")
     beta2: float = var(0.95, "0..<1", "Adam's second beta")
     adam_eps: float = var(1e-8, ">0", "Adam's epsilon")
@@ -149,15 +150,16 @@ class Config:
 
     export_enabled: bool = var(True, "0|1", "0: evaluate the averaged weights without an artifact", "Export")
     artifact_limit_bytes: int = var(16_000_000, ">=1", "code + model bytes at most")
-    export_fill: bool = var(True, "0|1", "1: finer values, up to 8 bits each, in the room that is left")
+    export_fill: bool = var(True, "0|1", "1: finer steps, in the room that the limit leaves")
     export_max_seconds: float = var(-1.0, ">=-1", "of MAX_WALLCLOCK_SECONDS, for search; 0 no limit; -1: 2%, >=10 s")
     calibration_tokens: int = var(65536, ">=1", "training tokens on which rounding is calibrated")
     quant: str = var("balanced", "balanced|rowmax", "rounding; balanced: by what errors cost, rowmax: published")
-    quant_bits_attn: float = var(6.0, "2..8", "bits of attention matrices, one more halves steps; a search starts here")
-    quant_bits_mlp: float = var(6.0, "2..8", "the same for MLP matrices")
-    quant_bits_embed: float = var(8.0, "2..8", "for token and value embeddings and an untied output layer")
-    quant_bits_bigram: float = var(8.0, "2..8", "for the bigram embedding and its projection")
-    quant_bits_sidecar: float = var(6.0, "2..8", "for the sidecar")
+    quant_bits_attn: float = var(6.0, "0..12", "nominal bits of attention matrices, where a search starts: one more "
+                                 "halves the steps; coded, a value takes fewer; rowmax: 2..8")
+    quant_bits_mlp: float = var(6.0, "0..12", "the same for MLP matrices")
+    quant_bits_embed: float = var(8.0, "0..12", "for token and value embeddings and an untied output layer")
+    quant_bits_bigram: float = var(8.0, "0..12", "for the bigram embedding and its projection")
+    quant_bits_sidecar: float = var(6.0, "0..12", "for the sidecar")
     quant_min_numel: int = var(65536, ">=0", "tensors up to this many elements are kept in fp16")
 
     final_eval_enable: bool = var(True, "0|1", "1: score float and int6 weights without overlap", "Evaluation")
@@ -172,17 +174,17 @@ class Config:
     ttt_mode: str = var("auto", "auto|full|lora", "lora: adapters a document; full: all weights; auto: full where its "
                         "variables are given, else lora")
     ttt_lora_rank: int = var(32, "1..16384", "lora: rank of the adapters; the default is clipped to MODEL_DIM")
-    ttt_lora_lr: float = var(0.004, "0..1000", "lora: Adam's rate")
+    ttt_lora_lr: float = var(0.004, "0..10", "lora: Adam's rate")
     ttt_lora_chunk_tokens: int = var(128, ">=1", "lora: targets scored, then learnt from, at a time; a window at most")
     ttt_chunk_tokens: int = var(16384, ">=1", "full: targets scored, then learnt from, at a time")
     ttt_optimizer: str = var("adamw", "adamw|sgd", "full: the optimizer")
-    ttt_lr: float = var(0.001, ">=0", "full: its rate")
-    ttt_lr_min: float = var(0.0, ">=0", "full: where TTT_COSINE ends within a chunk")
+    ttt_lr: float = var(0.001, "0..10", "full: its rate")
+    ttt_lr_min: float = var(0.0, "0..10", "full: where TTT_COSINE ends within a chunk")
     ttt_lr_end: float = var(1.0, "0..1", "full: a cosine across chunks takes the rate to this share of it; 1 no decay")
     ttt_cosine: bool = var(False, "0|1", "full: 1: the rate falls by a cosine within a chunk")
     ttt_epochs: int = var(3, ">=0", "full: passes over each scored chunk")
     ttt_warmup_epochs: int = var(0, ">=0", "full: passes of linear warm-up under TTT_COSINE")
-    ttt_wd: float = var(0.0, ">=0", "full: weight decay")
+    ttt_wd: float = var(0.0, "0..10", "full: weight decay")
     ttt_momentum: float = var(0.9, "0..<1", "full: momentum of sgd")
     ttt_batch_seqs: int = var(0, ">=0", "full: sequences a step of a rank; 0: all of a chunk's, for any ranks")
     ttt_freeze_blocks: int = var(0, ">=0", "full: first blocks that do not adapt")
@@ -258,12 +260,34 @@ REMOVED = {
     "SHUFFLE": "sequences are taken in the order of the shards, as published runs do",
     "STRICT_ENV": "ENV_EXTRA names the variables that may look like ours",
 }
+# What other scripts call it, where that is not near to our name.
+CALLED_ELSEWHERE = {
+    "MATRIX_LR": ("LR", "LEARNING_RATE", "MAX_LR", "MUON_LR"),
+    "MUON_WD": ("WD", "WEIGHT_DECAY"),
+    "MUON_MOMENTUM": ("MOMENTUM",),
+    "ITERATIONS": ("STEPS", "MAX_STEPS", "NUM_STEPS", "TOTAL_STEPS", "TRAIN_STEPS", "MAX_ITERS", "EPOCHS"),
+    "TRAIN_BATCH_TOKENS": ("BATCH_SIZE", "BATCH_TOKENS", "TOTAL_BATCH_SIZE"),
+    "MICRO_BATCH_SEQS": ("DEVICE_BATCH_SIZE", "GRAD_ACCUM_STEPS", "GRADIENT_ACCUMULATION_STEPS"),
+    "TRAIN_SEQ_LEN": ("SEQ_LEN", "SEQ_LENGTH", "SEQUENCE_LENGTH", "MAX_SEQ_LEN", "BLOCK_SIZE", "CONTEXT_LENGTH"),
+    "NUM_LAYERS": ("DEPTH",),
+    "NUM_HEADS": ("HEADS",),
+    "MODEL_DIM": ("DIM", "D_MODEL", "N_EMBD", "HIDDEN_SIZE"),
+    "MLP_MULT": ("MLP_RATIO",),
+    "LOGIT_SOFTCAP": ("SOFTCAP",),
+    "EVAL_STRIDE": ("STRIDE",),
+    "VAL_LOSS_EVERY": ("EVAL_EVERY", "EVAL_INTERVAL"),
+    "TRAIN_LOG_EVERY": ("LOG_EVERY", "LOG_INTERVAL"),
+    "COMPUTE_DTYPE": ("DTYPE",),
+    "USE_COMPILE": ("COMPILE",),
+}
+# The beginnings of our names that clusters, shells and other software set.
+BARE_ELSEWHERE = ("DATA", "ENV", "HEAD", "KEEP", "LOG", "MAX", "MODEL", "NUM", "RUN", "USE")
 # A name with a prefix of the first group was meant for us; one of the second never was, or is a setting of the above.
 FAMILIES = ("ADAM_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "RESUME_", "ROPE_",
             "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_")
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH", "PET_", "CUDA_", "NVIDIA_", "NCCL_",
            "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MODULE", "MATCHED_", "SWA_",
-           "QAT_", "MTP_", "LAWA_", "DTG_")
+           "QAT_", "MTP_", "LAWA_", "DTG_", "NUM_THREADS", "SM_")
 
 VARIABLES = [f for f in dataclasses.fields(Config) if "accepts" in f.metadata]
 STAGES = dict(zip(
@@ -306,19 +330,25 @@ def check_value(field: dataclasses.Field, value):
     return value
 
 
+def meant(name: str) -> str:
+    """The variable that an unknown name seems to mean; "" where it may be another program's."""
+    word, ours = name.upper(), [f.name.upper() for f in VARIABLES]
+    called = [our for our, others in CALLED_ELSEWHERE.items() if word in others]
+    begun = [our for our in ours if our.startswith(f"{word}_") and word not in BARE_ELSEWHERE]
+    near = difflib.get_close_matches(word, ours, 1, 0.75)
+    kin = []
+    if word.startswith(FAMILIES):
+        family = word.partition("_")[0]
+        kin = difflib.get_close_matches(word, [our for our in ours if our.startswith(family)], 1, 0.0)
+    return next(iter(called + begun + near + kin), "")
+
+
 def misspelt(names, extra: set[str]) -> list[str]:
     """A line for each environment name that looks meant for this script but is not one of its variables."""
-    ours, lines = [f.name.upper() for f in VARIABLES], []
-    for name in sorted(set(names) - {*ours, *NOT_IMPLEMENTED, *REMOVED, *extra}):
-        if name.startswith(FOREIGN):
-            continue
-        close = difflib.get_close_matches(name.upper(), ours, 1, 0.75)
-        if not close and name.upper().startswith(FAMILIES):
-            family = name.upper().partition("_")[0]
-            close = difflib.get_close_matches(name.upper(), [o for o in ours if o.startswith(family)], 1, 0.0)
-        if close:
-            lines.append(f"{name}: no such variable; did you mean {close[0]}? (ENV_EXTRA={name} lets it pass)")
-    return lines
+    known = {*(f.name.upper() for f in VARIABLES), *NOT_IMPLEMENTED, *REMOVED, *extra}
+    odd = {name: meant(name) for name in sorted(set(names) - known) if not name.startswith(FOREIGN)}
+    return [f"{name}: no such variable; did you mean {our}? (ENV_EXTRA={name} lets it pass)"
+            for name, our in odd.items() if our]
 
 
 def has_gpu() -> bool:
@@ -373,6 +403,7 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
     each, seqs = dim // heads, cfg.train_batch_tokens // cfg.train_seq_len
     slides, full = cfg.final_sliding_eval_enable or ttt, ttt and cfg.ttt_mode == "full"
     capped = trains and cfg.export_enabled and cfg.max_wallclock_seconds
+    nominal = [getattr(cfg, f.name) for f in VARIABLES if f.name.startswith("quant_bits_")]
     rules = [  # (what must hold, of which variable, what to say where it does not)
         (dim % heads == 0, "model_dim", f"must be a multiple of NUM_HEADS={heads}"),
         (heads % cfg.num_kv_heads == 0, "num_kv_heads", f"must divide NUM_HEADS={heads}"),
@@ -388,6 +419,7 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
          f"must not exceed the width MODEL_DIM={dim}"),
         (not capped or 0 < cfg.export_seconds < cfg.max_wallclock_seconds, "export_max_seconds",
          "must be above 0 and below MAX_WALLCLOCK_SECONDS"),
+        (cfg.quant == "balanced" or all(2 <= bits <= 8 for bits in nominal), "quant", "takes QUANT_BITS_* of 2 to 8"),
         (trains or cfg.model_path, "model_path", "TRAIN_ENABLED=0 needs the artifact to start from"),
         (not trains or not cfg.model_path, "model_path", "only TRAIN_ENABLED=0 starts from it; set that or unset this"),
         (not trains or cfg.train_batch_tokens % cfg.train_seq_len == 0, "train_batch_tokens",
@@ -402,7 +434,7 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
 
 def help_text() -> str:
     """All variables by stage: name, default (and the presets' where they differ), accepted values, meaning."""
-    lines = [__doc__.strip(), "", "Options: --help; --check [--ranks N]: for N ranks"]
+    lines = [__doc__.strip(), "", "Options: --help; --check [--ranks N] [--time]: for N ranks; with a timed step"]
     for f in VARIABLES:
         def shown(value, kind=f.type):
             return str(int(value) if kind is bool else value) or "empty"
@@ -448,10 +480,12 @@ def show(text: str):
 
 def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """Configuration and options of this launch. Ends the process for --help (0) and for bad values (2)."""
-    parser = argparse.ArgumentParser(add_help=False, usage="[VARIABLE=VALUE ...] train_gpt.py [--help | --check]")
+    parser = argparse.ArgumentParser(add_help=False, usage="[VARIABLE=VALUE ...] train_gpt.py [--help | --check "
+                                     "[--ranks N] [--time]]")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--ranks", type=int)
+    parser.add_argument("--time", action="store_true")
     options = parser.parse_args(argv)
     if options.help:
         show(help_text())
@@ -462,6 +496,7 @@ def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
         options.ranks = 1 if odd else int(os.environ.get("WORLD_SIZE", "1"))
     cfg, problems, warnings = load_config(os.environ, max(options.ranks, 1))
     problems += odd + ["--ranks: must be above 0"] * (options.ranks < 1)
+    problems += ["--time: goes with --check; a run times its steps by itself"] * (options.time and not options.check)
     silent = not odd and os.environ.get("RANK", "0") != "0"
     lines = [f"error: {one_line(p)}" for p in problems] + [f"warning: {one_line(w)}" for w in warnings]
     if problems:
@@ -752,10 +787,34 @@ BOS_ID = 1  # opens every document
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 
-def find_path(value: str) -> Path:
-    """`value`; the defaults are also sought above the script, so that a copy in a records folder finds the data."""
-    above = SCRIPT.parents if value in (DEFAULT_DATA, DEFAULT_TOKENIZER) else ()
-    return next((p for p in (Path(value), *(folder / value for folder in above)) if p.exists()), Path(value))
+def find_path(name: str) -> Path:
+    """`name` here, else above the script, so that a copy in a records folder finds the data."""
+    return next((p for p in (Path(name), *(folder / name for folder in SCRIPT.parents)) if p.exists()), Path(name))
+
+
+def find_data(cfg: Config) -> Path:
+    """The folder of shards: the one that DATA_PATH names, else FineWeb's, else that of the embedded corpus. UserError
+    where it is not there."""
+    if cfg.data_path:
+        require(Path(cfg.data_path).is_dir(), f"DATA_PATH={cfg.data_path}: no such folder; unset it, or make it with "
+                "data/prepare.py")
+        return Path(cfg.data_path)
+    for kind in ("fineweb10B", "embedded"):
+        folder = find_path(f"data/datasets/{kind}_sp{cfg.vocab_size}")
+        if folder.is_dir():
+            return folder
+    size = cfg.vocab_size
+    raise UserError(f"DATA_PATH is not set, and data/datasets has neither fineweb10B_sp{size} (./run.sh data --variant "
+                    f"sp{size} fetches it) nor embedded_sp{size} (python data/prepare.py embedded --vocab-size {size} "
+                    "makes it)")
+
+
+def find_tokenizer(cfg: Config, folder: Path) -> Path:
+    """The tokenizer that TOKENIZER_PATH names, else the one that lies in the `folder` of shards, else FineWeb's."""
+    if cfg.tokenizer_path:
+        return Path(cfg.tokenizer_path)
+    beside = folder / "tokenizer.model"
+    return beside if beside.exists() else find_path(f"data/tokenizers/fineweb_{cfg.vocab_size}_bpe.model")
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -1744,18 +1803,19 @@ def report_step(trainer: Trainer, log: Log, step: int, steps: int, seconds: floa
 #   bytes 0-7    magic "GPT16MB" and format version 3
 #   bytes 8-11   length of the compressed header, little-endian
 #   then         zstd(header): JSON {"config": {...}, "sides": compressed bytes of the next part, "tensors":
-#                [[name, shape, kind, bits, offset], ...]}; offset: a tensor's first value of kinds rows and grid,
-#                its first number of kind fp16
+#                [[name, shape, kind, nominal bits, offset], ...]}; offset: a tensor's first value of kinds rows and
+#                grid, its first number of kind fp16
 #   then         zstd(sides): 16-bit words in the order of `side_parts`, int8 in pairs, the low bytes before the high
 #   then         the int8 values of kinds rows and grid, as rANS words
 #   last 32      sha256 of everything before
 
-BALANCED_STEP = 0.0025  # what QUANT_BITS mean to "balanced": 6 for a matrix and 8 for an embedding cost alike
+BALANCED_STEP = 0.0025  # of "balanced" at 6 nominal bits for a matrix and 8 for an embedding, which cost alike
 ARTIFACT_NAME, ARTIFACT_MAGIC = "final_model.int6.ptz", b"GPT16MB\x03"
 FILE_MOST, HEADER_MOST = 1 << 31, 1 << 20  # bytes of a file and of a header
 CLASSES, PRECISION = 64, 14  # rANS tables, and the bits of their frequencies
-GROUPS = ("bigram", "sidecar", "attn", "mlp", "embed")  # what has bits of its own: QUANT_BITS_<group>
+GROUPS = ("bigram", "sidecar", "attn", "mlp", "embed")  # what has nominal bits of its own: QUANT_BITS_<group>
 FILLED, AIM, LATE_AIM = 0.995, 0.998, 0.5  # of the room: near enough; what the next attempt aims at; where it is late
+NOMINAL_BITS = {"balanced": (0.0, 12.0), "rowmax": (2.0, 8.0)}  # the least and the most that a rule takes
 MOST_ATTEMPTS = 12  # of a search, but for two that end it where nothing fits
 BYTES_A_BIT = {"balanced": 0.65 / 8, "rowmax": 1 / 8}  # a value's, of trained models: a first guess
 
@@ -1763,10 +1823,10 @@ BYTES_A_BIT = {"balanced": 0.65 / 8, "rowmax": 1 / 8}  # a value's, of trained m
 @dataclass
 class Stored:
     """A tensor as the file holds it: numbers (fp16) or int8 values with their steps: an fp16 a row (rows), or 2**(k/8)
-    of an int8 k a row and a column (grid)."""
+    of an int8 k a row and a column (grid). `nominal`: the bits that set the steps; the coder takes fewer a value."""
 
     kind: str
-    bits: float
+    nominal: float
     values: np.ndarray
     rows: np.ndarray | None = None
     cols: np.ndarray | None = None
@@ -1910,7 +1970,7 @@ def lay_out(cfg: Config, stored: dict[str, Stored]) -> Layout:
     """What a file of these tensors holds before their values, and how long it will be."""
     table, ends = [], {True: 0, False: 0}
     for name, s in stored.items():
-        table.append([name, list(s.values.shape), s.kind, round(s.bits, 3), ends[s.coded]])
+        table.append([name, list(s.values.shape), s.kind, round(s.nominal, 3), ends[s.coded]])
         ends[s.coded] += s.values.size
     spread = {name: spreads(s.values) for name, s in stored.items() if s.coded}
     table_of = {name: classes(*pair) for name, pair in spread.items()}
@@ -1949,12 +2009,25 @@ def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
     return blob + hashlib.sha256(blob).digest()
 
 
+def coded_bits(blob: bytes) -> float:
+    """Bits that a value of kinds rows and grid takes in the file, on the average; 0 without any."""
+    header, cut = read_header(blob)
+    values = sum(math.prod(shape) for _, shape, kind, *_ in header["tensors"] if kind != "fp16")
+    return 8 * (len(blob) - 32 - cut - header["sides"]) / max(values, 1)
+
+
 def decompress(data: bytes, most: int, exact: bool = True) -> bytes:
     """One zstd frame of `most` bytes, or up to that, checked before any is allocated. Raises ValueError, ZstdError."""
     size = zstandard.frame_content_size(data)
     if not 0 <= size <= most or (exact and size != most):
         raise ValueError(f"a frame of {size} bytes for {most}")
     return zstandard.ZstdDecompressor().decompress(data, max_output_size=max(size, 1), allow_extra_data=False)
+
+
+def read_header(blob: bytes) -> tuple[dict, int]:
+    """A file's header as it is, and where it ends. Raises what a forged one can cause."""
+    end = 12 + struct.unpack("<I", blob[8:12])[0]
+    return json.loads(decompress(blob[12:end], HEADER_MOST, exact=False)), end
 
 
 def check_header(header: dict, size: int) -> dict:
@@ -1965,12 +2038,12 @@ def check_header(header: dict, size: int) -> dict:
     if lines := conflicts(cfg, 1):
         raise ValueError(lines[0])
     wanted, ends = shapes_of(cfg), {True: 0, False: 0}
-    for name, shape, kind, bits, offset in header["tensors"]:
+    for name, shape, kind, nominal, offset in header["tensors"]:
         if wanted.pop(name, None) != tuple(shape):
             raise ValueError(f"{name} {shape} is not of the model that its header describes")
         coded = kind in ("rows", "grid")
-        if not (coded and len(shape) == 2 or kind == "fp16") or offset != ends[coded] or not 0 <= bits <= 32:
-            raise ValueError(f"{name} of kind {kind} at {offset} with {bits} bits")
+        if not (coded and len(shape) == 2 or kind == "fp16") or offset != ends[coded] or not 0 <= nominal <= 32:
+            raise ValueError(f"{name} of kind {kind} at {offset} with {nominal} bits")
         ends[coded] += math.prod(shape)
     if wanted or sum(ends.values()) > 8 * size + (1 << 26):
         raise ValueError(f"{sum(ends.values())} elements in {size} bytes, {len(wanted)} tensors missing")
@@ -1993,7 +2066,7 @@ def read_tensors(table: list, sides: bytes, values: bytes) -> dict[str, Stored]:
     elif values:
         raise ValueError("values that no tensor has")
     tensors = {}
-    for name, shape, kind, bits, offset in table:
+    for name, shape, kind, nominal, offset in table:
         numbers, rows, cols = decoded[offset : offset + math.prod(shape)], None, None
         if kind == "fp16":
             numbers = parts[name, "values"].view("<f2")
@@ -2003,7 +2076,7 @@ def read_tensors(table: list, sides: bytes, values: bytes) -> dict[str, Stored]:
             rows, cols = (parts[name, axis].view(np.int8)[:n] for axis, n in zip(("rows", "cols"), shape, strict=True))
         if kind != "grid" and not np.isfinite(numbers if rows is None else rows).all():
             raise ValueError(f"{name}: numbers that are not finite")
-        tensors[name] = Stored(kind, float(bits), numbers.reshape(shape), rows, cols)
+        tensors[name] = Stored(kind, float(nominal), numbers.reshape(shape), rows, cols)
     return tensors
 
 
@@ -2030,8 +2103,7 @@ def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Stored]]:
     require(hashlib.sha256(blob[:-32]).digest() == blob[-32:], f"{source}: damaged, its checksum does not match; copy "
             "or export it again")
     try:
-        cut = 12 + struct.unpack("<I", blob[8:12])[0]
-        header = json.loads(decompress(blob[12:cut], HEADER_MOST, exact=False))
+        header, cut = read_header(blob)
         header["config"] = check_header(header, len(blob))
         end = cut + header["sides"]
         return header, read_tensors(header["tensors"], blob[cut:end], blob[end:-32])
@@ -2099,15 +2171,15 @@ class Sensitivity:
         return torch.empty_like(values).scatter_(2, order, values)
 
 
-def balanced(w: Tensor, bits: float, embedding: bool, cost: Sensitivity) -> list[Stored]:
+def balanced(w: Tensor, nominal: float, embedding: bool, cost: Sensitivity) -> list[Stored]:
     """Round matrices of one shape, [n, rows, cols], so that the expected rise of the loss, G e^2 / 2 by `cost`, is the
     same for every value of the model: coarse where a row or column matters little, which the coder then turns into
-    bytes. One bit more halves every step; rows end at 8 bits a value.
+    bytes. One nominal bit more halves every step; rows end at 255 values, which a byte holds.
     (A uniform step and an entropy coder are near the best: Gish and Pierce 1968; reverse water-filling.)
     """
     weight, important = cost.weight, cost.factor.diagonal(dim1=1, dim2=2)
     weight = weight.clamp(min=1e-3 * weight.mean(1, keepdim=True) + 1e-20)
-    wish = BALANCED_STEP * 2 ** (2 * embedding - bits) / weight.sqrt()
+    wish = BALANCED_STEP * 2 ** (2 * embedding - nominal) / weight.sqrt()
     cols = torch.empty_like(w[:, 0]).scatter_(1, cost.order, important)
     cols = torch.maximum(cols, (w / wish[:, :, None]).square().mean(1).sqrt() * 4 / 127)  # 127 reach 4 deviations
     cols = (8 * cols.log2()).round().clamp(-128, 127)
@@ -2116,20 +2188,21 @@ def balanced(w: Tensor, bits: float, embedding: bool, cost: Sensitivity) -> list
     u = w / 2 ** (rows / 8)[:, :, None] / 2 ** (cols / 8)[:, None]
     values = cost.feed_back(u, 2 ** (cols / 8), -127, 127)
     parts = (t.to(torch.int8).cpu().numpy() for t in (values, rows, cols))
-    return [Stored("grid", bits, *matrix) for matrix in zip(*parts, strict=True)]
+    return [Stored("grid", nominal, *matrix) for matrix in zip(*parts, strict=True)]
 
 
-def rowmax(w: Tensor, bits: float, embedding: bool) -> list[Stored]:
-    """Round matrices of one shape, [n, rows, cols], by the published rule: 2**bits values between a row's largest and
-    its negative. It has a floor that gives every row of weights below 1 the same coarse step."""
-    top = 2 ** (bits - 1) - 1
-    low, high = max(-math.ceil(2 ** (bits - 1)), -127), math.ceil(2 ** (bits - 1)) - 1
+def rowmax(w: Tensor, nominal: float, embedding: bool) -> list[Stored]:
+    """Round matrices of one shape, [n, rows, cols], by the published rule: 2**nominal values between a row's largest
+    and its negative. It has a floor that gives every row of weights below 1 the same coarse step."""
+    top = 2 ** (nominal - 1) - 1
+    low, high = max(-math.ceil(2 ** (nominal - 1)), -127), math.ceil(2 ** (nominal - 1)) - 1
     most = w.abs().amax(2)
     if embedding:  # in pieces, since torch.quantile takes at most 16 M values
         most = torch.cat([p.abs().quantile(0.9999984, dim=1) for p in w.flatten(0, 1).split(1024)]).view_as(most)
     steps = (most.clamp(min=1.0) / top).clamp(max=65504).half()  # for fp16
     values = (w / steps.float()[:, :, None]).round().clamp(low, high).to(torch.int8)
-    return [Stored("rows", bits, *matrix) for matrix in zip(values.cpu().numpy(), steps.cpu().numpy(), strict=True)]
+    return [Stored("rows", nominal, *matrix)
+            for matrix in zip(values.cpu().numpy(), steps.cpu().numpy(), strict=True)]
 
 
 class Calibration:
@@ -2224,8 +2297,8 @@ class Calibration:
 
 
 class Exporter:
-    """Rounds a trained model so that its file keeps the limit: at the bits asked for where that fits (EXPORT_FILL=0),
-    else with one common term to all of them. Runs on one rank.
+    """Rounds a trained model so that its file keeps the limit: at the nominal bits asked for where that fits
+    (EXPORT_FILL=0), else with one common term to all of them. Runs on one rank.
 
     `room`: bytes that the file may take; `sequences` [n, T + 1]: training text, on which this calibrates, `size` of
     them at a time; `seconds`: the guard, 0 for none. A search rounds, counts bytes, and in the end codes once.
@@ -2244,7 +2317,7 @@ class Exporter:
         for (group, _), names in alike.items():
             cost = Sensitivity.stack([found[name] for name in names]) if found else None
             self.stacks.append((group, names, torch.stack([self.weights[name] for name in names]), cost))
-        self.low, self.high = (0.0, 12.0) if cfg.quant == "balanced" else (2.0, 8.0)
+        self.low, self.high = NOMINAL_BITS[cfg.quant]
         self.asked = {group: getattr(cfg, f"quant_bits_{group}") for group in sorted({group for group, _ in alike})}
 
     def calibrate(self, model: GPT, sequences: Tensor, size: int) -> dict[str, Sensitivity]:
@@ -2261,16 +2334,17 @@ class Exporter:
         """Whether `needs` more seconds end within `share` of the guard."""
         return not self.guard or time.perf_counter() - self.began + needs < share * self.guard
 
-    def bits(self, common: float) -> dict[str, float]:
-        """The bits of each group, those asked for and a common term: by "balanced" values cost the same in all."""
-        return {g: min(max(bits + common, self.low), self.high) for g, bits in self.asked.items()}
+    def nominal(self, common: float) -> dict[str, float]:
+        """The nominal bits of each group, those asked for and a common term: by "balanced" values cost the same in
+        all."""
+        return {g: min(max(asked + common, self.low), self.high) for g, asked in self.asked.items()}
 
     def rounded(self, common: float) -> dict[str, Stored]:
         """All tensors as the file holds them: the large ones rounded at their group's bits, the others in fp16."""
-        coarse, bits = {}, self.bits(common)
+        coarse, nominal = {}, self.nominal(common)
         for group, names, w, cost in self.stacks:
             embedding = group in ("embed", "bigram")
-            rounded = balanced(w, bits[group], embedding, cost) if cost else rowmax(w, bits[group], embedding)
+            rounded = balanced(w, nominal[group], embedding, cost) if cost else rowmax(w, nominal[group], embedding)
             coarse |= zip(names, rounded, strict=True)
         fine = {name: Stored("fp16", 16, w.clamp(-65504, 65504).half().cpu().numpy())
                 for name, w in self.weights.items() if name not in coarse}
@@ -2328,9 +2402,13 @@ class Exporter:
             tried[best] = len(blob)  # which was counted to 0.1%
             if len(blob) > self.room:
                 blob, common = None, self.next_common(tried, late)
-        self.report |= {"attempts": len(tried), "bits": self.bits(best if blob else 0.0), "bytes_first": tried[0.0]}
-        if blob and best:
-            self.log(f"export: {best:+.2f} bits to all; {tried[0.0]} -> {len(blob)} bytes of {self.room}")
+        nominal = self.nominal(best if blob else 0.0)
+        self.report |= {"attempts": len(tried), "nominal_bits": nominal, "bytes_first": tried[0.0]}
+        if blob:
+            self.report["coded_bits"] = coded_bits(blob)
+            groups = ", ".join(f"{group} {bits:.2f}" for group, bits in nominal.items())
+            self.log(f"export: nominal bits {groups} ({best:+.2f} to all); coded bits a value "
+                     f"{self.report['coded_bits']:.2f}; {tried[0.0]} -> {len(blob)} bytes of {self.room}")
         return blob
 
 
@@ -2853,6 +2931,7 @@ class Past:
     facts: dict | None = None  # of the checkpoint, and its tensors
     tensors: dict[str, Tensor] | None = None
     changes: list[str] = dataclasses.field(default_factory=list)  # settings that this launch has changed
+    seconds: dict = dataclasses.field(default_factory=dict)  # of the stages that are done; "earlier": of all launches
 
 
 def find_past(cfg: Config) -> Past | None:
@@ -2861,11 +2940,22 @@ def find_past(cfg: Config) -> Past | None:
     if not cfg.resume or not folder.is_dir():
         return None
     lock(folder)
-    summary, resumes = None, []
+    summary, resumes, earlier = None, [], 0.0
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # none, or a foreign one
         summary = json.loads((folder / "summary.json").read_bytes())
         resumes += summary["resumes"]
-    return past_of_summary(folder, summary, resumes) or past_of_checkpoint(folder, resumes)
+        earlier = check_seconds(summary["seconds"]["total"])
+    past = past_of_summary(folder, summary, resumes) or past_of_checkpoint(folder, resumes)
+    trained = past.facts["seconds"] if past.facts else 0.0  # a launch that was killed did not write its total
+    past.seconds["earlier"] = max(earlier, trained)
+    return past
+
+
+def check_seconds(value) -> float:
+    """A file's number of seconds. Raises ValueError or TypeError for what no clock shows."""
+    if not 0 <= value <= 1e15:
+        raise ValueError("not a number of seconds")
+    return float(value)
 
 
 def past_of_summary(folder: Path, summary, resumes: list[str]) -> Past | None:
@@ -2879,8 +2969,10 @@ def past_of_summary(folder: Path, summary, resumes: list[str]) -> Past | None:
         done["eval"] = dict.fromkeys(summary["eval"]) | {"float": summary["eval"]["float"]}  # the others are made anew
         done["reasons"] = [reason for reason in summary["reasons"] if reason.startswith("float:")]
         explicit = tuple(f.name for f in VARIABLES if f.name.upper() in summary["overrides"])
+        stages = {"train", "search", "export"} & summary["seconds"].keys()
+        seconds = {stage: check_seconds(summary["seconds"][stage]) for stage in sorted(stages)}
         resumes = [*resumes, "resumed from its artifact"]
-        return Past([], resumes, summary["config"], explicit, bool(summary["finished"]), done)
+        return Past([], resumes, summary["config"], explicit, bool(summary["finished"]), done, seconds=seconds)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
         return None
 
@@ -2907,7 +2999,7 @@ def continued(cfg: Config, past: Past | None, ranks: int) -> Config:
     stages = {"Model", "Data", "Optimizers"} | ({"Export"} if past and past.done else set())
     bound = {name for name, stage in STAGES.items() if stage in stages}
     bound |= {"seed", "train_batch_tokens", "train_enabled", "model_path"}
-    own = {"run_id", "log_dir", "resume", "nll_dump", "env_extra"}  # where to write is no file's to say
+    own = {"run_id", "log_dir", "resume", "nll_dump", "env_extra"}  # where to write is not for a file to say
     if past and past.settings:
         kept = {name: value for name, value in past.settings.items() if name in STAGES and name not in own}
         for name in sorted(cfg.explicit - own - {"preset"}):
@@ -2933,6 +3025,7 @@ class Inputs:
     tokenizer: Tokenizer
     train: Tokens | None
     stream: Stream
+    of_a_byte: float | None  # canonical bytes of a byte of the text before it was tokenised, where that is known
     doubts: list[str]  # what the data's makers say against a BPB in its bytes
     blob: bytes | None  # of MODEL_PATH: an artifact to score,
     weights: Tensor | None  # or a run's averaged weights to export
@@ -2951,24 +3044,27 @@ def read_model(path: str) -> tuple[dict, bytes | None, Tensor | None]:
     return {f.name: facts["settings"][f.name] for f in MODEL_FIELDS}, None, tensors.get("average", tensors["weights"])
 
 
-def read_manifest(folder: Path) -> tuple[str | None, list[str]]:
-    """What data/prepare.py has noted beside its shards: the sha256 of the tokenizer that cut them, None where it says
-    none; and where that has changed the text by more than 0.5%, a line on what it does to BPB. Raises UserError where
-    the shards are not of one origin."""
-    cut_with, doubts = None, []
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+def read_manifest(folder: Path) -> tuple[str | None, float | None, list[str]]:
+    """What data/prepare.py has noted beside its shards: the sha256 of the tokenizer that cut them; the bytes that are
+    counted of a byte of the validation text as it was given; and where the tokenizer has changed that by more than
+    0.5%, a line on what it does to BPB. None for what it does not say. Raises UserError where the shards are not of one
+    origin."""
+    cut_with, of_a_byte, doubts = None, None, []
+    foreign = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
+    with contextlib.suppress(*foreign):
         manifest = json.loads((folder / "manifest.json").read_bytes())
         require(manifest.get("origin") != {}, f"DATA_PATH={folder}: fetching was cut short and its shards may be of "
                 "several origins; run ./run.sh data again")
         cut_with = manifest["tokenizer"]["sha256"]
         split = manifest["splits"]["val"]
         raw, counted = split["raw_bytes"], split["counted_bytes"]
+        of_a_byte = counted / raw if 0 < counted < 1e15 and raw > 0 else None
         if counted > 1.005 * raw:
             doubts.append(f"BPB is too low: the tokenizer's normalisation makes {counted} bytes of the text's {raw}")
         lost = split["lost_bytes"]
         if lost > 0.005 * raw:
             doubts.append(f"BPB leaves out {lost} of the text's {raw} bytes, which the tokenizer does not know")
-    return cut_with, doubts
+    return cut_with, of_a_byte, doubts
 
 
 def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict) -> tuple[Config, Inputs]:
@@ -2985,11 +3081,9 @@ def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict)
         cfg = dataclasses.replace(cfg, **made)
         problems = conflicts(cfg, 1)
         require(not problems, "; ".join(problems))
-    folder = find_path(cfg.data_path)
-    require(folder.is_dir(), f"DATA_PATH={folder}: no such folder; run ./run.sh data, or set DATA_PATH")
-    path = Path(cfg.tokenizer_path or folder / "tokenizer.model")
-    path = path if cfg.tokenizer_path or path.exists() else find_path(DEFAULT_TOKENIZER)
-    tokenizer, (cut_with, doubts) = Tokenizer(path, cfg.vocab_size), read_manifest(folder)
+    folder = find_data(cfg)
+    path, cfg = find_tokenizer(cfg, folder), dataclasses.replace(cfg, data_path=str(folder))
+    tokenizer, (cut_with, of_a_byte, doubts) = Tokenizer(path, cfg.vocab_size), read_manifest(folder)
     require(cut_with in (None, hashlib.sha256(path.read_bytes()).hexdigest()), f"TOKENIZER_PATH={path}: not the "
             f"tokenizer that cut the data, by {folder / 'manifest.json'}; give that one")
     train = None
@@ -3002,7 +3096,7 @@ def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict)
         require(count == before, f"DATA_PATH={folder}: {count} training tokens where the run to go on with had {before}"
                 "; give the same data")
     stream = open_stream(Tokens(folder, "val", cfg.vocab_size), tokenizer, cfg.val_token_limit, process.device)
-    return cfg, Inputs(path, tokenizer, train, stream, doubts, blob, weights)
+    return cfg, Inputs(path, tokenizer, train, stream, of_a_byte, doubts, blob, weights)
 
 
 def check_machine(cfg: Config, process: Process, past: Past | None):
@@ -3031,15 +3125,34 @@ def check_machine(cfg: Config, process: Process, past: Past | None):
             f"{need / 1e6:,.1f} MB, {here} has {free / 1e6:,.1f}; make room, or set LOG_DIR to another disk")
 
 
-def check(cfg: Config, process: Process, inputs: Inputs, ranks: int) -> str:
+def time_step(cfg: Config, process: Process, tokens: Tokens, ranks: int) -> tuple[float, str]:
+    """Seconds of a training step on one of `ranks`, and how they were found: the faster of two steps on what a forward
+    pass takes of a rank's sequences, for all of them. What ranks send and spare each other is left out."""
+    cfg = dataclasses.replace(cfg, train_batch_tokens=cfg.train_batch_tokens // ranks * process.world)
+    trainer = Trainer(cfg, process, GPT(cfg, process.dtype).to(process.device))
+    batch, found = Loader(cfg, tokens, process).next()[: trainer.micro], []
+    for step in range(2):  # the first one compiles
+        process.synchronize()
+        began = time.perf_counter()
+        trainer.flat.gather_gradients(trainer.forward, batch, trainer.micro, trainer.share * process.world, process)
+        process.synchronize()
+        updating = time.perf_counter()
+        trainer.optimizers.step(step, 1.0)
+        process.synchronize()
+        found.append((updating - began) * trainer.share / trainer.micro + time.perf_counter() - updating)
+    return min(found), f"timed on {trainer.micro} of a rank's {trainer.share} sequences"
+
+
+def check(cfg: Config, process: Process, inputs: Inputs, options: argparse.Namespace) -> str:
     """What a run would do; UserError for more ranks than GPUs. The bytes are a guess before any search: a value takes
-    about 1.6 bits less than its grid has, as in the run of record; other training will differ."""
+    about 1.6 bits less than its nominal ones, as in the run of record; other training will differ."""
+    ranks = options.ranks
     require(not process.cuda or ranks <= torch.cuda.device_count(), f"{ranks} ranks: this machine has "
             f"{torch.cuda.device_count()} GPUs; launch at most as many")
     counts = dict.fromkeys((*GROUPS, "fp16"), 0)
     for name, shape in shapes_of(cfg).items():
         counts[group_of(name) if is_quantised(name, shape, cfg.quant_min_numel) else "fp16"] += math.prod(shape)
-    bits = {g: getattr(cfg, f"quant_bits_{g}") - 1.6 for g in GROUPS} | {"fp16": 16}
+    bits = {g: max(getattr(cfg, f"quant_bits_{g}") - 1.6, 0.0) for g in GROUPS} | {"fp16": 16}
     predicted = SCRIPT.stat().st_size + int(sum(n * bits[g] / 8 for g, n in counts.items()))
     scored = f"windows, stride {cfg.eval_stride}"
     if cfg.ttt_enabled:
@@ -3054,9 +3167,15 @@ def check(cfg: Config, process: Process, inputs: Inputs, ranks: int) -> str:
         f"parameters: {sum(counts.values()):,} ({', '.join(f'{n:,} {kind}' for kind, n in counts.items() if n)})",
         f"artifact:   about {predicted:,} bytes with code at first, limit {cfg.artifact_limit_bytes:,}"]
     if cfg.train_enabled:
-        cap = f", or as many as {cfg.training_seconds:g} s allow" if cfg.training_seconds else ""
+        steps, cap = f"{cfg.iterations:,} of {cfg.train_batch_tokens:,} tokens", cfg.training_seconds
+        if options.time:
+            seconds, how = time_step(cfg, process, inputs.train, ranks)
+            count = min(cfg.iterations, int(cap / seconds)) if cap else cfg.iterations
+            steps = f"about {count:,} of at most {steps}: {1000 * seconds:,.1f} ms each, {how}"
+        elif cap:
+            steps = f"at most {steps}; how many {cap:g} s allow is unknown, --check --time would time one"
         lines += [f"training:   {len(inputs.train):,} tokens in {len(inputs.train.paths)} shards",
-                  f"steps:      {cfg.iterations:,} of {cfg.train_batch_tokens:,} tokens{cap}"]
+                  f"steps:      {steps}"]
     return "\n".join(lines)
 
 
@@ -3106,12 +3225,20 @@ def new_summary(cfg: Config, process: Process, name: str) -> dict:
     return {"run_id": name, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
             "overrides": cfg.overrides(), "hardware": process.hardware(), "train": None, "export": None,
             "artifact": None, "eval": dict.fromkeys(("float", "int6", "sliding", "ttt")), "val_bpb": None,
-            "finished": False, "valid": False, "reasons": [], "caveats": [], "resumes": [], "seconds": {}}
+            "val_bpb_raw_bytes": None, "finished": False, "valid": False, "reasons": [], "caveats": [], "resumes": [],
+            "seconds": {}}
+
+
+def save_summary(process: Process, folder: Path, summary: dict):
+    """Write summary.json, with the seconds of all launches so far. On rank 0."""
+    seconds = summary["seconds"]
+    seconds["total"] = seconds["earlier"] + time.perf_counter() - process.started
+    text = re.sub(r"(?<=: )(NaN|-?Infinity)(?=,?\n)", "null", json.dumps(summary, indent=1)) + "\n"  # not JSON
+    write_atomically(folder / "summary.json", text.encode())
 
 
 def write_summary(process: Process, folder: Path, summary: dict):
-    text = re.sub(r"(?<=: )(NaN|-?Infinity)(?=,?\n)", "null", json.dumps(summary, indent=1)) + "\n"  # not JSON
-    process.together(lambda: write_atomically(folder / "summary.json", text.encode()), main=True)
+    process.together(lambda: save_summary(process, folder, summary), main=True)
 
 
 def run(cfg: Config, process: Process, log: Log, inputs: Inputs, past: Past | None, summary: dict) -> int:
@@ -3205,8 +3332,9 @@ def export(cfg: Config, process: Process, log: Log, summary: dict, model: GPT, i
             if blob:
                 write_atomically(log.folder / ARTIFACT_NAME, blob)
             else:
-                log("export: no setting fits the limit; TRAIN_ENABLED=0 "
-                    f"MODEL_PATH={cfg.model_path or log.folder} exports again")
+                kept = shlex.quote(cfg.model_path or str(log.folder))
+                log("export: no setting fits the limit; to export again, with what should differ: TRAIN_ENABLED=0 "
+                    f"MODEL_PATH={kept} {launcher()}")
         return exporter.report | {"fits": blob is not None}
 
     if cfg.export_enabled:
@@ -3299,15 +3427,17 @@ def judge(cfg: Config, process: Process, log: Log, summary: dict, inputs: Inputs
         (lag, lag),
         (not inputs.stream.complete, f"partial split: its first {inputs.stream.targets} targets"),
         (not data.startswith("fineweb10B"), f"not the challenge's data: {data}"),
-        (summary["resumes"], f"resumed {len(summary['resumes'])} times; its seconds are those of the last launch"),
+        (summary["resumes"], f"resumed {len(summary['resumes'])} times"),
         (changes, "; ".join(changes)),
         (hardware["world_size"] != 8 or "H100" not in hardware["name"],
          f"not 8 x H100: {hardware['world_size']} x {hardware['name']}"),
         (True, f"not audited; ./run.sh audit {log.folder}")]
     summary["caveats"] = [text for holds, text in caveats if holds] + inputs.doubts
+    if summary["val_bpb"] and inputs.of_a_byte:
+        summary["val_bpb_raw_bytes"] = summary["val_bpb"] * inputs.of_a_byte
+        log(f"val_bpb over the bytes of the text before it was tokenised: {summary['val_bpb_raw_bytes']:.4f}")
     summary["valid"], summary["finished"] = not reasons, True
     summary["memory_peak_bytes"] = process.memory()[1]
-    seconds["total"] = time.perf_counter() - process.started
     write_summary(process, log.folder, summary)
     log("valid: yes" if not reasons else "valid: NO, " + "; ".join(reasons))
     for caveat in summary["caveats"]:
@@ -3327,11 +3457,23 @@ def lag_of_average(cfg: Config, summary: dict) -> str:
 
 
 def how_to_resume(cfg: Config, folder: Path) -> str:
-    """What to launch to go on after an end before the end."""
-    where = f"LOG_DIR={shlex.quote(cfg.log_dir)} " if cfg.log_dir != Config.log_dir else ""
+    """The command that goes on after an end before the end: that of this launch, with its variables."""
+    names = [name.upper() for name in sorted(cfg.explicit - {"run_id", "resume"})]
+    given = {name: os.environ[name] for name in names if name in os.environ}  # others are in the checkpoint
+    given |= {"RUN_ID": folder.name, "RESUME": "1"}
+    words = " ".join(f"{name}={shlex.quote(value)}" for name, value in given.items())
     saved = checkpoints(folder) or (folder / ARTIFACT_NAME).exists()
-    does = "goes on" if saved else "starts again, nothing is saved yet; give the other variables again"
-    return f"{where}RUN_ID={shlex.quote(folder.name)} RESUME=1 {does}"
+    does = "to go on" if saved else "nothing is saved yet, to start again"
+    return f"{does}: {words} {launcher()}"
+
+
+def launcher() -> str:
+    """The command that started this run, as run.sh says; torchrun is the parent of its ranks."""
+    words = sys.orig_argv
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError):
+            words = os.fsdecode(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()).split("\0")[:-1]
+    return os.environ.get("LAUNCHED_BY") or shlex.join(words)
 
 
 def remedy(problem: Exception) -> str:
@@ -3348,12 +3490,14 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
     """One launch on one rank: set up the process, find, open and check, then run. Returns the exit code; raises
     UserError and Interrupted."""
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode must not end a run
-    process, seconds = Process(cfg.compute_dtype, signals), {}
+    process, seconds = Process(cfg.compute_dtype, signals), {"earlier": 0.0}
     past = process.agree(process.together(lambda: find_past(cfg), main=True))
     if past and past.finished:
         if process.main:
             show(f"nothing to do: the run is finished, see {Path(cfg.log_dir, cfg.run_id, 'summary.json')}")
         return 0
+    if past:
+        seconds |= past.seconds
     if cfg.resume:
         cfg = process.together(lambda: continued(cfg, past, process.world))
         process.compute_in(cfg.compute_dtype)
@@ -3362,7 +3506,7 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
         cfg = dataclasses.replace(cfg, eval_max_seconds=600.0 if process.cuda else 0.0)
     process.together(lambda: check_machine(cfg, process, past))
     if options.check:
-        said = process.together(lambda: check(cfg, process, inputs, options.ranks))
+        said = process.together(lambda: check(cfg, process, inputs, options))
         if process.main:
             show(said)
         return 0
@@ -3375,6 +3519,9 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
         write_summary(process, log.folder, summary)
         code = process.agree(run(cfg, process, log, inputs, past, summary))  # no rank leaves before rank 0 has written
     except Interrupted as stop:
+        if process.main:  # the other ranks may be anywhere
+            with contextlib.suppress(UserError):
+                save_summary(process, log.folder, summary)
         stop.args = (f"{stop}; {how_to_resume(cfg, log.folder)}",)
         raise
     except Diverged:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from errors import PrepareError
 from texts import TRAIN, VAL
-from tokenizer import BOS, Tokenizer
+from tokenizer import BOS, SPACE, Tokenizer
 
 DATA_ROOT = Path(__file__).resolve().parent
 HEADER_BYTES = 1024
@@ -63,7 +63,7 @@ class SplitWriter:
         self._file, self._in_shard = None, 0
         self._texts, self._chars = [], 0
         self.documents = self.tokens = self.empty = 0
-        self.raw_bytes = self.counted_bytes = self.lost_bytes = 0
+        self.raw_bytes = self.counted_bytes = self.lost_bytes = self.space_marks = 0
         self.files = []
 
     def add(self, text: str) -> None:
@@ -80,7 +80,7 @@ class SplitWriter:
         if not self.documents:
             remedy = "give --val or a larger --val-fraction" if self._split == VAL else "give more documents"
             raise PrepareError(f"no document in the {self._split} split; {remedy}")
-        figures = ("documents", "tokens", "raw_bytes", "counted_bytes", "lost_bytes", "files")
+        figures = ("documents", "tokens", "raw_bytes", "counted_bytes", "lost_bytes", "space_marks", "files")
         return {name: getattr(self, name) for name in figures}
 
     def _write_batch(self) -> None:
@@ -96,6 +96,7 @@ class SplitWriter:
             self.documents += 1
             self.raw_bytes += len(text.encode())
             self.lost_bytes += self._tokenizer.lost_bytes(text, encoded)
+            self.space_marks += text.count(SPACE)
         self._texts, self._chars = [], 0
         tokens = np.array(ids, dtype="<u2")
         self.tokens += len(tokens)
@@ -166,11 +167,25 @@ def write_corpus(documents: Iterable[tuple[str, str]], out: Path, tokenizer: Tok
     for split, figures in manifest["splits"].items():
         print(f"{split}: {figures['documents']:,} documents, {figures['tokens']:,} tokens, "
               f"{figures['raw_bytes']:,} bytes of text, {figures['counted_bytes']:,} counted")
+        for note in notes(figures):
+            print(f"note: {split}: {note}")
         for doubt in doubts(figures):
             print(f"warning: {split}: {doubt}")
     if manifest["empty_documents"]:
         print(f"skipped {manifest['empty_documents']:,} empty documents")
     print_command(out, out / "tokenizer.model", tokenizer.vocab_size)
+
+
+def notes(figures: dict) -> list[str]:
+    """What the tokens do not keep of a split's text, a line each."""
+    raw, marks = figures["raw_bytes"], figures["space_marks"]
+    known = raw - figures["lost_bytes"] - marks * (len(SPACE.encode()) - 1)
+    changed = known - figures["counted_bytes"]
+    lines = [f"{marks:,} characters {SPACE} (U+2581) become spaces"] if marks else []
+    if changed > 0:
+        lines.append(f"the tokenizer drops {changed:,} bytes of {raw:,}, mostly line breaks and other white space; BPB "
+                     "is of the bytes counted, and summary.json has it of all bytes too")
+    return lines
 
 
 def doubts(figures: dict) -> list[str]:

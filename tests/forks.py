@@ -51,6 +51,7 @@ def child(arguments: list[str], env: dict[str, str], cwd: str, out, err, nodes: 
 
 
 def become(arguments: list[str]):
+    sys.orig_argv = [sys.executable, *arguments]
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         return runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

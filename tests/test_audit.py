@@ -595,7 +595,7 @@ def older(folder):
     (lambda f: (f / "summary.json").write_text("{"), ["not the summary of a run"]),
     (lambda f: (f / "summary.json").write_text("[]"), ["not the summary of a run"]),
     (lambda f: change(f, lambda s: s.pop("config")), ["has no config"]),
-    (lambda f: change(f, lambda s: s.update(finished=False)), ["has not finished; RESUME=1"]),
+    (lambda f: change(f, lambda s: s.update(finished=False)), ["has not finished; to go on: LOG_DIR=", "=1 ./run.sh"]),
     (lambda f: change(f, lambda s: s.update(artifact=None)), ["no artifact in its summary.json"]),
     (lambda f: change(f, lambda s: s["artifact"].update(path="/nowhere/x")) or (f / t.ARTIFACT_NAME).unlink(),
      ["no artifact, neither", "/nowhere/x is there; put it back"]),

@@ -96,10 +96,53 @@ def test_typos_name_the_nearest_variable(name, near):
     assert line.startswith(f"{name}: ") and f"did you mean {near}" in line
 
 
+@pytest.mark.parametrize("name, near", [
+    ("WARMDOWN", "WARMDOWN_ITERS"), ("EMA", "EMA_ENABLED"), ("TTT", "TTT_ENABLED"), ("VOCAB", "VOCAB_SIZE"),
+    ("LR", "MATRIX_LR"), ("MAX_STEPS", "ITERATIONS"), ("BATCH_SIZE", "TRAIN_BATCH_TOKENS"), ("WEIGHT_DECAY", "MUON_WD"),
+    ("GRAD_CLIP", "GRAD_CLIP_NORM"), ("QK_GAIN", "QK_GAIN_INIT"), ("TOKENIZER", "TOKENIZER_PATH"), ("lr", "MATRIX_LR"),
+    ("HEADS", "NUM_HEADS"), ("LAYERS", "NUM_LAYERS"), ("SEQ_LEN", "TRAIN_SEQ_LEN"), ("MICRO_BATCH_SIZE", "MICRO_BATCH"),
+    ("N_LAYER", "NUM_LAYERS"), ("N_EMBD", "MODEL_DIM"), ("EPOCHS", "ITERATIONS"), ("EVAL", "EVAL_STRIDE")])
+def test_bare_words_and_names_of_other_scripts_name_what_is_meant(name, near):
+    """Whatever their value."""
+    for value in ("0", "3", "x"):
+        (line,) = problems(**{name: value})
+        assert line.startswith(f"{name}: no such variable; did you mean {near}")
+
+
+def test_every_beginning_of_a_variable_stops_a_run_or_is_known_elsewhere():
+    ours = {f.name.upper() for f in train_gpt.VARIABLES}
+    heads = {name[:i] for name in ours for i, sign in enumerate(name) if sign == "_"} - ours
+    assert {name for name in heads if not problems(**{name: "1"})} == set(train_gpt.BARE_ELSEWHERE)
+    for our, others in train_gpt.CALLED_ELSEWHERE.items():
+        assert our in ours and ours.isdisjoint(others)
+        assert [train_gpt.meant(name) for name in others] == [our] * len(others)
+
+
+def test_rates_above_10_are_refused():
+    rates = [f.name.upper() for f in train_gpt.VARIABLES if f.name.endswith(("_lr", "_wd", "_lr_min"))]
+    assert len(rates) == 11
+    for name in rates:
+        (line,) = problems(**{name: "11"})
+        assert line.startswith(f"{name}='11': accepts float 0..10") and problems(**{name: "10"}) == []
+
+
+def test_nominal_bits_are_those_that_a_rule_takes():
+    """What a search may come to can be asked for."""
+    for name in (f"QUANT_BITS_{group.upper()}" for group in train_gpt.GROUPS):
+        for least, most, rule in ((0, 12, "balanced"), (2, 8, "rowmax")):
+            assert train_gpt.NOMINAL_BITS[rule] == (least, most)
+            assert problems(**{name: least, "QUANT": rule}) == problems(**{name: most, "QUANT": rule}) == []
+            assert len(problems(**{name: most + 1, "QUANT": rule})) == 1
+        (line,) = problems(**{name: 9, "QUANT": "rowmax"})
+        assert line == "QUANT=rowmax: takes QUANT_BITS_* of 2 to 8"
+
+
 def test_names_of_others_pass():
     foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES", "NCCL_DEBUG",
                "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "PATH", "HOME", "TERM", "EDITOR", "LD_PRELOAD",
-               "MODULEPATH", "ARTIFACT_DIR")
+               "MODULEPATH", "ARTIFACT_DIR", "TOKENIZERS_PARALLELISM", "DATA", "DATA_DIR", "LOG_LEVEL", "NUM_THREADS",
+               "MODEL", "OUTPUT_DIR", "ENV", "USE", "WANDB_MODE", "SM_MODEL_DIR", "NUM_WORKERS", "MAX_JOBS", "LOGNAME",
+               "LAUNCHED_BY")
     assert problems(**dict.fromkeys(foreign, "1")) == []
 
 

@@ -297,8 +297,8 @@ def test_the_search_keeps_the_limit_and_spends_it(tiny, rule, monkeypatch):
         exporter = exporter_of(cfg, room=room)
         sizes[room], report = len(exporter.search()), exporter.report
         assert sizes[room] <= room and packs.pop() and not packs and report["attempts"] <= t.MOST_ATTEMPTS
-        moved = {report["bits"][g] - bits for g, bits in exporter.asked.items()}
-        inside = all(exporter.low < bits < exporter.high for bits in report["bits"].values())
+        moved = {report["nominal_bits"][g] - bits for g, bits in exporter.asked.items()}
+        inside = all(exporter.low < bits < exporter.high for bits in report["nominal_bits"].values())
         assert not inside or max(moved) - min(moved) < 1e-9, "one common term"
         assert abs(report["bytes_first"] - nominal) < 0.002 * nominal
     assert all(sizes[r] > 0.99 * r for r in sorted(sizes)[:3]), sizes
@@ -320,7 +320,8 @@ def test_a_count_that_was_too_low_is_made_up_for(tiny, monkeypatch):
     monkeypatch.setattr(t, "lay_out", low)
     exporter = exporter_of(cfg, room=room - 1)
     blob = exporter.search()
-    assert 0.9 * room < len(blob) < room and exporter.report["attempts"] > 1 and exporter.report["bits"]["attn"] < 6
+    assert 0.9 * room < len(blob) < room and exporter.report["attempts"] > 1
+    assert exporter.report["nominal_bits"]["attn"] < 6
 
 
 @pytest.mark.parametrize("variables", [{}, {"QUANT": "rowmax"}])
@@ -397,17 +398,21 @@ def test_runs_over_and_under_the_limit(launch):
     for name, limit, fill in (("less", code + size * 3 // 4, 0), ("more", code + size * 5 // 4, 1)):
         run = launch(run_id=name, ARTIFACT_LIMIT_BYTES=limit, EXPORT_FILL=fill, **again)
         assert run.code == 0 and run.summary["valid"] and run.summary["artifact"]["bytes_total"] <= limit, run.out
-        assert f"{'+' if fill else '-'}" in re.search(r"^export: (.)\d\.\d+ bits to all; ", run.out, re.M)[1]
+        line = r"^export: nominal bits attn (\S+), .* \((.)(\S+) to all\); coded bits a value (\S+);"
+        said = re.search(line, run.out, re.M)
+        assert said[2] == "+-"[not fill] and abs(float(said[1]) - 3 - float(said[2] + said[3])) < 0.0101
+        report = run.summary["export"]
+        assert f"{report['coded_bits']:.2f}" == said[4] and 0 < report["coded_bits"] < report["nominal_bits"]["attn"]
         assert run.summary["artifact"]["bytes_total"] > limit - size // 20
     none = launch(run_id="none", ARTIFACT_LIMIT_BYTES=code + 100, **again)
     assert none.code == 1 and none.summary["artifact"] is None
     assert len(none.summary["reasons"]) == 1 and "no setting fits" in none.summary["reasons"][0]
     assert not (none.folder / "final_model.int6.ptz").exists() and none.summary["eval"]["sliding"]
-    assert f"MODEL_PATH={first.folder} exports again" in none.out
+    assert f"TRAIN_ENABLED=0 MODEL_PATH={first.folder} {sys.executable} {SCRIPT}\n" in none.out
     launch(run_id="other", **again | {"MODEL_DIM": 64}).refused("MODEL_DIM=64: the model of", "has 32")
     launch(run_id="less than the code", ARTIFACT_LIMIT_BYTES=1000).refused("LIMIT_BYTES=1000: the code alone has")
     trained = launch(run_id="trained", ARTIFACT_LIMIT_BYTES=code + 1000)
-    assert trained.code == 1 and f"MODEL_PATH={trained.folder} exports again" in trained.out
+    assert trained.code == 1 and f"MODEL_PATH={trained.folder} {sys.executable} " in trained.out
     (kept,) = t.checkpoints(trained.folder)
     kept.write_bytes(kept.read_bytes()[:-1000])
     damaged = {"TRAIN_ENABLED": 0, "MODEL_PATH": trained.folder}

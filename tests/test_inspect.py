@@ -1,5 +1,7 @@
 """What tools/inspect_artifact.py says of a file: figures that add up, and one line where there are none."""
 
+import hashlib
+import json
 import math
 import os
 import re
@@ -60,13 +62,32 @@ def test_every_tensor_has_a_row(artifact, capsys):
     rows = {line.split()[0]: line.split() for line in lines if line.endswith("%")}
     assert code == 0 and set(rows) == set(stored) and "MODEL_DIM=32" in lines[0]
     order0 = inspect_artifact.entropy(stored["tok_emb.weight"].values)
-    assert rows["tok_emb.weight"][1:5] == ["400x32", "rows", "6.00", f"{order0:.3f}"]
-    assert rows["smear"][1:4] == ["32", "fp16", "16.00"]
+    assert rows["tok_emb.weight"][1:4] == ["400x32", "rows", "6.00"] and rows["tok_emb.weight"][5] == f"{order0:.3f}"
+    assert rows["smear"][1:4] == ["32", "fp16", "16.00"] and len(rows["smear"]) == 6, "no coded bits, no entropy"
+    coded = {name: float(row[4]) for name, row in rows.items() if len(row) == 8}
+    bits = sum(coded[name] * stored[name].values.size for name in coded)
+    values = sum(stored[name].values.size for name in coded)
+    payload = int(re.search(r"^values: ([\d,]+) bytes, ", out, re.M)[1].replace(",", ""))
+    assert bits / 8 == pytest.approx(payload, rel=0.01) and all(1 < each < 6 for each in coded.values())
+    assert f", {8 * payload / values:.3f} coded bits each; " in out
+    assert t.coded_bits(path.read_bytes()) == pytest.approx(8 * payload / values)
     said = [int(re.search(rf"{word} ([\d,]+)", out)[1].replace(",", "")) for word in ("tables", "checksum")]
     shown = sum(int(row[-2].replace(",", "")) for row in rows.values()) + sum(said)
     assert shown == pytest.approx(size, abs=len(rows)), "each is rounded"
     whole = size + SCRIPT.stat().st_size
     assert lines[-1].endswith(f"= {whole:,} bytes, {16_000_000 - whole:,} left of 16,000,000")
+
+
+def test_a_run_has_its_own_limit_and_code(artifact, capsys):
+    """Of summary.json beside the file, where that is of this file and whole."""
+    path, _ = artifact
+    size, own = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+    for told, end in (({"sha256": own, "limit": 90_000, "bytes_code": 1000}, f"{89_000 - size:,} left of 90,000"),
+                      ({"sha256": "0", "limit": 90_000, "bytes_code": 1000}, "left of 16,000,000"),
+                      ({"sha256": own, "limit": "x"}, "left of 16,000,000"), (None, "left of 16,000,000")):
+        path.with_name("summary.json").write_text(json.dumps({"artifact": told}))
+        assert inspect_artifact.main([str(path)]) == 0
+        assert capsys.readouterr().out.rstrip().endswith(end), told
 
 
 def test_several_files(artifact, tiny, capsys):

@@ -116,5 +116,5 @@ def test_a_hangup_saves_and_several_are_one(start, tmp_path):
         time.sleep(0.2)
     assert cut.end(30).code == 128 + signal.SIGHUP
     assert cut.err.splitlines()[0].startswith("SIGHUP: finishing the step and saving")
-    assert re.search(r"^interrupted by SIGHUP; .*RUN_ID=run RESUME=1 goes on$", cut.err, re.M), cut.err
+    assert re.search(r"^interrupted by SIGHUP; to go on: .*RUN_ID=run RESUME=1 \S+ \S+\.py$", cut.err, re.M), cut.err
     assert len(t.checkpoints(cut.folder)) == 1

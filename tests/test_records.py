@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -181,7 +182,9 @@ def test_a_record_of_runs_that_share_their_training(swept, call, tmp_path, corpu
         assert entry["val_bpb"] == pytest.approx(s["val_bpb"], abs=6e-9) and entry["step_stop"] == 12
         assert entry["val_loss"] == pytest.approx(s["eval"]["ttt"]["val_loss"], abs=6e-9)
         assert entry["bytes_total"] == s["artifact"]["bytes_total"]
-        assert entry["wallclock_seconds"] == pytest.approx(maker["train"]["seconds"])
+        trained = maker["train"]["seconds"] + maker["seconds"]["search"]
+        assert entry["wallclock_seconds"] == pytest.approx(trained)
+        assert f" | {trained:,.1f} | " in next(row for row in readme.splitlines() if row.startswith(f"| {s['seed']} |"))
         cells = [f"{(s['eval'][key] or maker['eval'][key])['val_bpb']:.4f}" for key in ("int6", "sliding", "ttt")]
         assert f"| {s['seed']} | 12 | {' | '.join(cells)} | " in readme
     assert facts["val_bpb"] == pytest.approx(sum(e["val_bpb"] for e in facts["seed_results"].values()) / 2)
@@ -345,6 +348,22 @@ def test_a_name_is_a_folder(swept, call, name, words):
     refused(call(record, swept[0], "--name", name, "--author", "x"), words)
 
 
+def test_runs_of_several_settings_are_told_apart(swept, call, tmp_path):
+    """The settings in which they differ are named, and each command that is printed makes a record."""
+    words = ("--name", "x", "--author", "a b", "--non-record")
+    code, out, err = call(record, *swept, *words)
+    said, *commands = err.splitlines()
+    assert code == 2 and said.startswith("error: the runs differ in TTT_LR, not in the seed alone"), err
+    assert len(commands) == 2 and sum(command.count("SEED=13") for command in commands) == 2
+    for command in commands:
+        assert command.startswith("./run.sh record ") and "'a b'" in command and command.count("--name") == 1
+        arguments = shlex.split(command)[2:]
+        name = arguments[-1]
+        assert name.startswith("x_0.00")
+        code, out, err = call(record, *arguments)
+        assert code == 0 and f"_{name}\n" in out, err
+
+
 def test_bad_input_is_one_line(swept, call, tmp_path):
     one = swept[0]
     name = ("--name", "x", "--author", "x")
@@ -353,7 +372,7 @@ def test_bad_input_is_one_line(swept, call, tmp_path):
         refused(call(tool, tmp_path / "nowhere", *extra), "nowhere: no such run")
         refused(call(tool, tmp_path, *extra), "holds no run")
         refused(call(tool, one, one, *extra), "given twice")
-    refused(call(record, one, other, *name), "1_TTT_LR=1e-3_SEED=13 and other: both have seed 13")
+    refused(call(record, one, other, *name), "1_TTT_LR=1e-3_SEED=13 and other: have the same seed, 13, and settings")
     refused(call(record, one), "give the runs, --name and --author")
     refused(call(record, one, *name, "--reference-bpb", "-1"), "--reference-bpb")
     (tmp_path / "text.log").write_text("nothing of a run\n")
@@ -447,9 +466,10 @@ def test_the_artifact_and_the_sweep_tell_more(swept, call, tmp_path):
     Path(path, "metrics.jsonl").unlink()
     refused(call(record, path, *name), "has no metrics.jsonl")
     Path(path, "summary.json").unlink()
-    refused(call(record, path, *name), "has not finished; the same sweep again goes on with it")
+    refused(call(record, path, *name), "has not finished; to go on: the same sweep again")
     (tmp_path / "sweep.json").unlink()
-    refused(call(record, path, *name), f"has not finished; LOG_DIR={tmp_path} RUN_ID={Path(path).name} RESUME=1")
+    hint = f"has not finished; to go on: LOG_DIR={tmp_path} RUN_ID={Path(path).name} RESUME=1 ./run.sh"
+    refused(call(record, path, *name), hint)
 
 
 def test_cut_and_broken_files(swept, call, tmp_path):

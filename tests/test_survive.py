@@ -309,7 +309,7 @@ def test_a_signal_saves_and_says_how_to_go_on(start):  # noqa: F811
     cut.process.send_signal(signal.SIGINT)
     assert cut.end(30).code == 128 + signal.SIGINT
     assert "SIGINT: finishing the step and saving" in cut.err and "Traceback" not in cut.err
-    assert re.search(r"^interrupted by SIGINT; LOG_DIR=\S+ RUN_ID=run RESUME=1 goes on$", cut.err, re.M), cut.err
+    assert re.search(r"^interrupted by SIGINT; to go on: .*LOG_DIR=\S+ .*RUN_ID=run RESUME=1 \S+ \S+$", cut.err, re.M)
     assert len(t.checkpoints(cut.folder)) == 1
     done = start(RESUME=1, **variables).end()
     assert done.code == 0 and done.artifact == whole.artifact
@@ -325,14 +325,14 @@ def signalled(owner, name, when=lambda *args: True):
     setattr(owner, name, first)
 """
 PLACES = (  # where a SIGTERM comes, in the order of a run, and what is said of what is saved
-    ("warm-up", "signalled(t.FlatWeights, 'gather_gradients')", "starts again, nothing is saved yet"),
-    ("validation", "signalled(t.Evaluator, 'record', lambda self, *a: self.stride == 32)", "starts again"),
-    ("training", "signalled(t.Trainer, 'step', lambda self, x, step, factor: factor and step == 4)", "goes on"),
-    ("validation later", "signalled(t.Evaluator, 'record', lambda self, *a: self.stride == 32)", "goes on"),
-    ("calibration", "signalled(t.Calibration, 'run')", "goes on"),
-    ("export", "signalled(t, 'pack')", "goes on"),
-    ("evaluation", "signalled(t.Evaluator, 'record', lambda self, *a: self.stride == 8)", "goes on"),
-    ("test-time training", "signalled(t.Walk, 'line')", "goes on"),
+    ("warm-up", "signalled(t.FlatWeights, 'gather_gradients')", "nothing is saved yet, to start again"),
+    ("validation", "signalled(t.Evaluator, 'record', lambda self, *a: self.stride == 32)", "to start again"),
+    ("training", "signalled(t.Trainer, 'step', lambda self, x, step, factor: factor and step == 4)", "to go on"),
+    ("validation later", "signalled(t.Evaluator, 'record', lambda self, *a: self.stride == 32)", "to go on"),
+    ("calibration", "signalled(t.Calibration, 'run')", "to go on"),
+    ("export", "signalled(t, 'pack')", "to go on"),
+    ("evaluation", "signalled(t.Evaluator, 'record', lambda self, *a: self.stride == 8)", "to go on"),
+    ("test-time training", "signalled(t.Walk, 'line')", "to go on"),
 )
 
 
@@ -343,7 +343,7 @@ def test_a_signal_at_any_stage_of_one_run(start, finished, tmp_path):  # noqa: F
         cut = start(script=patched(tmp_path, SIGNALLED + change), **variables).end()
         assert cut.code == 143 and "Traceback" not in cut.err, (place, cut.err)
         last = cut.err.splitlines()[-1]
-        assert last.startswith("interrupted by SIGTERM; ") and f"RUN_ID=run RESUME=1 {said}" in last, (place, last)
+        assert re.match(f"interrupted by SIGTERM; .*{said}: .*RUN_ID=run RESUME=1 ", last), (place, last)
         steps.append([int(p.stem[5:]) for p in t.checkpoints(cut.folder)])
         assert not cut.summary["finished"] and not list(cut.folder.rglob("*.partial"))
     assert steps == [[], [], [5], [5, 20], [20, 40], [20, 40], [], []]
@@ -398,7 +398,7 @@ def test_torchrun_restarts_a_killed_rank_and_saves_at_a_signal(start, tmp_path):
     run = start(ranks=2, torchrun=["--standalone", "--max-restarts=1"], script=script, RESUME=1, **variables)
     run.until("^step:40/60")
     run.process.send_signal(signal.SIGTERM)
-    assert run.end(60).code != 0 and "RUN_ID=run RESUME=1 goes on" in run.err, run.err[-3000:]
+    assert run.end(60).code != 0 and re.search("; to go on: .*RUN_ID=run RESUME=1 ", run.err), run.err[-3000:]
     step = int(t.checkpoints(run.folder)[-1].stem[5:])
     assert len(run.summary["resumes"]) == 1 and "resumed from step" in run.out and 40 <= step < 60
     shutil.copytree(run.folder, run.folder.with_name("one"))
@@ -442,7 +442,7 @@ def test_what_all_ranks_meet_is_said_once(start, tmp_path, corpus):  # noqa: F81
         data = tmp_path / "nowhere" if script == SCRIPT else corpus
         run = start(ranks=2, RUN_ID=word[:4].strip(), script=script, DATA_PATH=data, ITERATIONS=2, **SHORT).end()
         assert run.code == 1 and len(run.err.splitlines()) == 1 and word in run.err, run.err
-    assert "RESUME=1 goes on" in run.err
+    assert "; to go on: " in run.err
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -515,13 +515,13 @@ def test_where_nothing_can_be_written_one_line_says_how_to_go_on(start):  # noqa
     variables = {"MODEL_DIM": 128, "QUANT_MIN_NUMEL": 10**9, "FINAL_EVAL_ENABLE": 0, "ARTIFACT_LIMIT_BYTES": 10**7}
     run = start(limits={resource.RLIMIT_FSIZE: 60000}, **variables).end()
     run.refused("final_model.int6.ptz: its", "bytes cannot be written (File too large); make room",
-                "RUN_ID=run RESUME=1 starts again, nothing is saved yet")
+                "; nothing is saved yet, to start again: ", " RUN_ID=run RESUME=1 ")
     assert "warning: checkpoint " in run.out and "step_0000012.npz: its " in run.out and "the run goes on" in run.out
     assert run.out.count("warning: ") == 2 and "train.log: File too large" in run.out
     assert run.summary["train"]["steps"] == 12 and not list(run.folder.rglob("*.partial"))
     (run.folder / "final_model.int6.ptz").mkdir()  # in the way
     run = start(RESUME=1, **variables).end()
-    run.refused("final_model.int6.ptz: its", "RUN_ID=run RESUME=1 goes on")
+    run.refused("final_model.int6.ptz: its", "; to go on: ", " RUN_ID=run RESUME=1 ")
     (run.folder / "final_model.int6.ptz").rmdir()
     done = start(RESUME=1, **variables).end()
     assert done.code == 0 and "resumed from step 12" in done.out and "train_loss" not in done.out, done.err
@@ -549,7 +549,7 @@ def test_a_small_disk_is_refused_before_training_and_one_that_fills_up_ends_in_o
             "LOG_DIR=", "log, checkpoints and artifact need about", "MB", "make room, or set LOG_DIR to another disk")
         assert list(disk.iterdir()) == []
         run = start(script=patched(tmp_path, FILL), **variables).end()
-        run.refused("bytes cannot be written (No space left on device); make room", "RESUME=1 starts again")
+        run.refused("bytes cannot be written (No space left on device); make room", "to start again: ", " RESUME=1 ")
         assert "warning: checkpoint " in run.out and run.summary["train"]["steps"] == 12
         (disk / "ballast").unlink()
         done = start(RESUME=1, **variables).end()

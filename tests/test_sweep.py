@@ -119,8 +119,8 @@ def interrupt(pattern: str, folder, text: str):
 
 def test_a_failed_run_a_signal_and_going_on(corpus, tmp_path):
     """The list's first run diverges, which also fails the one that needs its weights; the third is stopped."""
-    (tmp_path / "list").write_text("# rates\nMATRIX_LR=1e12 SCALAR_LR=1e12 GRAD_CLIP_NORM=0 ITERATIONS=12\n\n"
-                                   "MATRIX_LR=1e12 SCALAR_LR=1e12 GRAD_CLIP_NORM=0 ITERATIONS=12 'QUANT=rowmax' # it\n"
+    (tmp_path / "list").write_text("# rates\nMATRIX_LR=10 MUON_WD=10 ITERATIONS=40\n\n"
+                                   "MATRIX_LR=10 MUON_WD=10 ITERATIONS=40 'QUANT=rowmax' # it\n"
                                    "ITERATIONS=150\n")
     arguments, folder = ("--list", tmp_path / "list", "SEED=7", "--name", "odd"), tmp_path / "logs" / "odd"
     stopper = threading.Thread(target=interrupt, args=("3_*/metrics.jsonl", folder, '"step": 10,'), daemon=True)

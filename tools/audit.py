@@ -31,6 +31,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -103,7 +104,8 @@ def read_summary(folder: Path) -> dict:
     require(path.is_file(), f"{folder}: no summary.json there; give the folder of a finished run, LOG_DIR/RUN_ID")
     try:
         summary = json.loads(path.read_bytes())
-        require(summary.get("finished", True), f"{folder}: the run has not finished; RESUME=1 goes on with it")
+        require(summary.get("finished", True), f"{folder}: the run has not finished; to go on: LOG_DIR="
+                f"{shlex.quote(str(folder.parent))} RUN_ID={shlex.quote(folder.name)} RESUME=1 ./run.sh")
         require(summary["artifact"], f"{folder}: no artifact in its summary.json; only a run that exported can be "
                 "audited")
         for name in ("config", "eval", "val_bpb", "hardware"):

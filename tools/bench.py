@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train_gpt.py does
 
+import corpus  # noqa: E402
 import torch  # noqa: E402
 from sweep_results import tell  # noqa: E402
 
@@ -125,7 +126,7 @@ class Bench:
         self.trainer.step(t.Loader(self.cfg, self.tokens, self.process, number).next(), number, 1.0)
 
     def stream(self, targets: int) -> t.Stream:
-        tokens = t.Tokens(t.find_path(self.cfg.data_path), "val", self.cfg.vocab_size)
+        tokens = t.Tokens(Path(self.cfg.data_path), "val", self.cfg.vocab_size)
         return t.open_stream(tokens, self.tokenizer, targets, self.device)
 
     def evaluation(self, windows: int):
@@ -212,11 +213,7 @@ def launch(script: Path, ranks: int, folder: Path, hear=lambda line: None, last:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
                 f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, str(script)]
-    environment = dict(os.environ)  # that run is in another folder
-    for name in ("DATA_PATH", "TOKENIZER_PATH"):
-        if os.environ.get(name):
-            environment[name] = str(Path(os.environ[name]).absolute())
-    environment |= {"LOG_DIR": str(folder), "PYTHONUNBUFFERED": "1"}  # each line when printed, to time step 1
+    environment = os.environ | {"LOG_DIR": str(folder), "PYTHONUNBUFFERED": "1"}  # each line when printed, for step 1
     began, lines, start = time.perf_counter(), [], {}
     with (open(folder / "output.txt", "w", encoding="utf-8") as out,
           subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -285,12 +282,15 @@ def launched(argv: list[str]) -> int:
     if options.against and not options.against.is_file():
         fail(f"--against {options.against}: no such file")
     cfg, _ = t.read_launch([])
+    corpus.provide(cfg)
     out = Path(cfg.log_dir).absolute() / f"bench_{time.strftime('%Y%m%d-%H%M%S')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     hardware = t.Process(cfg.compute_dtype).hardware()
     record = {"hardware": hardware, "torch": torch.__version__, "settings": cfg.settings()}
     print(f"{hardware['name']}, {hardware['threads']} threads, torch {torch.__version__}", flush=True)
     if options.against:
+        data = t.find_data(cfg).absolute()  # each run is in a folder of its own
+        os.environ |= {"DATA_PATH": str(data), "TOKENIZER_PATH": str(t.find_tokenizer(cfg, data).absolute())}
         record["against"] = against(options.against.resolve(), options.ranks, options.repeats, out.with_suffix(""))
     else:
         bench = Bench(cfg, options.steps, options.repeats)

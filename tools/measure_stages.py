@@ -67,7 +67,7 @@ class Stage:
         self.set(force, **own)
         cfg, _ = t.read_launch([])
         told = {name: value for name, value in cfg.overrides().items() if not name.endswith(("_PATH", "_DIR"))}
-        self.figures.about(settings={"PRESET": cfg.preset} | told, data=t.find_path(cfg.data_path).name)
+        self.figures.about(settings={"PRESET": cfg.preset} | told, data=t.find_data(cfg).name)
         return cfg
 
     def bench(self, cfg: t.Config) -> bench.Bench:
@@ -462,7 +462,7 @@ def ttt(stage: Stage):
     with torch.no_grad():
         for p in model.parameters():  # products with zeros may be faster than any that counts
             p.add_(0.02 * torch.randn_like(p))
-    tokens = t.Tokens(t.find_path(cfg.data_path), "val", cfg.vocab_size)
+    tokens = t.Tokens(Path(cfg.data_path), "val", cfg.vocab_size)
     ids = np.resize(tokens.read(0, min(len(tokens), FINEWEB + 1)), FINEWEB + 1)
     weights = len(t.LoraAdapters(cfg, process, model).initial)
     groups = groups_of_a_rank(cfg, process, weights, ids)

@@ -26,7 +26,7 @@ import train_gpt as t  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-# (rule, bits) of matrices; embeddings have 2 bits more, 8 at most
+# (rule, nominal bits) of matrices; embeddings have 2 bits more, 8 at most
 SETTINGS = [*(("rowmax", bits) for bits in (4, 4.5, 5, 5.5, 6, 6.5)), *(("gptq", bits) for bits in (3, 4, 5, 6)),
             *(("std", bits) for bits in (4, 5, 6, 7)), *(("balanced", bits) for bits in (3, 4, 5, 6, 7, 8))]
 DEVIATIONS = {False: 12.85, True: 20.0}  # that the values of a matrix or of an embedding reach under "std"
@@ -83,7 +83,8 @@ def measure(path: str, tokens: int, settings: list) -> list[dict]:
         model.load_state_dict({name: entry.tensor() for name, entry in stored.items()})
         row = {"run": Path(path).name, "rule": rule, "bits": bits, "bytes": len(blob),
                "loss_float": whole, "loss_added": score() - whole}
-        print(f"{row['run']}: {rule:8} {bits:3g} bits: {len(blob):9,} bytes, loss {row['loss_added']:+.5f}", flush=True)
+        print(f"{row['run']}: {rule:8} {bits:3g} nominal bits: {len(blob):9,} bytes, loss {row['loss_added']:+.5f}",
+              flush=True)
         rows.append(row)
     return rows
 

@@ -32,11 +32,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import figures  # noqa: E402
 import record_text as text  # noqa: E402
 import runs as reader  # noqa: E402
-from record_checks import check_submission, reasons_against  # noqa: E402
+from record_checks import check_submission, differing, reasons_against  # noqa: E402
 from run_log import ROOT, TITLES, Run, read_text, split_log, t  # noqa: E402
 from runs import hardware_of  # noqa: E402
 from show import Parser  # noqa: E402
-from sweep_results import NO_PLOT, counted, tell, utf_8  # noqa: E402
+from sweep_results import NO_PLOT, counted, plain, tell, utf_8  # noqa: E402
 
 NON_RECORD = "track_non_record_16mb"
 
@@ -77,8 +77,8 @@ def usable(runs: list[Run]):
         if not run.finished:
             place = f"LOG_DIR={shlex.quote(str(run.path.parent))} RUN_ID={shlex.quote(run.name)}"
             swept = (run.path.parent / "sweep.json").exists()
-            run.wrong(f"has not finished; {'the same sweep again' if swept else f'{place} RESUME=1 ./run.sh'} goes on "
-                      "with it")
+            again = "the same sweep again" if swept else f"{place} RESUME=1 ./run.sh"
+            run.wrong(f"has not finished; to go on: {again}")
         if run.score is None:
             run.wrong("has no score; give runs with an evaluation")
         if not (math.isfinite(run.score.val_bpb) and run.bytes):
@@ -92,10 +92,31 @@ def usable(runs: list[Run]):
         for maker in run.makers:
             if maker.code != run.code:
                 run.wrong(f"its weights are of {maker.name}, which ran another train_gpt.py; give runs of one script")
-    for seed, n in counted(run.seed for run in runs):
-        if n > 1:
-            twice = " and ".join(str(run.path.name) for run in runs if run.seed == seed)
-            raise t.UserError(f"{twice}: both have seed {seed}; give one run a seed")
+
+
+def one_a_seed(runs: list[Run], argv: list[str], options: argparse.Namespace) -> list[str]:
+    """Nothing where each run has a seed of its own. Else what is to be said: the settings in which the runs differ, and
+    the command for each of their values."""
+    doubled = next((seed for seed, n in counted(run.seed for run in runs) if n > 1), None)
+    if doubled is None:
+        return []
+    names = differing(runs)
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(plain(run.settings.get(name)) for name in names), []).append(run)
+    twice = [run.path.name for run in runs if run.seed == doubled]
+    if any(len({run.seed for run in group}) < len(group) for group in groups.values()):
+        return [f"{' and '.join(twice)}: have the same seed, {doubled}, and settings; give one run a seed"]
+    rest = [word for word in argv if word not in options.runs and not word.startswith("--name=")]
+    if "--name" in rest:
+        at = rest.index("--name")
+        del rest[at : at + 2]
+    lines = [f"the runs differ in {' and '.join(names)}, not in the seed alone; give those of one value:"]
+    for values, group in groups.items():
+        label = re.sub(r"[^A-Za-z0-9._-]", "-", "_".join([options.name, *values]))
+        paths = [os.path.relpath(run.path) if run.path.is_relative_to(Path.cwd()) else str(run.path) for run in group]
+        lines.append(f"./run.sh record {shlex.join([*paths, *rest, '--name', label])}")
+    return lines
 
 
 # ---- what the folder holds -------------------------------------------------------------------------------------------
@@ -111,7 +132,7 @@ def submission(runs: list[Run], options: argparse.Namespace, date: str) -> dict:
     largest = max(runs, key=lambda run: run.total_bytes or 0)
     results = {str(run.seed): {
         "val_loss": run.score.val_loss, "val_bpb": run.score.val_bpb, "bytes_total": run.total_bytes,
-        "step_stop": run.trainer.steps, "wallclock_seconds": run.trainer.train_seconds,
+        "step_stop": run.trainer.steps, "wallclock_seconds": run.training_seconds,
         "hardware": hardware_of(run)} for run in runs}
     return {"author": options.author, "github_id": options.github_id, "name": options.name,
             "blurb": options.blurb or text.blurb(runs), "date": date,
@@ -241,6 +262,9 @@ def launched(argv: list[str]) -> int:
             raise t.UserError(f"{options.records / place}: exists, and no record is overwritten; choose another --name")
         runs = sorted(reader.read_all(options.runs), key=lambda run: run.seed or 0)
         usable(runs)
+        if lines := one_a_seed(runs, argv, options):
+            sys.stderr.writelines(f"{line}\n" for line in [f"error: {lines[0]}", *lines[1:]])
+            return 2
         reasons = reasons_against(runs)
         if reasons and not options.non_record:
             sys.stderr.writelines(f"error: not a record: {t.one_line(reason)}\n" for reason in reasons)

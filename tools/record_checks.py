@@ -39,6 +39,12 @@ def differences(runs: list[Run]) -> list[str]:
     return found
 
 
+def differing(runs: list[Run]) -> list[str]:
+    """The settings in which the runs differ beside the seed."""
+    names = dict.fromkeys(name for run in runs for name in run.settings if name != "SEED")
+    return [name for name in names if len({plain(run.settings.get(name, "unset")) for run in runs}) > 1]
+
+
 def last_step(run: Run) -> float:
     """Seconds of a step, of a training that its cap ended: the step in progress is finished. 0 for another training."""
     return run.train_seconds / run.steps if run.stop and run.steps and run.train_seconds else 0.0

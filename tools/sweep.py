@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train_gpt.py does
 
+import corpus  # noqa: E402
 import sweep_results as results  # noqa: E402
 import torch  # noqa: E402
 
@@ -162,7 +163,7 @@ def assignment(word: str, where: str) -> tuple[str, str]:
     if name in t.NOT_IMPLEMENTED or name in t.REMOVED:
         fail(f"{where}{name}: {t.REMOVED.get(name, 'not implemented in this script')}")
     if name not in FIELDS:
-        near = difflib.get_close_matches(name.upper(), FIELDS, 1, 0.0)[0]
+        near = t.meant(name) or difflib.get_close_matches(name.upper(), FIELDS, 1, 0.0)[0]
         fail(f"{where}{name}: no such variable; did you mean {near}? python train_gpt.py --help lists them")
     return name, value
 
@@ -357,7 +358,8 @@ class Sweep:
             lines = file.read().decode(errors="replace").splitlines()
         for pattern in (r"error: (.*)", r"(interrupted by .*)", r"(\w*(?:Error|Exception)\b.*)"):
             if found := [m.group(1) for m in map(re.compile(pattern).match, lines) if m]:
-                return re.split("; (?:last good checkpoint: |LOG_DIR=|RUN_ID=)", found[0])[0]  # how to go on alone
+                alone = "; (?:last good checkpoint: |to go on: |nothing is saved yet, )"  # of how to go on with it
+                return re.split(alone, found[0])[0]
         if code == 0:
             return f"its summary.json cannot be read; remove {run.folder} to run it again"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -543,6 +545,9 @@ def launched(argv: list[str]) -> int:
     description = described(runs, slots[0])
     folder = log_dir / name_of(options, given, description)
     if not folder.exists():
+        for run in runs:
+            if run.cfg.train_enabled:
+                corpus.provide(run.cfg)
         check(runs[0], slots[0])
     words = [*options.grid, *(["--list", str(options.list)] if options.list else []), "--jobs", str(options.jobs)]
     command = f"./run.sh sweep {shlex.join(words)} --name {shlex.quote(folder.name)}"
@@ -558,8 +563,9 @@ def launched(argv: list[str]) -> int:
     results.write(folder, runs, description["base"], command)
     os.close(lock)
     if number:
-        sys.stderr.write(f"interrupted by {signal.Signals(number).name}; under the same variables this goes on: "
-                         f"{command}\n")
+        names = sorted({*description["base"], "AUDIT", "LOG_DIR", "OMP_NUM_THREADS"} & os.environ.keys())
+        given = [f"{name}={shlex.quote(os.environ[name])}" for name in names]
+        sys.stderr.write(f"interrupted by {signal.Signals(number).name}; to go on: {' '.join([*given, command])}\n")
         return 128 + number
     failed = [run for run in runs if run.state == "failed"]
     if failed:
