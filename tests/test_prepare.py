@@ -320,14 +320,41 @@ HOSTILE = [
 ]
 
 
+def odd_texts(count: int) -> list[str]:
+    """Texts of any characters, most of them white space, marks and controls, but for U+2581."""
+    random_ = random.Random(7)
+    planes = [(0, 0x80), (0x80, 0x250), (0x2000, 0x2070), (0x300, 0x370), (0xE000, 0x10000), (0x10000, 0x110000)]
+
+    def sign() -> str:
+        low, high = random_.choice(planes)
+        return random_.choice(" \t\n\r  ") if random_.random() < 0.4 else chr(random_.randrange(low, high))
+
+    return ["x" + "".join(sign() for _ in range(random_.randrange(40))) for _ in range(count)]
+
+
 def test_a_new_tokenizer_keeps_text_as_it_is(texts: list[str], tmp_path: Path) -> None:
-    path, out = write_jsonl(tmp_path / "t.jsonl", HOSTILE + texts), tmp_path / "out"
-    printed = succeed("docs", path, "--val", write_jsonl(tmp_path / "v.jsonl", HOSTILE), "--vocab-size", 330,
+    """But for U+2581, by which pieces write a space: it is counted, and said."""
+    hostile, out = HOSTILE + odd_texts(300), tmp_path / "out"
+    path, marked = write_jsonl(tmp_path / "t.jsonl", HOSTILE + texts), "\u2581a \u2581\u2581"
+    printed = succeed("docs", path, "--val", write_jsonl(tmp_path / "v.jsonl", [*hostile, marked]), "--vocab-size", 330,
                       "--out", out)  # fmt: skip
-    assert decoded(out, "train") == HOSTILE + texts and decoded(out, "val") == HOSTILE
-    for figures in manifest_of(out)["splits"].values():
-        assert figures["counted_bytes"] == figures["raw_bytes"] and figures["lost_bytes"] == 0
-    assert "warning" not in printed
+    assert decoded(out, "train") == HOSTILE + texts
+    assert decoded(out, "val") == [*hostile, marked.replace("\u2581", " ")]
+    train, val = (manifest_of(out)["splits"][split] for split in ("train", "val"))
+    assert train["counted_bytes"] == train["raw_bytes"] and train["lost_bytes"] == train["space_marks"] == 0
+    assert val["counted_bytes"] == val["raw_bytes"] - 6 and val["space_marks"] == 3
+    notes = [line for line in printed.splitlines() if line.startswith(("note", "warning"))]
+    assert notes == ["note: val: 3 characters \u2581 (U+2581) become spaces"]
+
+
+def test_what_normalisation_drops_is_said(texts: list[str], tokenizer: Path, tmp_path: Path) -> None:
+    text = "a\n\n    b\tc  d nab"
+    path, val = write_jsonl(tmp_path / "t.jsonl", texts), write_jsonl(tmp_path / "v.jsonl", [text])
+    printed = succeed("docs", path, "--val", val, "--tokenizer", tokenizer, "--out", tmp_path / "out")
+    figures = manifest_of(tmp_path / "out")["splits"]["val"]
+    assert (figures["raw_bytes"], figures["counted_bytes"]) == (len(text), len("a b c d nab"))
+    (note,) = [line for line in printed.splitlines() if line.startswith(("note: val", "warning"))]
+    assert note.startswith(f"note: val: the tokenizer drops {len(text) - 11} bytes of {len(text)}, mostly line breaks")
 
 
 ARABIC = "\u0642\u0627\u0644 \u0627\u0644\u0646\u0628\u064a \ufdfa \u062b\u0645 \ufdf2 \u0623\u0639\u0644\u0645"

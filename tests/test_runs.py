@@ -254,6 +254,11 @@ def test_what_a_tokenizer_makes_or_loses_is_a_caveat(launch, corpus, tmp_path, w
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
     run = launch(DATA_PATH=tmp_path / "data", ITERATIONS=1, FINAL_SLIDING_EVAL_ENABLE=0, EXPORT_ENABLED=0)
     assert run.code == 0 and [x for x in run.summary["caveats"] if x.startswith("BPB")] == [words] * bool(words)
+    over_raw, line = run.summary["val_bpb_raw_bytes"], re.findall(r"^val_bpb over the bytes .*: (\S+)$", run.out, re.M)
+    if figures[0] == 1000:
+        assert over_raw == pytest.approx(run.summary["val_bpb"] * figures[1] / 1000) and line == [f"{over_raw:.4f}"]
+    else:
+        assert over_raw is None and line == []
 
 
 @pytest.mark.parametrize("text", [
