@@ -10,7 +10,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
@@ -18,12 +17,6 @@ import sentencepiece
 import torch
 from conftest import ROOT, SCRIPT, TINY, Launch, clean_environment, patched
 from forks import free_port
-from tooling import call, forked
-
-sys.path.insert(0, str(ROOT / "tools"))
-import inspect_artifact  # noqa: E402
-import show  # noqa: E402
-import sweep  # noqa: E402
 
 
 def train_losses(text: str) -> list[float]:
@@ -495,73 +488,17 @@ def test_run_sh_refuses_a_missing_data_path(tmp_path):
     assert done.returncode == 2 and "no job named dance" in done.stderr
 
 
-def readme_commands() -> list[str]:
-    """Command lines of the README's ```sh blocks that do not download, test or need more machines or minutes."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    lines = [line.split("  #")[0].strip() for b in blocks for line in b.replace("\\\n", " ").splitlines()]
-    skip = ("./run.sh data", "./run.sh test", "./run.sh bench", "git ", "cd ", "#", "pip ", "nproc_per_node=8",
-            "--against", "13,1111", "record seeds", "run.sh measure", "tools/step_cost.py")
-    return [line for line in lines if line and not any(s in line for s in skip)]
-
-
-def test_the_readme_has_commands():
-    assert len(readme_commands()) >= 4
-
-
-@pytest.fixture(scope="module")
-def projects(corpus, tmp_path_factory):
-    """projects(name) -> a copy of the project, with a finished run of that name, and a tiny run's variables."""
-    made, path = {}, f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-
-    def make(name: str):
-        if name not in made:
-            folder = tmp_path_factory.mktemp("project")
-            for file in ("train_gpt.py", "run.sh", "requirements.txt"):
-                shutil.copy(ROOT / file, folder)
-            shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("datasets", "tokenizers"))
-            shutil.copytree(ROOT / "tools", folder / "tools")
-            tiny = TINY | {"DATA_PATH": str(corpus), "CUDA_VISIBLE_DEVICES": "", "PATH": path}
-            made[name] = folder, tiny
-            if name:
-                run = Launch(folder, corpus, script=folder / "train_gpt.py", RUN_ID=name, CKPT_EVERY_SECONDS=600).end()
-                assert run.code == 0, run.err
-        return made[name]
-
-    return make
-
-
-PLAIN = re.compile(r"((?:[A-Z_]+=\S+ +)*)(?:\./run\.sh|python train_gpt\.py)((?: +--\S+)*)$")
-TOOLS = {"sweep": sweep, "show": show, "inspect": inspect_artifact}  # by the name that run.sh has for them
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands_run(command, projects, start, tmp_path, monkeypatch):
-    """Each in a copy of the project, on the tiny corpus and with the tiny model. What only sets variables is a fork
-    that becomes the script, and a tool is called; run.sh itself is run by other tests."""
-    project, tiny = projects("kept" if "logs/kept" in command else "first" if "first" in command else "")
-    shutil.copytree(project, tmp_path, dirs_exist_ok=True)
-    plain, words = PLAIN.fullmatch(command), command.split()
-    if plain and "AUDIT=" not in command:
-        variables = dict(word.split("=", 1) for word in plain[1].split())
-        run = start(script=tmp_path / "train_gpt.py", options=plain[2].split(),
-                    **{"DATA_PATH": tiny["DATA_PATH"], "RUN_ID": "second", "LOG_DIR": "logs"} | variables).end()
-        assert run.code == 0, (command, run.out, run.err)
-        return
-    if words[0] == "./run.sh" and words[1] in TOOLS:
-        monkeypatch.setattr(sweep, "subprocess", forked)
-        done = call(TOOLS[words[1]].main, words[2:], clean_environment() | tiny, tmp_path)
-        assert done.code in (0, None), (command, done.out, done.err)
-        return
-    documents = [json.dumps({"text": f"Document {i} of mine. " * 40}) for i in range(60)]
-    (tmp_path / "my.jsonl").write_text("\n".join(documents))
-    with tarfile.open(tmp_path / "shards.tgz", "w:gz") as shards:
-        shards.add(project / "data", "data")
-    names = re.findall(r"\b([A-Z][A-Z_]+)=", command)
-    tiny = {k: v for k, v in tiny.items() if k not in names and not (k == "DATA_PATH" and "prepare" in command)}
-    tiny |= {} if "RUN_ID" in names else {"RUN_ID": "second"}
-    command = command.removesuffix(" && ./run.sh").replace("python ", f"{sys.executable} ", 1)
-    done = shell(command, tmp_path, **tiny)
-    assert done.returncode == 0, (command, done.stdout, done.stderr)
+def test_the_demo_runs_end_to_end(tmp_path, embedded):
+    """./run.sh with the demo's model and limit on the embedded corpus, cut short."""
+    done = shell(f"{ROOT}/run.sh", tmp_path, ITERATIONS="4", VAL_TOKEN_LIMIT="2048", MAX_WALLCLOCK_SECONDS="20",
+                 RUN_ID="demo", DATA_PATH=str(embedded), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "logs" / "demo" / "summary.json").read_text())
+    assert summary["valid"] and summary["preset"] == "demo" and summary["eval"]["sliding"]["tokens"] == 2048
+    assert summary["val_bpb"] == summary["eval"]["ttt"]["val_bpb"] and summary["eval"]["ttt"]["adapted_chunks"] > 0
+    for word in (" bytes of ", "final_float val_loss:", "final_int6_roundtrip", "sliding_window", "legal_ttt",
+                 "Total submission size", "valid: yes", "note: not audited"):
+        assert word in done.stdout, word
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -285,27 +285,26 @@ def has_gpu() -> bool:
 
 
 def find_data():
-    """Data for the stages, which run in another folder: DATA_PATH, else FineWeb's shards, else the embedded corpus."""
-    named = os.environ.get("DATA_PATH")
-    if named and not Path(named).is_dir():
+    """Data for the stages, which run in other folders: DATA_PATH, else FineWeb's shards, else the embedded corpus, here
+    or in the project, as train_gpt.py seeks them."""
+    named, vocabulary = os.environ.get("DATA_PATH"), os.environ.get("VOCAB_SIZE", "1024")
+    places = [Path("data").absolute(), ROOT / "data"]
+    folders = [place / "datasets" / f"{kind}_sp{vocabulary}" for kind in ("fineweb10B", "embedded") for place in places]
+    folder = Path(named) if named else next((f for f in folders if f.is_dir()), None)
+    if named and not folder.is_dir():
         fail(f"DATA_PATH={named}: no such folder; unset it or make it with data/prepare.py")
-    if not named:
-        usual = Path("data", "datasets", "fineweb10B_sp1024")
-        named = next((path for path in (usual.absolute(), ROOT / usual) if path.is_dir()), None)
-        tokenizer = Path("data", "tokenizers", "fineweb_1024_bpe.model")
-        if named and tokenizer.exists():
-            os.environ.setdefault("TOKENIZER_PATH", str(tokenizer))
-    if not named:
-        vocabulary = os.environ.get("VOCAB_SIZE", "1024")
-        named = ROOT / "data" / "datasets" / f"embedded_sp{vocabulary}"
+    if folder is None:
+        folder = folders[-1]
         tell("no FineWeb shards here (./run.sh data fetches them): using the embedded corpus")
         made = subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), "embedded", "--vocab-size",
-                               vocabulary, "--out", str(named)])
+                               vocabulary, "--out", str(folder)])
         if made.returncode:
             sys.exit(made.returncode)
-    os.environ["DATA_PATH"] = str(Path(named).absolute())
-    if os.environ.get("TOKENIZER_PATH"):
-        os.environ["TOKENIZER_PATH"] = str(Path(os.environ["TOKENIZER_PATH"]).absolute())
+    os.environ["DATA_PATH"] = str(folder.absolute())
+    models = [place / "tokenizers" / f"fineweb_{vocabulary}_bpe.model" for place in places]
+    model = os.environ.get("TOKENIZER_PATH") or next((m for m in models if m.exists()), None)
+    if model and (os.environ.get("TOKENIZER_PATH") or not (folder / "tokenizer.model").exists()):
+        os.environ["TOKENIZER_PATH"] = str(Path(model).absolute())
 
 
 def check(options: argparse.Namespace):
