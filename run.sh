@@ -70,6 +70,10 @@ case $job in
   train | test | data | bench | measure | sweep | show | inspect | audit | record) ;;
   *) fail "no job named $job; the jobs are: (none), test, data, bench, measure, sweep, show, inspect, audit, record; variables of train_gpt.py: python train_gpt.py --help" ;;
 esac
+case " $* " in *" --help "* | *" -h "*)  # of what can answer without a package
+  [ "$job" != data ] || exec "$py" "$here/data/prepare.py" fineweb "$@"
+  [ "$job" != measure ] || exec "$py" "$here/tools/measure.py" "$@" ;;
+esac
 need "$here/requirements.txt" torch numpy sentencepiece zstandard
 
 # How many GPUs torch can use; to ask it takes seconds. Without any the script takes PRESET=demo.

@@ -86,6 +86,8 @@ def test_the_seconds_of_a_capped_run_go_on_where_they_stopped(start):  # noqa: F
     at = [float(x) for x in re.findall(r"step:\d+/\d+ train_loss:\S+ train_time:(\d+)ms", done.out)]
     assert train["stop"] == "wallclock_cap" and 2.25 <= train["seconds"] < 3.5, train
     assert 1000 * before["seconds"] <= min(at) < 1000 * before["seconds"] + 1500 and train["steps"] > before["step"]
+    seconds = done.summary["seconds"]  # the launch that was killed left no total, but its checkpoint's clock
+    assert seconds["earlier"] >= before["seconds"] and seconds["total"] > train["seconds"] + seconds.get("search", 0)
 
 
 STAGES = """
@@ -139,6 +141,10 @@ def test_killed_in_evaluation_it_evaluates_anew_and_trains_nothing(start, tmp_pa
     assert {k: v for k, v in a["overrides"].items() if k not in where} == {
         k: v for k, v in b["overrides"].items() if k not in where}
     assert a["train"]["steps"] == b["train"]["steps"] == 12
+    seconds, before = b["seconds"], stage["seconds"]
+    assert a["seconds"]["earlier"] == before["earlier"] == 0 and seconds["earlier"] == before["total"] < seconds["total"]
+    assert {name: seconds[name] for name in ("train", "search", "export")} == {
+        name: before[name] for name in ("train", "search", "export")}, "of the launch that did these stages"
     assert np.array_equal(np.load(again.folder / "excerpt.npy"), np.load(whole.folder / "excerpt.npy"))
 
 
@@ -345,11 +351,13 @@ def test_a_signal_at_any_stage_of_one_run(start, finished, tmp_path):  # noqa: F
         last = cut.err.splitlines()[-1]
         assert re.match(f"interrupted by SIGTERM; .*{said}: .*RUN_ID=run RESUME=1 ", last), (place, last)
         steps.append([int(p.stem[5:]) for p in t.checkpoints(cut.folder)])
+        total = cut.summary["seconds"]["total"]
         assert not cut.summary["finished"] and not list(cut.folder.rglob("*.partial"))
     assert steps == [[], [], [5], [5, 20], [20, 40], [20, 40], [], []]
     done = start(**variables).end()
     assert done.code == 0 and done.artifact == finished.artifact and "train_loss" not in done.out, done.err
     assert done.summary["val_bpb"] == finished.summary["val_bpb"]
+    assert done.summary["seconds"]["earlier"] == total, "of all eight"
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
