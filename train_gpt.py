@@ -78,7 +78,8 @@ class Config:
     run_id: str = var("", "name", "folder of this run under LOG_DIR; empty: time and seed")
     seed: int = var(1337, "0..4294967295", "random seed of the weights")
     log_dir: str = var("logs", "path", "where runs are kept")
-    train_log_every: int = var(100, ">=0", "steps between train_loss lines, besides the first 10; 0 off")
+    train_log_every: int = var(100, ">=0", "steps between train_loss lines, besides the first 10; 0 off; "
+                               "train.log has about 200 more")
     ckpt_every_seconds: float = var(0.0, ">=0", "seconds between checkpoints; 0: only where training is interrupted")
     keep_ckpts: int = var(2, ">=1", "checkpoints that stay")
     resume: bool = var(False, "0|1", "1: go on with RUN_ID where it stopped, or start it")
@@ -1621,6 +1622,7 @@ class Trainer:
         self.cfg, self.process, self.started = cfg, process, 0.0
         self._marks, self.fault = collections.deque(), ""  # steps not waited for; what was not finite, and where
         self.raw_bpb = None  # of the weights that are not averaged, when last validated
+        self.told = 0  # 200ths of training that were done at the last line about a step
         self.flat, self.forward = FlatWeights(model, process.device), compiled(model, cfg, process)
         self.optimizers = Optimizers(cfg, self.flat, process)
         self.share = cfg.train_batch_tokens // cfg.train_seq_len // process.world
@@ -1784,16 +1786,20 @@ def validate(trainer: Trainer, log: Log, stream: Stream, step: int, seconds: flo
 
 
 def report_step(trainer: Trainer, log: Log, step: int, steps: int, seconds: float, factor: float):
-    """Log a step: the first 10 of this launch, those due, and the last. `steps`: of this launch so far."""
+    """Log a step: the first 10 of this launch, those due, and the last; also one in each 200th of training, which the
+    console does not show. `steps`: of this launch so far."""
     cfg = trainer.cfg
     speed, done = step * cfg.train_batch_tokens / seconds, step / cfg.iterations
     if cfg.training_seconds:
         done = max(done, seconds / cfg.training_seconds)
-    if cfg.train_log_every and (steps <= 10 or step % cfg.train_log_every == 0 or done >= 1):
+    every, share = cfg.train_log_every, round(200 * done)
+    due = every and (steps <= 10 or step % every == 0 or done >= 1)
+    if due or (every and share > trainer.told):
+        trainer.told = share
         trainer.process.synchronize()
         loss = trainer.flat.loss.item()
         log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
-            f"step_avg:{1000 * seconds / step:.2f}ms")
+            f"step_avg:{1000 * seconds / step:.2f}ms", console=due)
         log.metric(step=step, train_loss=loss if math.isfinite(loss) else None, train_seconds=seconds,
                    rate_factor=factor, tokens_per_second=speed)
     log.progress(f"step {step}, {speed:,.0f} tokens/s", done, seconds)

@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ import sentencepiece
 import torch
 from conftest import ROOT, SCRIPT, TINY, Launch, clean_environment, patched
 from forks import free_port
+
+import train_gpt as t
 
 
 def train_losses(text: str) -> list[float]:
@@ -220,6 +223,46 @@ def test_the_rates_fall_before_iterations_end_under_a_cap(launch):
         assert rates_of(run) == [1.0] * 8 + [1.0, 0.75, 0.5, 0.25]
     run = launch(MAX_WALLCLOCK_SECONDS=1.5, ITERATIONS=100000, WARMDOWN_ITERS=90000, **many)
     assert run.summary["train"]["stop"] == "wallclock_cap" and 0 < rates_of(run)[-1] < 0.01
+
+
+def steps_of(text: str) -> list[int]:
+    return [int(x) for x in re.findall(r"^step:(\d+)/\d+ train_loss:", text, re.M)]
+
+
+def test_a_short_run_logs_every_step_and_none_where_lines_are_off(launch):
+    variables = {"ITERATIONS": 20, "TRAIN_LOG_EVERY": 15, "EXPORT_ENABLED": 0, "FINAL_EVAL_ENABLE": 0,
+                 "FINAL_SLIDING_EVAL_ENABLE": 0}
+    run = launch(**variables)
+    assert steps_of((run.folder / "train.log").read_text()) == list(range(1, 21)) and len(rates_of(run)) == 20
+    assert steps_of(run.out) == [*range(1, 11), 15, 20], "the console has those that are due"
+    run = launch(run_id="off", **variables | {"TRAIN_LOG_EVERY": 0})
+    assert not steps_of((run.folder / "train.log").read_text() + run.out)
+    assert not (run.folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("variables, end, seconds_a_step", [
+    ({"ITERATIONS": 200}, 200, 1.0),
+    ({"ITERATIONS": 7000}, 7000, 1.0),
+    ({"ITERATIONS": 100000, "MAX_WALLCLOCK_SECONDS": 600, "EXPORT_ENABLED": 0}, 2400, 0.25),
+])
+def test_a_run_of_any_length_logs_about_200_steps(tiny, variables, end, seconds_a_step):
+    """Evenly; each line is in both files, and the console has only those that are due."""
+    said = {"train.log": [], "metrics.jsonl": [], "console": []}
+
+    def log(text, console=True):
+        said["train.log"] += steps_of(text)
+        said["console"] += steps_of(text) if console else []
+
+    log.metric = lambda **values: said["metrics.jsonl"].append(values["step"])
+    log.progress = lambda *_: None
+    trainer = SimpleNamespace(cfg=tiny(TRAIN_LOG_EVERY=1000, **variables), told=0, flat=SimpleNamespace(
+        loss=torch.tensor(2.0)), process=SimpleNamespace(synchronize=lambda: None))
+    for step in range(1, end + 1):
+        t.report_step(trainer, log, step, step, seconds_a_step * step, 1.0)
+    logged = said["train.log"]
+    assert 200 <= len(logged) <= 220 and logged == said["metrics.jsonl"]
+    assert said["console"] == [*range(1, 11), *range(1000, end, 1000), end]
+    assert max(b - a for a, b in zip(logged, logged[1:], strict=False)) <= max(end / 200, 1) + 1
 
 
 def test_an_average_that_lags_is_said(launch):
