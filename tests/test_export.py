@@ -123,7 +123,6 @@ def test_feedback_and_steps_by_sensitivity_lower_the_output_error():
 @pytest.mark.parametrize("rule, embedding", [("gptq", False), ("std", False), ("std", True)])
 def test_the_tool_that_compares_rules_has_gptq(rule, embedding):
     """A step a row, by the largest weight or by deviations, and errors fed back."""
-    pytest.importorskip("matplotlib")
     import rate_distortion
 
     torch.manual_seed(0)

@@ -557,7 +557,20 @@ def test_show_beside_published_logs(swept, call, tmp_path, monkeypatch):
     for stem in ("training", "running_bpb", "bytes"):
         assert (tmp_path / "plots" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "plots" / "training.svg").read_text()
-    assert f"{summary['val_bpb']:.4f} BPB, {summary['artifact']['bytes_total']:,} bytes, 12 steps" in svg
+    for label in (f"1_TTT_LR=1e-3_SEED=13: {summary['val_bpb']:.4f} BPB", "seed: 1.1134 BPB", "3 runs"):
+        assert f"<!-- {label} -->" in svg
+
+
+def test_show_a_run_and_a_sweep(swept, call):
+    """The figures of one run are its title; runs of a sweep are told apart by their settings."""
+    summary = json.loads(Path(swept[0], "summary.json").read_text())
+    told = f"{summary['val_bpb']:.4f} BPB, {summary['artifact']['bytes_total']:,} bytes, 12 steps"
+    assert call(show, swept[0], "--out", "one")[0] == call(show, Path(swept[0]).parent, "--out", "all")[0] == 0
+    assert f"<!-- {Path(swept[0]).name}: {told} -->" in Path("one", "training.svg").read_text()
+    svg = Path("all", "training.svg").read_text()
+    for label in (f"TTT_LR=0.001, SEED=13: {summary['val_bpb']:.4f} BPB", "two: 3 runs"):
+        assert f"<!-- {label} -->" in svg
+    assert "TTT_LR=0.003, SEED=1111" in Path("all", "bytes.svg").read_text()
 
 
 def test_a_published_log_of_another_form_or_edited(call, tmp_path, monkeypatch):

@@ -252,6 +252,21 @@ def test_a_setting_that_lacks_a_seed_is_marked_and_ranks_after_the_others(monkey
     assert results.choose_axis(groups) == "MATRIX_LR" and results.choose_axis([groups[0]]) is None
 
 
+def test_lines_have_colours_and_their_seeds_too(monkeypatch, tmp_path):
+    given = [{"MATRIX_LR": rate, "EMA_DECAY": decay, "SEED": seed} for decay in ("0.5", "0.6", "0.7")
+             for rate in ("0.01", "0.02", "0.03", "0.04") for seed in "12"]
+    groups = groups_of(monkeypatch, tmp_path, given, [float(i) for i in range(24)])
+    plt = results.pyplot("x")
+    figure, axis = plt.subplots()
+    results.against_variable(axis, groups, "MATRIX_LR")
+    lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
+    assert [line.get_color() for line in lines.values()] == list(results.COLOURS[:3])
+    assert list(lines) == ["EMA_DECAY=0.5", "EMA_DECAY=0.6", "EMA_DECAY=0.7"]
+    seeds = [line.get_markeredgecolor() for line in axis.lines if line.get_label() == "_seeds"]
+    assert seeds == list(results.COLOURS[:3])
+    plt.close(figure)
+
+
 def test_a_legend_is_not_cut_off(monkeypatch, tmp_path):
     names = ("MATRIX_LR", "SCALAR_LR", "EMBED_LR", "TIED_EMBED_LR", "MUON_MOMENTUM", "MUON_WD", "ADAM_WD")
     given = [{name: f"0.0{i}5{'0' if name == 'MATRIX_LR' else ''}1" for name in names} for i in range(1, 5)]

@@ -12,9 +12,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import measure_book as book_of  # noqa: E402
 import measure_profile  # noqa: E402
+from looks import NO_PLOT, bare, pyplot  # noqa: E402
 from measure import PLAN, TOKENS, fail, tell  # noqa: E402
 from record_text import paragraph, table  # noqa: E402
-from sweep_results import NO_PLOT, bare, pyplot  # noqa: E402
 
 from train_gpt import Config, UserError, one_line  # noqa: E402
 

@@ -17,14 +17,12 @@ import os
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_gpt as t  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 0)]
+from looks import NO_PLOT, bare, look, pyplot, save  # noqa: E402
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import train_gpt as t  # noqa: E402
 
 # (rule, nominal bits) of matrices; embeddings have 2 bits more, 8 at most
 SETTINGS = [*(("rowmax", bits) for bits in (4, 4.5, 5, 5.5, 6, 6.5)), *(("gptq", bits) for bits in (3, 4, 5, 6)),
@@ -91,22 +89,21 @@ def measure(path: str, tokens: int, settings: list) -> list[dict]:
 
 def plot(rows: list[dict], folder: Path):
     """A panel for each file: bytes against the loss that rounding added, a line for each rule."""
+    if not (plt := pyplot("rate_distortion")):
+        return print(f"no plot: {NO_PLOT}")
     files = list(dict.fromkeys(r["run"] for r in rows))
     figure, axes = plt.subplots(1, len(files), figsize=(4.6 * len(files), 4.2), sharey=True, squeeze=False)
-    styles = {"rowmax": "ks-", "gptq": "kd:", "std": "k^:", "balanced": "ko-"}
     for axis, file in zip(axes[0], files, strict=True):
-        for rule in styles:
+        for i, rule in enumerate(dict.fromkeys(rule for rule, _ in SETTINGS)):
             line = sorted((float(r["bytes"]) / 1e6, max(float(r["loss_added"]), 5e-5)) for r in rows
                           if r["run"] == file and r["rule"] == rule)
-            axis.plot(*zip(*line, strict=True), styles[rule], label=rule, markersize=5,
-                      markerfacecolor="white" if rule == "rowmax" else None)
+            axis.plot(*zip(*line, strict=True), label=rule, **look(i))
         axis.set(yscale="log", xlabel="file, MB", title=file)
-        axis.grid(alpha=0.3)
+        bare(axis)
     axes[0][0].set_ylabel("loss added, nats a token")
     axes[0][-1].legend()
     figure.tight_layout()
-    for kind in ("png", "svg"):
-        figure.savefig(folder / f"plot.{kind}", dpi=130)
+    save(plt, figure, folder / "plot")
 
 
 def main() -> int:

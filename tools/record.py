@@ -32,11 +32,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import figures  # noqa: E402
 import record_text as text  # noqa: E402
 import runs as reader  # noqa: E402
+from looks import NO_PLOT  # noqa: E402
 from record_checks import check_submission, differing, reasons_against  # noqa: E402
 from run_log import ROOT, TITLES, Run, read_text, split_log, t  # noqa: E402
 from runs import hardware_of  # noqa: E402
 from show import Parser  # noqa: E402
-from sweep_results import NO_PLOT, counted, plain, tell, utf_8  # noqa: E402
+from sweep_results import counted, plain, tell, utf_8  # noqa: E402
 
 NON_RECORD = "track_non_record_16mb"
 
@@ -191,8 +192,7 @@ def fill(folder: Path, place: str, runs: list[Run], options: argparse.Namespace,
     (folder / "train_gpt.py").write_bytes(runs[0].code)
     (folder / "submission.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "requirements.txt").write_text(requirements(runs[0]), encoding="utf-8")
-    names = [f"seed {run.seed}" for run in runs]
-    drawn = figures.pictures(runs, names, folder, options.name)
+    drawn = figures.pictures(runs, [f"seed {run.seed}" for run in runs], folder, options.name)
     files = ["train_gpt.py", "submission.json", "requirements.txt", *found, *(f"{stem}.{end}" for stem in drawn or []
                                                                               for end in ("png", "svg"))]
     reference = (options.reference_bpb, options.reference_name) if options.reference_bpb else None

@@ -12,16 +12,13 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 0)]
+from looks import NO_PLOT, bare, legend_below, look, pyplot, save  # noqa: E402
 from sweep_results import tell, utf_8  # noqa: E402
 
 import train_gpt  # noqa: E402
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 def running(nats: np.ndarray, counted: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
@@ -32,23 +29,21 @@ def running(nats: np.ndarray, counted: np.ndarray, chunk: int) -> tuple[np.ndarr
 
 
 def plot(curves: dict[str, np.ndarray], ends: np.ndarray, path: Path):
-    """Running BPB of each run, and its difference to the first; readable in greyscale. PNG and SVG."""
-    plt.rcParams["svg.hashsalt"] = "running_bpb"  # the same figures give the same file
+    """Running BPB of each run, and its difference to the first. PNG and SVG."""
+    if not (plt := pyplot("running_bpb")):
+        return tell(f"no plot: {NO_PLOT}")
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     reference = next(iter(curves.values()))
-    styles = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
+    handles = {}
     for i, (name, curve) in enumerate(curves.items()):
-        look = {"color": str(0.12 * (i % 5)), "linestyle": styles[i % 5], "marker": "osD^v"[i % 5], "markersize": 4}
-        axes[0].plot(ends, curve, label=f"{name}: {curve[-1]:.4f}", **look)
-        axes[1].plot(ends, curve - reference, **look)
+        (handles[f"{name}: {curve[-1]:.4f}"],) = axes[0].plot(ends, curve, **look(i, len(ends)))
+        axes[1].plot(ends, curve - reference, **look(i, len(ends)))
     axes[0].set(title="BPB of everything scored so far", xlabel="targets scored", ylabel="bits per byte")
     axes[1].set(title=f"the same, less that of \u201c{next(iter(curves))}\u201d", xlabel="targets scored")
-    figure.legend(loc="outside lower center", ncols=min(len(curves), 5), frameon=False, fontsize="small")
+    legend_below(figure, handles, handlelength=4)
     for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path.with_suffix(".png"), dpi=130, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        bare(axis)
+    save(plt, figure, path)
 
 
 def main() -> int:

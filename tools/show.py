@@ -21,8 +21,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import figures  # noqa: E402
 import runs as reader  # noqa: E402
+from looks import NO_PLOT  # noqa: E402
 from run_log import TITLES, Run, t  # noqa: E402
-from sweep_results import NO_PLOT, counted, tell  # noqa: E402
+from sweep_results import counted, tell  # noqa: E402
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,9 +80,10 @@ def launched(argv: list[str]) -> int:
             who = next(run.name for run in runs if text in lines(run))
             tell(f"{kind}: {text}" + (f" ({who if n == 1 else f'{n} of {len(runs)} runs'})" if len(runs) > 1 else ""))
     folder = options.out or Path(os.environ.get("LOG_DIR") or t.Config.log_dir) / "show"
-    drawn = figures.pictures(runs, [run.name for run in runs], folder)
+    labels, title = figures.labels_of(runs)
+    drawn = figures.pictures(runs, labels, folder, title)
     if drawn is None:
-        tell("\n" + figures.sketch(runs, [run.name for run in runs]) + f"\nno plots: {NO_PLOT}")
+        tell("\n" + figures.sketch(runs, labels) + f"\nno plots: {NO_PLOT}")
     else:
         tell("written: " + ", ".join(str(folder / f"{stem}.{end}") for stem in drawn for end in ("png", "svg")))
     return 0

@@ -12,15 +12,14 @@ import os
 import shlex
 import statistics
 import sys
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from looks import COLOURS, NO_PLOT, bare, entitle, fold, legend_below, look, pyplot, save
 
 from train_gpt import write_atomically
 
 SCORES = ("float", "int6", "sliding", "ttt")
-MARKERS = "osD^vP*X"
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 PLACES = ("RUN_ID", "LOG_DIR", "RESUME", "NLL_DUMP")  # say where a run writes, not what it does
 MOST_LINES = 8  # beyond it a plot has a row for each setting instead
 
@@ -277,11 +276,10 @@ def against_variable(axis, groups: list[Group], name: str):
         members.sort(key=lambda g: float(g.settings[name]))
         spots = [float(g.settings[name]) for g in members]
         points = [(x, r) for x, g in zip(spots, members, strict=True) for r in g.results if r.val_bpb is not None]
-        shade = str(0.6 * i / max(len(families) - 1, 1))
         if len({seed_of(r) for _, r in points}) > 1:
-            seeds_of(axis, points, shade=shade)
-        axis.plot(spots, [g.mean for g in members], color=shade, linestyle=LINES[i % 5], marker=MARKERS[i % 8],
-                  markersize=7, label=", ".join(f"{n}={v}" for n, v in others) or "mean", zorder=3)
+            seeds_of(axis, points, colour=look(i)["color"])
+        axis.plot(spots, [g.mean for g in members], label=", ".join(f"{n}={v}" for n, v in others) or "mean", zorder=3,
+                  **look(i) | {"markersize": 7})
         crosses(axis, points)
     sizes = [abs(x) for x in texts if x]
     if max(sizes) >= 10 * min(sizes):
@@ -292,11 +290,11 @@ def against_variable(axis, groups: list[Group], name: str):
     axis.set(xlabel=name, ylabel="bits per byte")
 
 
-def seeds_of(axis, points: list, turned: bool = False, shade: str = "black"):
+def seeds_of(axis, points: list, turned: bool = False, colour: str = COLOURS[0]):
     """Each seed's BPB as a small hollow point at (place, BPB), or turned at (BPB, place)."""
     spots = [(r.val_bpb, x) if turned else (x, r.val_bpb) for x, r in points]
     axis.plot(*zip(*spots, strict=True), linestyle="", marker="o", markersize=3.5, markerfacecolor="white",
-              markeredgecolor=shade, zorder=4, label="_seeds")
+              markeredgecolor=colour, zorder=4, label="_seeds")
 
 
 def crosses(axis, points: list, turned: bool = False):
@@ -315,7 +313,7 @@ def in_rows(axis, groups: list[Group]):
         axis.axvline(scored[0].mean, color="0.4", linestyle="--", label=f"mean {spread(scored[0].bpb())}")
     else:
         rows = [(i, r) for i, g in enumerate(scored) for r in g.results if r.val_bpb is not None]
-        labels = [textwrap.fill(g.title, 50) for g in scored]
+        labels = [fold(g.title, 50) for g in scored]
         axis.plot([g.mean for g in scored], range(len(scored)), linestyle="", marker="o", markersize=7, color="black",
                   label="mean", zorder=3)
     seeds_of(axis, rows, turned=True)
@@ -325,46 +323,8 @@ def in_rows(axis, groups: list[Group]):
     axis.set(xlabel="bits per byte")
 
 
-NO_PLOT = "matplotlib is missing; python -m pip install -r tools/requirements.txt, and the same command again"
-
-
-def pyplot(salt: str):
-    """matplotlib.pyplot without a screen, None where it is missing; with the same `salt` and figures an SVG is the
-    same file."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return None
-    plt.rcParams["svg.hashsalt"] = salt
-    return plt
-
-
-def legend_below(figure, found: dict, **more):
-    """One legend below all panels, of handles by their label: as many columns as fit, and labels that are wider than
-    the figure on several lines."""
-    signs = int(13 * figure.get_figwidth())  # of small print, beside the line and its margin
-    labels = [textwrap.fill(label, signs - 12) for label in found]
-    widest = max(len(line) for label in labels for line in label.split("\n"))
-    figure.legend(found.values(), labels, loc="outside lower center", ncols=max(1, min(4, signs // (widest + 10))),
-                  frameon=False, fontsize="small", **more)
-
-
-def bare(axis):
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def save(plt, figure, path: Path):
-    """Write PNG and SVG, without dates, and forget the figure."""
-    figure.savefig(path.with_suffix(".png"), dpi=130, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
-
-
 def plot(groups: list[Group], name: str, path: Path) -> str:
-    """Draw PNG and SVG, readable in greyscale. Returns why there is none, else nothing."""
+    """Draw PNG and SVG. Returns why there is none, else nothing."""
     if not any(g.bpb() for g in groups):
         return "no run has a score"
     if not (plt := pyplot("sweep")):
@@ -380,7 +340,7 @@ def plot(groups: list[Group], name: str, path: Path) -> str:
     handles, drawn = axis.get_legend_handles_labels()
     notes = [f"{len(results) - failed} of {len(results)} runs have a score"] if failed else [f"{len(results)} runs"]
     notes += ["small circles: seeds"] * several + [f"crosses: {bad} not valid"] * bool(bad)
-    figure.suptitle(f"{name}: {headline(groups)}", fontsize="medium", wrap=True)
+    entitle(figure, f"{name}: {headline(groups)}", fontsize="medium")
     axis.set_title("; ".join(notes), fontsize="small", color="0.3")
     if len(drawn) > 1 or several:
         legend_below(figure, dict(zip(drawn, handles, strict=True)))
