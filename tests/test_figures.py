@@ -86,17 +86,18 @@ def test_colours_are_told_apart(kind):
     assert len(seen) == 8 and all(colour[0] < 86 for colour in seen), "each stands out from white"
     for a, b in itertools.combinations(seen, 2):
         assert np.linalg.norm(a - b) >= 20
-        assert kind != "normal" or abs(a[0] - b[0]) >= 10
+        assert kind != "normal" or abs(a[0] - b[0]) >= 11
     for a, b in itertools.combinations(seen[:4], 2):
-        assert abs(a[0] - b[0]) >= (20 if kind == "normal" else 17)
+        assert abs(a[0] - b[0]) >= (23 if kind == "normal" else 17)
     for a, b in itertools.pairwise(seen):
-        assert abs(a[0] - b[0]) >= (24 if kind == "normal" else 17)
+        assert abs(a[0] - b[0]) >= (23 if kind == "normal" else 17)
 
 
 def test_forty_lines_look_different():
     found = {tuple(str(looks.look(i)[key]) for key in ("color", "linestyle", "marker")) for i in range(40)}
     assert len(found) == 40
-    assert all(looks.look(i)["linestyle"] != looks.look(i + 8)["linestyle"] for i in range(32)), "of one colour"
+    for key in ("linestyle", "marker"):
+        assert all(looks.look(i)[key] != looks.look(i + 8)[key] for i in range(32)), "of one colour"
 
 
 def test_every_plot_of_lines_has_the_colours(drawn):
@@ -117,6 +118,7 @@ def test_every_plot_of_lines_has_the_colours(drawn):
 @pytest.mark.parametrize("names, labels, shared", [
     (["wide_lr_seed1", "wide_lr_seed2"], ["seed1", "seed2"], "wide_lr"),
     (["a_lr1e-3_long", "a_lr1e-4_long"], ["lr1e-3", "lr1e-4"], "a"),
+    (["lr1e-3_wd1", "lr1e-4_wd2"], ["lr1e-3_wd1", "lr1e-4_wd2"], ""),
     (["base", "base_wide"], ["base", "base_wide"], ""),
     (["demo-run-1", "demo-run-2"], ["run-1", "run-2"], "demo"),
     (["3_MATRIX_LR=0.1_SEED=1", "3_MATRIX_LR=0.2_SEED=1"], ["MATRIX_LR=0.1", "MATRIX_LR=0.2"], "3"),
@@ -170,7 +172,9 @@ def test_a_legend_says_what_differs_and_the_score(drawn):
     assert figure.get_suptitle() == "wide: 2 runs"
     runs[1].own = {"int6": Score((2.0, 1.27), 2.0, 1.27)}
     assert drawn(runs)["training"].get_suptitle() == "wide: 1.2600 ± 0.0141 BPB, 2 seeds"
-    runs[1].config["matrix_lr"] = 0.5
+    runs[0].ours = False
+    assert drawn(runs)["training"].get_suptitle() == "wide: 2 runs", "of published logs nobody knows"
+    runs[0].ours, runs[1].config["matrix_lr"] = True, 0.5
     assert drawn(runs)["training"].get_suptitle() == "wide: 2 runs", "these differ in more than the seed"
     assert drawn(runs[:1])["training"].get_suptitle() == "wide_seed1: 1.2500 BPB, 60 steps"
 
@@ -188,8 +192,16 @@ def test_nothing_is_cut_off(drawn, name, count):
             box = text.get_window_extent()
             assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1, text
         assert all(axis.get_window_extent().width > figure.bbox.x1 / 4 for axis in figure.axes), "room for the curves"
-    boxes = [label.get_window_extent() for label in drawn.kept["bytes"].axes[0].get_yticklabels()]
-    assert all(above.y0 >= below.y1 - 1 for above, below in itertools.pairwise(boxes)), "none over another"
+
+
+def test_long_names_beside_bars_do_not_lie_over_each_other(drawn, tmp_path):
+    runs = [made(f"run{i}") for i in range(3)]
+    for run in runs:
+        run.total_bytes = 15_000_000
+    for label in ("short", "a_very_long_name_" * 9):
+        figures.pictures(runs, [f"{label}{i}" for i in range(3)], tmp_path, "")
+        boxes = [text.get_window_extent() for text in drawn.kept["bytes"].axes[0].get_yticklabels()]
+        assert all(above.y0 > below.y1 for above, below in itertools.pairwise(boxes))
 
 
 # ---- panels ----
@@ -216,11 +228,13 @@ def test_three_validations_are_a_curve(drawn):
 
 
 def test_the_validation_before_training_is_no_mark_and_far_ones_are_within(drawn):
-    run = made("run", validations=1)
-    run.val = [Point(0, 0.0, 7.0, 4.0), Point(60, 1.0, 9.5, 5.0)]
+    run = made("run", points=400)
+    run.val = [Point(0, 0.0, 7.0, 4.0), Point(400, 1.0, 9.5, 5.0)]
+    run.train[0] = run.train[0]._replace(loss=50.0)
     axis = axes_of(drawn([run])["training"])["training loss"]
     (mark,) = (line for line in axis.lines if line.get_markerfacecolor() == "none")
-    assert list(mark.get_xdata()) == [60] and axis.get_ylim()[1] > 9.5
+    assert list(mark.get_xdata()) == [400] and axis.get_ylim()[1] > 9.5
+    assert axis.get_ylim()[1] < 20, "the first points lie outside"
 
 
 def test_a_noisy_curve_is_a_running_mean_over_all_points(drawn):

@@ -4,8 +4,8 @@ import re
 import textwrap
 from pathlib import Path
 
-# Eight colours that differ in lightness, so that they are told apart in greyscale and by the colour-blind: each from
-# the next by 25 of the 100 units of CIE L*, the first four by 20, any two by 10.
+# Eight colours that differ in lightness, so that they are told apart in greyscale and by the colour-blind: of the 100
+# units of CIE L* each has 23 to the next, any of the first four 23 to the others, and any two 11.
 COLOURS = ("#000000", "#ac6300", "#033386", "#67c695", "#410040", "#bd82b4", "#0b6536", "#ebd346")
 MARKERS = "osD^vP*X"
 LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), ":")
