@@ -124,6 +124,7 @@ def test_every_plot_of_lines_has_the_colours(drawn):
     (["3_MATRIX_LR=0.1_SEED=1", "3_MATRIX_LR=0.2_SEED=1"], ["MATRIX_LR=0.1", "MATRIX_LR=0.2"], "3"),
     (["first", "second"], ["first", "second"], ""),
     (["_x", "x"], ["_x", "x"], ""),
+    (["__", "x_y"], ["__", "x_y"], ""),
     (["first" * 20, "one", "last" * 20], ["firstfirstfirstfirstfirstfir … rstfirstfirstfirstfirstfirst", "one",
                                           "lastlastlastlastlastlastlast … lastlastlastlastlastlastlast"], ""),
     (["x" * 40 + mid + "x" * 40 for mid in "ab"], ["x" * 40 + mid + "x" * 40 for mid in "ab"], ""),

@@ -93,7 +93,7 @@ def differing(names: list[str]) -> tuple[list[str], str]:
     if head and all("".join(found).strip("_/ -").isdigit() for found in own):  # a number alone says too little
         head -= 1
     labels = ["".join(found[head : len(found) - tail]).strip("_/ -") for found in words]
-    if len(names) < 2 or len(set(labels)) < len(labels):
+    if len(names) < 2 or len(set(labels)) < len(labels) or not all(labels):
         return names, ""
     return labels, "".join(words[0][:head]).strip("_/ -")
 
