@@ -3149,10 +3149,10 @@ def time_step(cfg: Config, process: Process, tokens: Tokens, ranks: int) -> tupl
     return min(found), f"timed on {trainer.micro} of a rank's {trainer.share} sequences"
 
 
-def check(cfg: Config, process: Process, inputs: Inputs, options: argparse.Namespace) -> str:
-    """What a run would do; UserError for more ranks than GPUs. The bytes are a guess before any search: a value takes
-    about 1.6 bits less than its nominal ones, as in the run of record; other training will differ."""
-    ranks = options.ranks
+def check(cfg: Config, process: Process, inputs: Inputs, ranks: int, times: bool = False) -> str:
+    """What a run would do, with `times` after timing a step. UserError for more ranks than GPUs. The bytes are a guess
+    before any search: a value takes about 1.6 bits less than its nominal ones, as in the run of record; other training
+    will differ."""
     require(not process.cuda or ranks <= torch.cuda.device_count(), f"{ranks} ranks: this machine has "
             f"{torch.cuda.device_count()} GPUs; launch at most as many")
     counts = dict.fromkeys((*GROUPS, "fp16"), 0)
@@ -3174,7 +3174,7 @@ def check(cfg: Config, process: Process, inputs: Inputs, options: argparse.Names
         f"artifact:   about {predicted:,} bytes with code at first, limit {cfg.artifact_limit_bytes:,}"]
     if cfg.train_enabled:
         steps, cap = f"{cfg.iterations:,} of {cfg.train_batch_tokens:,} tokens", cfg.training_seconds
-        if options.time:
+        if times:
             seconds, how = time_step(cfg, process, inputs.train, ranks)
             count = min(cfg.iterations, int(cap / seconds)) if cap else cfg.iterations
             steps = f"about {count:,} of at most {steps}: {1000 * seconds:,.1f} ms each, {how}"
@@ -3512,7 +3512,7 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
         cfg = dataclasses.replace(cfg, eval_max_seconds=600.0 if process.cuda else 0.0)
     process.together(lambda: check_machine(cfg, process, past))
     if options.check:
-        said = process.together(lambda: check(cfg, process, inputs, options))
+        said = process.together(lambda: check(cfg, process, inputs, options.ranks, options.time))
         if process.main:
             show(said)
         return 0
