@@ -514,14 +514,20 @@ if __name__ == "__main__":  # here, so that a typo is answered before the second
     LAUNCH = read_launch(sys.argv[1:])
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a busy machine many times slower
 
-import numpy as np  # noqa: E402
-import sentencepiece  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import zstandard  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.distributed.rendezvous import rendezvous  # noqa: E402
+try:
+    import numpy as np
+    import sentencepiece
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    import zstandard
+    from torch import Tensor, nn
+    from torch.distributed.rendezvous import rendezvous
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    leave(2, f"error: {missing.name} is not installed for {sys.executable}; ./run.sh makes a Python that has it (.venv), or "
+          "pip install -r requirements.txt", silent=os.environ.get("RANK", "0") != "0")
 
 if re.match(r"2\.1[0-2]\b", torch.__version__):  # this fusion makes a step on an H100 4% longer
     os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")

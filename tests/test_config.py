@@ -237,6 +237,16 @@ def test_what_was_removed_says_what_took_its_place():
     assert line == "QUANT='gptq': accepts str balanced|rowmax"
 
 
+@pytest.mark.parametrize("package", ["sentencepiece", "zstandard"])
+def test_a_package_that_is_missing_is_one_line(tmp_path, package):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('no', name={package!r})")
+    env = clean_environment() | {"PYTHONPATH": str(tmp_path)}
+    for options in ([], ["--check"]):
+        done = subprocess.run([sys.executable, str(SCRIPT), *options], env=env, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith(f"error: {package} is not installed for ") and "./run.sh" in done.stderr
+
+
 def test_import_has_no_side_effects(tmp_path):
     env = clean_environment() | {"PYTHONPATH": str(SCRIPT.parent), "CUDA_VISIBLE_DEVICES": "", "SEED": "not read"}
     command = [sys.executable, "-c", "import train_gpt"]
