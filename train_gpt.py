@@ -526,8 +526,8 @@ try:
 except ModuleNotFoundError as missing:
     if __name__ != "__main__":
         raise
-    leave(2, f"error: {missing.name} is not installed for {sys.executable}; ./run.sh makes a Python that has it (.venv), or "
-          "pip install -r requirements.txt", silent=os.environ.get("RANK", "0") != "0")
+    leave(2, f"error: {missing.name} is not installed for {sys.executable}; ./run.sh makes one that has it in .venv; "
+          "or pip install -r requirements.txt", silent=os.environ.get("RANK", "0") != "0")
 
 if re.match(r"2\.1[0-2]\b", torch.__version__):  # this fusion makes a step on an H100 4% longer
     os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
