@@ -30,7 +30,9 @@ NOT_RUN = {  # a command that begins so, and why
 }
 SHORT = {  # what is added to a command that begins so
     "./run.sh bench": "--steps 1 --repeats 1 --windows 2 --ttt-tokens 64",
-    "./run.sh measure": "--steps 2 --seconds 1 --limit 12",  # which leaves no stage the time to begin
+    "./run.sh measure --out gpu --stages": "--limit 12",  # which leaves no stage the time to begin
+    "./run.sh measure --out gpu --report": "--records records",
+    "./run.sh measure": "--steps 2 --seconds 1 --stages export",
     "./run.sh record": "--records records",
     "python tools/step_cost.py": "--tokens 512 NUM_LAYERS=2 MODEL_DIM=64 NUM_HEADS=2 NUM_KV_HEADS=1 TRAIN_SEQ_LEN=64 "
                                  "VOCAB_SIZE=256",
@@ -113,12 +115,15 @@ def test_the_commands_of_the_readme_run_in_order(start, corpus, tmp_path, monkey
     for tool in (bench, measure, sweep):
         monkeypatch.setattr(tool, "subprocess", forked)
     clone, ran = Clone(tmp_path, corpus, start), 0
+    kept = sorted(ROOT.glob("records/*/*"))
     for command in commands():
         if not any(command.startswith(begin) for begin in NOT_RUN):
             clone.run(command)
             ran += 1
-    assert ran > 25
-    assert (tmp_path / "logs" / "first" / "summary.json").exists() and len(list(tmp_path.glob("records/*/*"))) == 1
+    assert ran > 25 and sorted(ROOT.glob("records/*/*")) == kept, "nothing is left in the project itself"
+    assert (tmp_path / "logs" / "first" / "summary.json").exists() and (tmp_path / "gpu" / "measure.json").exists()
+    tracks = sorted(path.parents[1].name for path in tmp_path.glob("records/*/*/README.md"))
+    assert tracks == ["gpu", "track_non_record_16mb"]
 
 
 @pytest.mark.parametrize("begin", [*NOT_RUN, *SHORT])
