@@ -63,6 +63,20 @@ def project(tmp_path, corpus):
     return make
 
 
+def test_a_torch_that_cannot_use_the_gpu_has_none(project, tmp_path):
+    """Then the script, which does not ask torch, takes the demo; and ranks are counted by torch alone."""
+    command, env = project(2)
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    stub = tmp_path / "python"
+    shows = 'case "$*" in *train_gpt.py*) echo "$@: ${CUDA_VISIBLE_DEVICES-all}"; exit ;; esac\nexec "$REAL"'
+    for gpus, shown in (("0", ": "), ("2", ": all")):
+        stub.write_text(TWO_GPUS.replace("echo 2", f"echo {gpus}").replace('exec "$REAL"', shows))
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        checked, ran = done.stdout.splitlines()
+        assert checked.endswith(f"--check --ranks {gpus if gpus == '2' else 1}{shown}") and ran.endswith(shown), done
+        assert ("--nproc_per_node=2" in ran) == (gpus == "2")
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_under_nohup_a_terminal_may_close_and_a_host_may_lack_a_name(project, corpus, tmp_path, ranks):
     """SIGHUP to run.sh, to torchrun and to every rank, in the middle of training; the host name resolves to nothing,
