@@ -385,6 +385,25 @@ def test_runs_from_a_copy_in_a_records_folder(launch, tmp_path, corpus):
     assert run.code == 0 and "not the challenge's data" not in run.out, run.err
 
 
+@pytest.mark.parametrize("ranks, seconds", [(1, 8 * 3 + 2), (2, 4 * 3 + 2)])
+def test_a_share_of_a_step_is_timed_and_scaled(tiny, corpus, monkeypatch, ranks, seconds):
+    """By a clock on which a sequence takes 3 s, and an update 2 s, but 9 s at first."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(t.time, "perf_counter", lambda: clock.now)
+
+    def learn(flat, forward, tokens, size, total, process):
+        assert (len(tokens), size, total) == (2, 2, 8 // ranks)
+        clock.now += 3.0 * len(tokens)
+
+    def update(optimizers, step, factor):
+        clock.now += 2.0 if step else 9.0
+
+    monkeypatch.setattr(t.FlatWeights, "gather_gradients", learn)
+    monkeypatch.setattr(t.Optimizers, "step", update)
+    found = t.time_step(tiny(MICRO_BATCH_SEQS=2), t.Process("fp32"), t.Tokens(corpus, "train", 400), ranks)
+    assert found == (seconds, f"timed on 2 of a rank's {8 // ranks} sequences")
+
+
 def test_check_predicts_and_leaves_nothing(launch, finished, tmp_path):
     run = launch(options=["--check", "--ranks", "4"], MAX_WALLCLOCK_SECONDS=1, ITERATIONS=1000)
     assert run.code == 0, run.err
