@@ -191,6 +191,10 @@ def test_the_corpus_is_made_once_and_only_for_a_run_that_needs_it(clone, monkeyp
     (folder / "logs").write_text("in the way")
     done = call(sweep.main, ["SEED=1"], env, folder)  # --check has the last word, with the data there
     assert done.code == 2 and "LOG_DIR=" in done.err and made.read_text() == "embedded --vocab-size 400\n", done.err
+    shutil.rmtree(folder / "data" / "datasets")
+    made.unlink()
+    done = call(bench.main, [], env, folder)  # which writes there after it has data
+    assert done.code == 2 and "logs" in done.err and made.read_text() == "embedded --vocab-size 400\n", done.err
     (folder / "logs").unlink()
     shutil.rmtree(folder / "data" / "datasets")
     made.unlink()
