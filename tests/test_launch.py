@@ -208,6 +208,23 @@ def test_the_corpus_is_made_once_and_only_for_a_run_that_needs_it(clone, monkeyp
     assert "warning: TTT_LR: no effect with TTT_MODE=lora\n" in done.stderr
 
 
+def test_help_needs_no_package_where_the_tool_needs_none(tmp_path):
+    """Nothing is installed, and no environment made."""
+    for name in ("data", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("datasets", "tokenizers"))
+    for name in ("run.sh", "requirements.txt", "train_gpt.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\ncase "$*" in *find_spec* | *venv* | *pip*) echo "$@" >&2; exit 1 ;; esac\n'
+                    'exec "$REAL" "$@"')
+    stub.chmod(0o755)
+    env = clean_environment() | {"PYTHON": str(stub), "REAL": sys.executable}
+    for words, said in (("data --help", "--train-shards"), ("data -h", "--variant"), ("measure --help", "--stages"),
+                        ("--help", "./run.sh sweep")):
+        done = shell(f"./run.sh {words}", tmp_path, env)
+        assert done.returncode == 0 and said in done.stdout and done.stderr == "", done
+
+
 def test_a_run_that_is_cut_prints_the_command_that_goes_on_with_it(clone, corpus):
     """The same launcher and variables: pasted into a shell that has none of them it ends the run. No corpus is made for
     it, though the data was named in the environment."""

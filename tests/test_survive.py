@@ -1,6 +1,7 @@
 """Runs that survive: kills, signals, restarts, failing ranks, numbers that are not finite, full disks."""
 
 import json
+import math
 import os
 import random
 import re
@@ -275,6 +276,8 @@ def test_a_hostile_summary_is_survived_or_refused_in_one_line(start, finished, t
     for name in ("model_dim", "log_dir", "preset", "iterations", "explicit"):
         texts += [json.dumps(honest | {"config": honest["config"] | {name: value}}) for value in odd]
     texts += [json.dumps(honest | {"overrides": {"NO_SUCH": 1, "RESUME": 1}})]
+    texts += [json.dumps(honest | {"finished": False, "seconds": {name: value}})
+              for name in ("total", "train", "search") for value in (math.nan, math.inf, -1, "1", None, [], 10**400)]
     folder = tmp_path / "logs" / "run"
     shutil.copytree(finished.folder, folder)
     process, ends = t.Process("fp32"), {"went on": 0, "finished": 0, "afresh": 0, "refused": 0}
@@ -285,6 +288,7 @@ def test_a_hostile_summary_is_survived_or_refused_in_one_line(start, finished, t
     for text in texts:
         (folder / "summary.json").write_text(text, errors="surrogateescape")
         past = t.find_past(cfg)
+        assert all(0 <= seconds < 1e16 for seconds in past.seconds.values()) and "earlier" in past.seconds, text[:200]
         if past.done is None:
             ends["afresh"] += past.facts is None and past.settings is None and "afresh" in past.notes[-1]
         elif past.finished:

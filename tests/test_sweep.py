@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -127,7 +128,10 @@ def test_a_failed_run_a_signal_and_going_on(corpus, tmp_path):
     stopper.start()
     done = run(corpus, folder.parent, *arguments)
     assert done.code == 128 + signal.SIGTERM, done.out + done.err
-    assert done.err.startswith("interrupted by SIGTERM") and "--name odd" in done.err.splitlines()[-1]
+    hint = shlex.split(re.fullmatch("interrupted by SIGTERM; to go on: (.*)\n", done.err)[1])
+    at = hint.index("./run.sh")
+    assert hint[at + 1 :] == ["sweep", "SEED=7", "--list", str(tmp_path / "list"), "--jobs", "1", "--name", "odd"]
+    assert {f"DATA_PATH={corpus}", f"LOG_DIR={folder.parent}", "OMP_NUM_THREADS=1", "NUM_LAYERS=3"} < set(hint[:at])
     (cut,) = folder.glob("3_*/checkpoints/*.npz")
     rows = table(folder)
     assert [row["valid"] for row in rows] == ["no"] * 3 and rows[2]["reason"] == "interrupted by SIGTERM"
