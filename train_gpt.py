@@ -288,7 +288,7 @@ FAMILIES = ("ADAM_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "
             "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_")
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH", "PET_", "CUDA_", "NVIDIA_", "NCCL_",
            "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MODULE", "MATCHED_", "SWA_",
-           "QAT_", "MTP_", "LAWA_", "DTG_", "NUM_THREADS", "SM_")
+           "QAT_", "MTP_", "LAWA_", "DTG_", "NUM_THREADS", "SM_", "MODEL_DIR", "MODEL_ID", "MODEL_CACHE", "MODELS_")
 
 VARIABLES = [f for f in dataclasses.fields(Config) if "accepts" in f.metadata]
 STAGES = dict(zip(

@@ -142,7 +142,7 @@ def test_names_of_others_pass():
                "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "PATH", "HOME", "TERM", "EDITOR", "LD_PRELOAD",
                "MODULEPATH", "ARTIFACT_DIR", "TOKENIZERS_PARALLELISM", "DATA", "DATA_DIR", "LOG_LEVEL", "NUM_THREADS",
                "MODEL", "OUTPUT_DIR", "ENV", "USE", "WANDB_MODE", "SM_MODEL_DIR", "NUM_WORKERS", "MAX_JOBS", "LOGNAME",
-               "LAUNCHED_BY")
+               "LAUNCHED_BY", "MODEL_DIR", "MODEL_ID", "MODELS_DIR")
     assert problems(**dict.fromkeys(foreign, "1")) == []
 
 
