@@ -68,13 +68,20 @@ job=${1:-train}
 case $job in
   -h | --help | help) sed -n '2,14s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
   train | test | data | bench | measure | sweep | show | inspect | audit | record) ;;
-  *) fail "no job named $job; the jobs are: (none), test, data, bench, measure, sweep, show, inspect, audit, record; variables of train_gpt.py: python train_gpt.py --help" ;;
+  *=*) fail "$job: variables come before the command, as in $job ./run.sh" ;;
+  *) fail "no job named $job; the jobs are: (none), test, data, bench, measure, sweep, show, inspect, audit, record; variables and --check: python train_gpt.py --help" ;;
 esac
 case " $* " in *" --help "* | *" -h "*)  # of what can answer without a package
   [ "$job" != data ] || exec "$py" "$here/data/prepare.py" fineweb "$@"
   [ "$job" != measure ] || exec "$py" "$here/tools/measure.py" "$@" ;;
 esac
 need "$here/requirements.txt" torch numpy sentencepiece zstandard
+
+# The command by which this was started, for those that it and its jobs print.
+LAUNCHED_BY=$(printf %q "$0")
+case $0 in */*) ;; *) LAUNCHED_BY="bash $LAUNCHED_BY" ;; esac
+[ "$py" != "${PYTHON:-}" ] || LAUNCHED_BY="PYTHON=$(printf %q "$py") $LAUNCHED_BY"
+export LAUNCHED_BY
 
 # How many GPUs torch can use; to ask it takes seconds. Without any the script takes PRESET=demo.
 count_gpus() {
@@ -118,10 +125,7 @@ case $job in
     case ${AUDIT:-0} in 0 | 1) ;; *) fail "AUDIT=$AUDIT: accepts 0 or 1" ;; esac
     audit=${AUDIT:-0}
     unset AUDIT  # which is ours and not the script's
-    LAUNCHED_BY=$(printf %q "$0")  # the command that goes on with a run
-    case $0 in */*) ;; *) LAUNCHED_BY="bash $LAUNCHED_BY" ;; esac
     [ "$audit" = 0 ] || LAUNCHED_BY="AUDIT=1 $LAUNCHED_BY"
-    export LAUNCHED_BY
     count_gpus
     ranks=$((gpus > 0 ? gpus : 1))
     (check "$ranks")

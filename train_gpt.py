@@ -156,7 +156,7 @@ class Config:
     calibration_tokens: int = var(65536, ">=1", "training tokens on which rounding is calibrated")
     quant: str = var("balanced", "balanced|rowmax", "rounding; balanced: by what errors cost, rowmax: published")
     quant_bits_attn: float = var(6.0, "0..12", "nominal bits of attention matrices, where a search starts: one more "
-                                 "halves the steps; coded, a value takes fewer; rowmax: 2..8")
+                                 "halves the steps, and the coder makes other bits of it; rowmax: 2..8")
     quant_bits_mlp: float = var(6.0, "0..12", "the same for MLP matrices")
     quant_bits_embed: float = var(8.0, "0..12", "for token and value embeddings and an untied output layer")
     quant_bits_bigram: float = var(8.0, "0..12", "for the bigram embedding and its projection")
@@ -251,7 +251,7 @@ NOT_IMPLEMENTED = ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS", "L
                    "SKIP_GATES", "SKIP_GATES_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED", "MIN_LR",
                    "SPARSE_ATTN_GATE_ENABLED", "MUON_ROW_NORMALIZE", "EMBEDDING_DIM", "CASEOPS_ENABLED", "COMPRESSOR",
                    "LQER_ENABLED", "EMBED_BITS", "MATRIX_BITS", "EMBED_CLIP_SIGMAS", "MATRIX_CLIP_SIGMAS",
-                   "PHASED_TTT_NUM_PHASES")
+                   "PHASED_TTT_NUM_PHASES", "DROPOUT")
 # What this script knew once, and what took its place.
 REMOVED = {
     "AUDIT": "audit from outside: AUDIT=1 ./run.sh, or ./run.sh audit LOG_DIR/RUN_ID after a run",
@@ -261,25 +261,34 @@ REMOVED = {
     "SHUFFLE": "sequences are taken in the order of the shards, as published runs do",
     "STRICT_ENV": "ENV_EXTRA names the variables that may look like ours",
 }
-# What other scripts call it, where that is not near to our name.
+# What other scripts call it; with or without the _.
 CALLED_ELSEWHERE = {
-    "MATRIX_LR": ("LR", "LEARNING_RATE", "MAX_LR", "MUON_LR"),
+    "MATRIX_LR": ("LR", "LRATE", "LEARNING_RATE", "MAX_LR", "PEAK_LR", "BASE_LR", "MUON_LR"),
     "MUON_WD": ("WD", "WEIGHT_DECAY"),
     "MUON_MOMENTUM": ("MOMENTUM",),
-    "ITERATIONS": ("STEPS", "MAX_STEPS", "NUM_STEPS", "TOTAL_STEPS", "TRAIN_STEPS", "MAX_ITERS", "EPOCHS"),
-    "TRAIN_BATCH_TOKENS": ("BATCH_SIZE", "BATCH_TOKENS", "TOTAL_BATCH_SIZE"),
-    "MICRO_BATCH_SEQS": ("DEVICE_BATCH_SIZE", "GRAD_ACCUM_STEPS", "GRADIENT_ACCUMULATION_STEPS"),
-    "TRAIN_SEQ_LEN": ("SEQ_LEN", "SEQ_LENGTH", "SEQUENCE_LENGTH", "MAX_SEQ_LEN", "BLOCK_SIZE", "CONTEXT_LENGTH"),
-    "NUM_LAYERS": ("DEPTH",),
-    "NUM_HEADS": ("HEADS",),
-    "MODEL_DIM": ("DIM", "D_MODEL", "N_EMBD", "HIDDEN_SIZE"),
+    "GRAD_CLIP_NORM": ("MAX_GRAD_NORM", "GRADIENT_CLIP", "CLIP_GRAD", "CLIP_GRAD_NORM"),
+    "ITERATIONS": ("STEPS", "MAX_STEPS", "NUM_STEPS", "TOTAL_STEPS", "TRAIN_STEPS", "ITERS", "MAX_ITERS", "NUM_ITERS",
+                   "N_ITERS", "EPOCHS", "NUM_EPOCHS", "MAX_EPOCHS"),
+    "MAX_WALLCLOCK_SECONDS": ("MAX_SECONDS", "TRAIN_SECONDS", "MAX_TRAIN_SECONDS"),
+    "TRAIN_BATCH_TOKENS": ("BATCH_SIZE", "BATCH_TOKENS", "TOTAL_BATCH_SIZE", "TRAIN_BATCH_SIZE", "MAX_BATCH_SIZE"),
+    "MICRO_BATCH_SEQS": ("MICRO_BATCH_SIZE", "DEVICE_BATCH_SIZE", "GRAD_ACCUM_STEPS", "GRADIENT_ACCUMULATION_STEPS"),
+    "TRAIN_SEQ_LEN": ("SEQ_LEN", "SEQ_LENGTH", "SEQUENCE_LENGTH", "MAX_SEQ_LEN", "MAX_SEQ_LENGTH", "BLOCK_SIZE",
+                      "CONTEXT_LENGTH", "CTX_LEN"),
+    "NUM_LAYERS": ("LAYERS", "N_LAYER", "N_LAYERS", "DEPTH"),
+    "NUM_HEADS": ("HEADS", "N_HEAD", "N_HEADS"),
+    "NUM_KV_HEADS": ("KV_HEADS", "N_KV_HEADS"),
+    "MODEL_DIM": ("DIM", "D_MODEL", "N_EMBD", "EMBED_DIM", "HIDDEN_DIM", "HIDDEN_SIZE"),
     "MLP_MULT": ("MLP_RATIO",),
     "LOGIT_SOFTCAP": ("SOFTCAP",),
     "EVAL_STRIDE": ("STRIDE",),
+    "TTT_LORA_RANK": ("LORA_RANK",),
     "VAL_LOSS_EVERY": ("EVAL_EVERY", "EVAL_INTERVAL"),
     "TRAIN_LOG_EVERY": ("LOG_EVERY", "LOG_INTERVAL"),
+    "CKPT_EVERY_SECONDS": ("SAVE_EVERY", "CKPT_EVERY"),
+    "DATA_PATH": ("TRAIN_DATA", "TRAIN_PATH", "TRAIN_DIR", "VAL_DATA"),
     "COMPUTE_DTYPE": ("DTYPE",),
     "USE_COMPILE": ("COMPILE",),
+    "SEED": ("RANDOM_SEED",),
 }
 # The beginnings of our names that clusters, shells and other software set.
 BARE_ELSEWHERE = ("DATA", "ENV", "HEAD", "KEEP", "LOG", "MAX", "MODEL", "NUM", "RUN", "USE")
@@ -288,7 +297,7 @@ FAMILIES = ("ADAM_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "
             "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_")
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH", "PET_", "CUDA_", "NVIDIA_", "NCCL_",
            "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MODULE", "MATCHED_", "SWA_",
-           "QAT_", "MTP_", "LAWA_", "DTG_", "NUM_THREADS", "SM_", "MODEL_DIR", "MODEL_ID", "MODEL_CACHE", "MODELS_")
+           "QAT_", "MTP_", "LAWA_", "DTG_", "NUM_THREADS")
 
 VARIABLES = [f for f in dataclasses.fields(Config) if "accepts" in f.metadata]
 STAGES = dict(zip(
@@ -331,16 +340,31 @@ def check_value(field: dataclasses.Field, value):
     return value
 
 
+def alike(word: str, other: str) -> bool:
+    """Whether one is the other but for a slip of the pen."""
+    return sorted(word) == sorted(other) or difflib.SequenceMatcher(None, word, other).ratio() >= 0.75
+
+
+def is_near(name: str, our: str) -> bool:
+    """Whether the words of a name are ours but for slips, or its letters are but for a _. Not so by closeness of the
+    whole: names of other software often end as ours do, in _DIR, _PATH, _ID or _ENABLED."""
+    words, ours = name.split("_"), our.split("_")
+    close = difflib.SequenceMatcher(None, "".join(words), "".join(ours)).ratio() >= 0.9
+    return close or len(words) == len(ours) and all(map(alike, words, ours))
+
+
 def meant(name: str) -> str:
-    """The variable that an unknown name seems to mean; "" where it may be another program's."""
+    """The variable that an unknown name seems to mean, or the beginning of several; "" where it may be another
+    program's."""
     word, ours = name.upper(), [f.name.upper() for f in VARIABLES]
-    called = [our for our, others in CALLED_ELSEWHERE.items() if word in others]
+    letters = word.replace("_", "")
+    called = [our for our, others in CALLED_ELSEWHERE.items() if letters in (o.replace("_", "") for o in others)]
     begun = [our for our in ours if our.startswith(f"{word}_") and word not in BARE_ELSEWHERE]
-    near = difflib.get_close_matches(word, ours, 1, 0.75)
-    kin = []
-    if word.startswith(FAMILIES):
-        family = word.partition("_")[0]
-        kin = difflib.get_close_matches(word, [our for our in ours if our.startswith(family)], 1, 0.0)
+    near = difflib.get_close_matches(word, [our for our in ours if is_near(word, our)], 1, 0.0)
+    family = next((family for family in FAMILIES if word.startswith(family)), None)
+    kin = [our for our in ours if family and f"{our}_".startswith(family)]
+    if len(kin) > 1:
+        kin = [f"one of {family}*"]
     return next(iter(called + begun + near + kin), "")
 
 
@@ -435,7 +459,7 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
 
 def help_text() -> str:
     """All variables by stage: name, default (and the presets' where they differ), accepted values, meaning."""
-    lines = [__doc__.strip(), "", "Options: --help; --check [--ranks N] [--time]: for N ranks; with a timed step"]
+    lines = [__doc__.strip(), "", "Options: --help; --check [--ranks N] [--time]: for N ranks; with two timed steps"]
     for f in VARIABLES:
         def shown(value, kind=f.type):
             return str(int(value) if kind is bool else value) or "empty"
@@ -481,8 +505,9 @@ def show(text: str):
 
 def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """Configuration and options of this launch. Ends the process for --help (0) and for bad values (2)."""
-    parser = argparse.ArgumentParser(add_help=False, usage="[VARIABLE=VALUE ...] train_gpt.py [--help | --check "
-                                     "[--ranks N] [--time]]")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options = "there are --help, and --check with [--ranks N] [--time]; variables come first, ITERATIONS=5 python ..."
+    parser.error = lambda problem: leave(2, f"error: {one_line(problem)}; {options}")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--ranks", type=int)
@@ -812,8 +837,8 @@ def find_data(cfg: Config) -> Path:
             return folder
     size = cfg.vocab_size
     raise UserError(f"DATA_PATH is not set, and data/datasets has neither fineweb10B_sp{size} (./run.sh data --variant "
-                    f"sp{size} fetches it) nor embedded_sp{size} (python data/prepare.py embedded --vocab-size {size} "
-                    "makes it)")
+                    f"sp{size} fetches it, where that is published) nor embedded_sp{size} (python data/prepare.py "
+                    f"embedded --vocab-size {size} makes it)")
 
 
 def find_tokenizer(cfg: Config, folder: Path) -> Path:
@@ -894,7 +919,8 @@ class Tokenizer:
 
     def __init__(self, path: Path, vocab_size: int):
         where = f"TOKENIZER_PATH={path}"
-        require(path.is_file(), f"{where}: no such file; run ./run.sh data or set TOKENIZER_PATH")
+        require(path.is_file(), f"{where}: no such file; run ./run.sh data --variant sp{vocab_size}, or set "
+                "TOKENIZER_PATH")
         self.sp = sp = sentencepiece.SentencePieceProcessor()
         size = 0
         with contextlib.suppress(Exception):  # the library raises RuntimeError, TypeError and others on foreign bytes
@@ -1835,7 +1861,7 @@ BYTES_A_BIT = {"balanced": 0.65 / 8, "rowmax": 1 / 8}  # a value's, of trained m
 @dataclass
 class Stored:
     """A tensor as the file holds it: numbers (fp16) or int8 values with their steps: an fp16 a row (rows), or 2**(k/8)
-    of an int8 k a row and a column (grid). `nominal`: the bits that set the steps; the coder takes fewer a value."""
+    of an int8 k a row and a column (grid). `nominal`: the bits that set the steps, not what the coder makes of them."""
 
     kind: str
     nominal: float
@@ -3177,15 +3203,16 @@ def check(cfg: Config, process: Process, inputs: Inputs, ranks: int, times: bool
         f"validation: {inputs.stream.targets:,} targets, {inputs.stream.bytes:,} bytes of {cfg.data_path}",
         f"evaluation: {scored}, {f'within {cfg.eval_max_seconds:g} s' if cfg.eval_max_seconds else 'no time limit'}",
         f"parameters: {sum(counts.values()):,} ({', '.join(f'{n:,} {kind}' for kind, n in counts.items() if n)})",
-        f"artifact:   about {predicted:,} bytes with code at first, limit {cfg.artifact_limit_bytes:,}"]
+        f"artifact:   about {predicted:,} bytes with code before the search, which keeps it within "
+        f"{cfg.artifact_limit_bytes:,}"]
     if cfg.train_enabled:
         steps, cap = f"{cfg.iterations:,} of {cfg.train_batch_tokens:,} tokens", cfg.training_seconds
         if times:
             seconds, how = time_step(cfg, process, inputs.train, ranks)
-            count = min(cfg.iterations, int(cap / seconds)) if cap else cfg.iterations
+            count = min(cfg.iterations, math.ceil(cap / seconds)) if cap else cfg.iterations
             steps = f"about {count:,} of at most {steps}: {1000 * seconds:,.1f} ms each, {how}"
         elif cap:
-            steps = f"at most {steps}; how many {cap:g} s allow is unknown, --check --time would time one"
+            steps = f"at most {steps}; how many {cap:g} s allow is unknown, --check --time measures it"
         lines += [f"training:   {len(inputs.train):,} tokens in {len(inputs.train.paths)} shards",
                   f"steps:      {steps}"]
     return "\n".join(lines)
@@ -3465,7 +3492,8 @@ def lag_of_average(cfg: Config, summary: dict) -> str:
         return ""
     suits = max(0.0, 1 - 20 / train["steps"])  # a memory of 5% of the steps, as the published 0.997 is of 7,000
     return (f"the averaged weights score {averaged['val_bpb']:.4f} BPB, the last ones {train['raw_bpb']:.4f}: "
-            f"EMA_DECAY={cfg.ema_decay:g} remembers too much for {train['steps']} steps, {suits:.2g} suits them")
+            f"EMA_DECAY={cfg.ema_decay:g} remembers too much for {train['steps']} steps, "
+            + (f"{suits:.2g} suits them" if suits else "EMA_ENABLED=0 suits them"))
 
 
 def how_to_resume(cfg: Config, folder: Path) -> str:
@@ -3481,7 +3509,7 @@ def how_to_resume(cfg: Config, folder: Path) -> str:
 
 def launcher() -> str:
     """The command that started this run, as run.sh says; torchrun is the parent of its ranks."""
-    words = sys.orig_argv
+    words = [sys.executable, *sys.orig_argv[1:]]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         with contextlib.suppress(OSError):
             words = os.fsdecode(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()).split("\0")[:-1]

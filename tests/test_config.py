@@ -88,8 +88,11 @@ def test_only_rank_0_speaks(launch):
 
 @pytest.mark.parametrize(
     "name, near",
-    [("TTT_LERNING_RATE", "TTT_"), ("MATRIX_RL", "MATRIX_LR"), ("ITERATION", "ITERATIONS"), ("Seed", "SEED"),
-     ("EVAL_STIDE", "EVAL_STRIDE"), ("SPARSE_FOO", "SPARSE_"), ("QUANT_BITS_EVERYWHERE", "QUANT_")],
+    [("TTT_LERNING_RATE", "one of TTT_*"), ("MATRIX_RL", "MATRIX_LR"), ("ITERATION", "ITERATIONS"), ("Seed", "SEED"),
+     ("EVAL_STIDE", "EVAL_STRIDE"), ("SPARSE_FOO", "one of SPARSE_*"), ("QUANT_BITS_EVERYWHERE", "one of QUANT_*"),
+     ("VOCABSIZE", "VOCAB_SIZE"), ("TRAIN_SEQLEN", "TRAIN_SEQ_LEN"), ("RUNID", "RUN_ID"), ("MODEL_DIMS", "MODEL_DIM"),
+     ("MAX_WALCLOCK_SECONDS", "MAX_WALLCLOCK_SECONDS"), ("GRAD_CLIP_NROM", "GRAD_CLIP_NORM"),
+     ("RESUME_FROM", "RESUME"), ("WARMUP_ITERS", "WARMUP_STEPS"), ("TIED_EMBEDDINGS", "TIE_EMBEDDINGS")],
 )
 def test_typos_name_the_nearest_variable(name, near):
     (line,) = problems(**{name: "1"})
@@ -101,6 +104,7 @@ def test_typos_name_the_nearest_variable(name, near):
     ("LR", "MATRIX_LR"), ("MAX_STEPS", "ITERATIONS"), ("BATCH_SIZE", "TRAIN_BATCH_TOKENS"), ("WEIGHT_DECAY", "MUON_WD"),
     ("GRAD_CLIP", "GRAD_CLIP_NORM"), ("QK_GAIN", "QK_GAIN_INIT"), ("TOKENIZER", "TOKENIZER_PATH"), ("lr", "MATRIX_LR"),
     ("HEADS", "NUM_HEADS"), ("LAYERS", "NUM_LAYERS"), ("SEQ_LEN", "TRAIN_SEQ_LEN"), ("MICRO_BATCH_SIZE", "MICRO_BATCH"),
+    ("BATCHSIZE", "TRAIN_BATCH_TOKENS"), ("TRAIN_BATCH_SIZE", "TRAIN_BATCH_TOKENS"), ("LEARNINGRATE", "MATRIX_LR"),
     ("N_LAYER", "NUM_LAYERS"), ("N_EMBD", "MODEL_DIM"), ("EPOCHS", "ITERATIONS"), ("EVAL", "EVAL_STRIDE")])
 def test_bare_words_and_names_of_other_scripts_name_what_is_meant(name, near):
     """Whatever their value."""
@@ -142,7 +146,11 @@ def test_names_of_others_pass():
                "OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "PATH", "HOME", "TERM", "EDITOR", "LD_PRELOAD",
                "MODULEPATH", "ARTIFACT_DIR", "TOKENIZERS_PARALLELISM", "DATA", "DATA_DIR", "LOG_LEVEL", "NUM_THREADS",
                "MODEL", "OUTPUT_DIR", "ENV", "USE", "WANDB_MODE", "SM_MODEL_DIR", "NUM_WORKERS", "MAX_JOBS", "LOGNAME",
-               "LAUNCHED_BY", "MODEL_DIR", "MODEL_ID", "MODELS_DIR")
+               "LAUNCHED_BY", "MODEL_DIR", "MODEL_ID", "MODELS_DIR", "LMOD_DIR", "NODE_PATH", "DD_TRACE_ENABLED",
+               "CI_RUN_ID", "RUN_UUID", "RUNNER_ID", "PBS_LOG_DIR", "LOCK_DIR", "DATABASE_PATH", "DATASET_PATH",
+               "WANDB_ENABLED", "TLS_ENABLED", "DEBUG_ENABLED", "MODEL_URI", "TOKENIZER_NAME", "HEAD_PORT",
+               "COMPUTE_MODE", "RAY_TRAIN_V2_ENABLED", "ATP_ENABLED", "MATRIX_OS", "CODE_PATH", "OPTIMIZER",
+               "MODEL_BASE_PATH")
     assert problems(**dict.fromkeys(foreign, "1")) == []
 
 

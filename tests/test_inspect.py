@@ -90,6 +90,15 @@ def test_a_run_has_its_own_limit_and_code(artifact, capsys):
         assert capsys.readouterr().out.rstrip().endswith(end), told
 
 
+def test_a_run_is_named_by_its_folder_or_its_name(artifact, tmp_path):
+    path, _ = artifact
+    (tmp_path / "logs" / "run").mkdir(parents=True)
+    (tmp_path / "logs" / "run" / t.ARTIFACT_NAME).write_bytes(path.read_bytes())
+    said = [call(inspect_artifact.main, [word], {}, tmp_path).out for word in (path, "logs/run", "run")]
+    assert said[0] == said[1] == said[2] != ""
+    call(inspect_artifact.main, ["other"], {}, tmp_path).refused("other")
+
+
 def test_several_files(artifact, tiny, capsys):
     path, stored = artifact
     fine = {name: t.Stored("fp16", 16, s.tensor().half().numpy()) for name, s in stored.items()}

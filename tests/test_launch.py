@@ -244,8 +244,9 @@ def test_a_run_that_is_cut_prints_the_command_that_goes_on_with_it(clone, corpus
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in errors, errors
     command = re.fullmatch(r"interrupted by SIGINT; to go on: (.*)", last)[1]
     words = shlex.split(command)
-    assert words[-4:] == ["RUN_ID=cut", "RESUME=1", "AUDIT=1", "./run.sh"] and "LOG_DIR=lo gs" in words, command
-    bare = {name: env[name] for name in ("PATH", "PYTHON", "OMP_NUM_THREADS", "HOME") if name in env}
+    assert words[-5:] == ["RUN_ID=cut", "RESUME=1", "AUDIT=1", f"PYTHON={sys.executable}", "./run.sh"], command
+    assert "LOG_DIR=lo gs" in words, command
+    bare = {name: env[name] for name in ("PATH", "OMP_NUM_THREADS", "HOME") if name in env}
     cut = t.json.loads((folder / "lo gs" / "cut" / "summary.json").read_text())
     done = shell(command, folder, bare)
     assert done.returncode == 0 and "valid: yes" in done.stdout and "audit causal: ok" in done.stdout, done.stderr
@@ -260,13 +261,14 @@ def test_the_launcher_is_told_as_it_was_used(monkeypatch, tmp_path):
     monkeypatch.delenv("LAUNCHED_BY", raising=False)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "utf8", "a b.py"])
-    assert t.launcher() == "python -X utf8 'a b.py'"
+    alone = shlex.join([sys.executable, "-X", "utf8", "a b.py"])
+    assert t.launcher() == alone
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     torchrun = ["-c", "import sys; sys.stdin.read()", "--nproc_per_node=2", "a b.py"]
     with subprocess.Popen([sys.executable, *torchrun], stdin=subprocess.PIPE) as parent:
         monkeypatch.setattr(os, "getppid", lambda: parent.pid)
         assert t.launcher() == shlex.join([sys.executable, *torchrun])
         parent.communicate()
-    assert t.launcher() == "python -X utf8 'a b.py'", "where it cannot be told"
+    assert t.launcher() == alone, "where it cannot be told"
     monkeypatch.setenv("LAUNCHED_BY", "AUDIT=1 ./run.sh")
     assert t.launcher() == "AUDIT=1 ./run.sh"

@@ -348,9 +348,10 @@ def test_a_name_is_a_folder(swept, call, name, words):
     refused(call(record, swept[0], "--name", name, "--author", "x"), words)
 
 
-def test_runs_of_several_settings_are_told_apart(swept, call, tmp_path):
+def test_runs_of_several_settings_are_told_apart(swept, call, tmp_path, monkeypatch):
     """The settings in which they differ are named, and each command that is printed makes a record."""
     words = ("--name", "x", "--author", "a b", "--non-record")
+    monkeypatch.setenv("LAUNCHED_BY", "./run.sh")
     code, out, err = call(record, *swept, *words)
     said, *commands = err.splitlines()
     assert code == 2 and said.startswith("error: the runs differ in TTT_LR, not in the seed alone"), err
@@ -362,6 +363,8 @@ def test_runs_of_several_settings_are_told_apart(swept, call, tmp_path):
         assert name.startswith("x_0.00")
         code, out, err = call(record, *arguments)
         assert code == 0 and f"_{name}\n" in out, err
+    monkeypatch.setenv("LAUNCHED_BY", "bash run.sh")
+    assert "\nbash run.sh record " in call(record, *swept, *words)[2]
 
 
 def test_bad_input_is_one_line(swept, call, tmp_path):

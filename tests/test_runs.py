@@ -371,7 +371,7 @@ def test_runs_from_a_copy_in_a_records_folder(launch, tmp_path, corpus):
     (home / "data" / "datasets").mkdir(parents=True)
     shutil.copy(SCRIPT, record)
     away = {"script": record / "train_gpt.py", "cwd": record, "DATA_PATH": "UNSET"}
-    launch(**away).refused("DATA_PATH is not set", "fineweb10B_sp400 (./run.sh data --variant sp400 fetches it)",
+    launch(**away).refused("DATA_PATH is not set", "fineweb10B_sp400 (./run.sh data --variant sp400 fetches it, ",
                            "embedded_sp400 (python data/prepare.py embedded --vocab-size 400 makes it)")
     shutil.copytree(corpus, home / "data" / "datasets" / "embedded_sp400")
     run = launch(run_id="other", ITERATIONS=3, **away)
@@ -407,7 +407,7 @@ def test_a_share_of_a_step_is_timed_and_scaled(tiny, corpus, monkeypatch, ranks,
 def test_check_predicts_and_leaves_nothing(launch, finished, tmp_path):
     run = launch(options=["--check", "--ranks", "4"], MAX_WALLCLOCK_SECONDS=1, ITERATIONS=1000)
     assert run.code == 0, run.err
-    assert "steps:      at most 1,000 of 256 tokens; how many 0.75 s allow is unknown, --check --time would" in run.out
+    assert "steps:      at most 1,000 of 256 tokens; how many 0.75 s allow is unknown, --check --time" in run.out
     timed = launch(options=["--check", "--ranks", "2", "--time"], MAX_WALLCLOCK_SECONDS=1000, MICRO_BATCH_SEQS=1).out
     steps = r"^steps: +about 12 of at most 12 of 256 tokens: [\d.]+ ms each, timed on 1 of a rank's 4 sequences$"
     assert re.search(steps, timed, re.M), timed

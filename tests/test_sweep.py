@@ -82,7 +82,10 @@ def test_results(swept):
     assert text.startswith(f"# both: {title}\n") and title in said
     scores = [float(x) for x in re.findall(r"\*\*([\d.]+)\*\*", text)]
     assert len(scores) == 4 and scores == sorted(scores)
-    assert f"export DATA_PATH={json.loads((folder / 'sweep.json').read_text())['base']['DATA_PATH']}\n" in text
+    base = json.loads((folder / "sweep.json").read_text())["base"]
+    made = shlex.split(text.split("```sh\n")[1].split("```")[0].replace("\\\n", ""))
+    at = made.index("./run.sh")
+    assert made[:at] == [f"{name}={value}" for name, value in base.items()] and made[at + 1] == "sweep", "one command"
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
     assert f"best {float(best['val_bpb']):.4f} BPB" in (folder / "results.svg").read_text()
 
@@ -160,8 +163,12 @@ def test_each_run_is_audited_after_it_where_that_is_wanted(corpus, tmp_path, mon
     (tmp_path / "audit.py").write_text(AUDIT)
     monkeypatch.setattr(sweep, "AUDIT", tmp_path / "audit.py")
     variables = {"AUDIT": "1", "ITERATIONS": "2", "FINAL_EVAL_ENABLE": "0", "FINAL_SLIDING_EVAL_ENABLE": "0"}
-    done = run(corpus, tmp_path, "SEED=1,2,3", "--name", "all", **variables)
-    assert done.code == 1 and done.out.count("its audit is next") == 3, done.out + done.err
+    done = run(corpus, tmp_path, "SEED=1,2,3", "--name", "all", LAUNCHED_BY="../run.sh", **variables)
+    assert done.code == 1 and len(re.findall(r"^ran      \S+: its audit is next; ", done.out, re.M)) == 3, done.out
+    assert len(re.findall("^audits   ", done.out, re.M)) == 3
+    assert not re.search("^started .* again", done.out, re.M)
+    made = (tmp_path / "all" / "results.md").read_text()
+    assert "\nAUDIT=1 \\\n../run.sh sweep SEED=1,2,3 --jobs 1 --name all\n" in made, "as it was launched"
     assert "failed   3_SEED=3: AssertionError: odd seed" in done.out
     rows = table(tmp_path / "all")
     assert [row["reason"] for row in rows] == ["", "audit, causal: it peeks", "not audited: AssertionError: odd seed"]
@@ -175,6 +182,17 @@ def planned(monkeypatch, tmp_path, *grid, **variables):
     runs = sweep.configured(sweep.read_grid(grid), 1, tmp_path)
     sweep.share(runs)
     return runs
+
+
+def test_the_time_left_counts_what_audits_take(monkeypatch, tmp_path):
+    runs = planned(monkeypatch, tmp_path, "SEED=1,2,3", LAUNCHED_BY="../run.sh")
+    assert "LAUNCHED_BY" not in sweep.base_environment(), "a run would name the sweep's launcher"
+    going = sweep.Sweep(runs, [sweep.Slot([], 1)])
+    monkeypatch.setattr(sweep.Run, "summary", lambda run: {"seconds": {"total": 60.0}})
+    runs[0].state = "finished"
+    assert going.minutes_left() == 2.0, "one that an earlier sweep has finished"
+    runs[0].spent = 120.0
+    assert going.minutes_left() == 4.0
 
 
 def test_what_the_export_leaves_to_training_tells_trainings_apart(monkeypatch, tmp_path):

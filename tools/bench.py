@@ -269,7 +269,9 @@ def against(other: Path, ranks: int, repeats: int, folder: Path) -> dict:
 
 
 def launched(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="./run.sh bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda problem: fail(f"{problem}; ./run.sh bench --help says how")
     parser.add_argument("--against", metavar="SCRIPT", type=Path, help="another script of this field")
     parser.add_argument("--steps", type=int, default=5, help="training steps in one measurement (5)")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of a part (5), or runs of a script")

@@ -239,6 +239,8 @@ def training(plt, runs: list[Run], labels: list[str], title: str, path: Path) ->
             draw_noisy(axis, curves, legends(runs, labels), name, unit, marks)
         else:
             draw(axis, curves, legends(runs, labels), name, unit, "step")
+        if axis.get_xscale() == "linear":
+            axis.xaxis.get_major_locator().set_params(integer=True)  # steps are whole
     entitle(figure, heading(runs, labels, title))
     legend(figure, axes)
     save(plt, figure, path)
@@ -281,7 +283,7 @@ def sizes(plt, runs: list[Run], labels: list[str], title: str, path: Path) -> bo
     left = [0] * len(found)
     for part in used:
         widths = [parts.get(part, 0) for parts, _, _ in found]
-        bars = axis.barh(range(len(found)), widths, left=left, height=0.6, color=COLOURS[used.index(part) % 8],
+        bars = axis.barh(range(len(found)), widths, left=left, height=0.6, color=COLOURS[list(PARTS).index(part) % 8],
                          hatch=PARTS[part], edgecolor="white", linewidth=0.6, label=part)
         texts = [f"{width:,}" if width > 0.09 * most else "" for width in widths]
         axis.bar_label(bars, texts, label_type="center", fontsize="small",

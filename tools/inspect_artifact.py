@@ -15,6 +15,7 @@ import collections
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,12 @@ def contents(path: str) -> Contents:
     return Contents(header["config"], tensors, dict(sizes), coded, tables, frame, payload, len(blob))
 
 
+def find(word: str) -> str:
+    """The artifact that a word names: its path, a run's folder, or that folder's name under LOG_DIR."""
+    folders = [Path(word), Path(os.environ.get("LOG_DIR") or t.Config.log_dir, word)]
+    return next((str(folder / t.ARTIFACT_NAME) for folder in folders if folder.is_dir()), word)
+
+
 def code_and_limit(path: str) -> tuple[int, int]:
     """Bytes of the code and of the limit that the file counts against: of its run, where a summary.json beside it is of
     this file, else of this script and of the challenge."""
@@ -112,10 +119,11 @@ def table(path: str) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="./run.sh inspect", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", metavar="FILE", help=f"a run's {t.ARTIFACT_NAME}")
+    parser.add_argument("files", nargs="+", metavar="FILE", help=f"a run's folder, its RUN_ID, or its "
+                        f"{t.ARTIFACT_NAME}")
     try:
-        for number, path in enumerate(parser.parse_args(argv).files):
-            t.show("\n" * bool(number) + table(path))
+        for number, word in enumerate(parser.parse_args(argv).files):
+            t.show("\n" * bool(number) + table(find(word)))
     except t.UserError as problem:
         sys.stderr.write(f"error: {t.one_line(problem)}\n")
         return 2

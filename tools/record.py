@@ -112,11 +112,12 @@ def one_a_seed(runs: list[Run], argv: list[str], options: argparse.Namespace) ->
     if "--name" in rest:
         at = rest.index("--name")
         del rest[at : at + 2]
+    launcher = os.environ.get("LAUNCHED_BY", "./run.sh")
     lines = [f"the runs differ in {' and '.join(names)}, not in the seed alone; give those of one value:"]
     for values, group in groups.items():
         label = re.sub(r"[^A-Za-z0-9._-]", "-", "_".join([options.name, *values]))
         paths = [os.path.relpath(run.path) if run.path.is_relative_to(Path.cwd()) else str(run.path) for run in group]
-        lines.append(f"./run.sh record {shlex.join([*paths, *rest, '--name', label])}")
+        lines.append(f"{launcher} record {shlex.join([*paths, *rest, '--name', label])}")
     return lines
 
 

@@ -120,7 +120,8 @@ def blurb(runs: list[Run]) -> str:
     run = runs[0]
     size = run.trainer.parameters if run.trainer.counted else None
     seconds = statistics.mean(r.training_seconds or 0.0 for r in runs)
-    return (f"{run.settings.get('NUM_LAYERS')} layers, width {run.settings.get('MODEL_DIM')}"
+    layers = run.settings.get("NUM_LAYERS")
+    return (f"{layers} layer{'s' * (layers != 1)}, width {run.settings.get('MODEL_DIM')}"
             + (f", {size:,} parameters" if size else "") + f"; trained {seconds:,.0f} s on {hardware_of(run)}, data "
             f"{data_of(run)}, {len(runs)} seed{'s' * (len(runs) > 1)}")
 

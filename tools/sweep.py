@@ -78,6 +78,7 @@ class Run:
     state: str = "waiting"  # or running, finished, failed, cut
     reason: str = ""
     began: float = 0.0
+    spent: float = 0.0  # seconds of its processes, the audit's too
     output_from: int = 0  # where in its output file this attempt begins
     weights: "Run | None" = None
     artifact: "Run | None" = None
@@ -177,7 +178,7 @@ def read_grid(words: list[str]) -> list[dict[str, str]]:
             fail(f"{name}: given twice; give all its values at once, {name}=a,b,c")
         axes[name] = values.split(",")
         if "" in axes[name]:
-            fail(f"{word}: a value is missing; give {name}=a,b,c, and in a --list what is empty or has a comma")
+            fail(f"{word}: a value is missing; give {name}=a,b,c (one that is empty or has a comma goes into a --list)")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
@@ -208,7 +209,8 @@ def combine(listed: list[dict], grid: list[dict]) -> list[dict]:
 
 def base_environment() -> dict[str, str]:
     """The environment of every run, but for what the sweep sets."""
-    return {name: value for name, value in os.environ.items() if name not in ("RUN_ID", "RESUME", "AUDIT")}
+    own = ("RUN_ID", "RESUME", "AUDIT", "LAUNCHED_BY")
+    return {name: value for name, value in os.environ.items() if name not in own}
 
 
 def configured(given: list[dict], ranks: int, folder: Path) -> list[Run]:
@@ -325,8 +327,8 @@ class Sweep:
 
     def start(self, run: Run, place: int):
         """Start what is next of a run: train_gpt.py, or once that has come to its end the audit."""
-        slot, again = self.slots[place], run.folder.exists()
-        command = [sys.executable, str(AUDIT), str(run.folder)] if run.summary() else slot.command()
+        slot, again, audits = self.slots[place], run.folder.exists(), run.summary() is not None
+        command = [sys.executable, str(AUDIT), str(run.folder)] if audits else slot.command()
         with open(run.output, "ab") as out:
             run.output_from = out.tell()
             # a session of its own: Ctrl-C reaches the sweep alone, which tells the runs; with the lock, so that no
@@ -336,7 +338,7 @@ class Sweep:
                                        pass_fds=(self.lock,))
         run.state, run.reason, run.began = "running", "", time.monotonic()
         self.active[place] = run, process
-        results.tell(f"started  {run.name}" + " again" * again)
+        results.tell(f"audits   {run.name}" if audits else f"started  {run.name}" + " again" * again)
 
     def reap(self):
         """Take in the processes that have ended."""
@@ -344,12 +346,14 @@ class Sweep:
             if process.poll() is None:
                 continue
             del self.active[place]
+            run.spent += time.monotonic() - run.began
             run.settle()
             if run.state == "running" and run.summary() and AUDIT.name not in str(process.args):
                 run.state = "waiting"  # for its audit
             elif run.state == "running":
                 run.state, run.reason = "cut" if self.caught else "failed", self.why(run, process.returncode)
-            results.tell(f"{run.state:8} {run.name}: {self.outcome(run)}; {self.counts()}")
+            state = "ran" if run.state == "waiting" else run.state
+            results.tell(f"{state:8} {run.name}: {self.outcome(run)}; {self.counts()}")
 
     def why(self, run: Run, code: int) -> str:
         """One line on why a run ended early, from what it printed."""
@@ -424,7 +428,7 @@ class Sweep:
         known: dict[str, list[float]] = {}
         for run in self.runs:
             if run.state == "finished" and (summary := run.summary()):
-                known.setdefault(run.kind, []).append(summary["seconds"]["total"])
+                known.setdefault(run.kind, []).append(run.spent or summary["seconds"]["total"])
         every = [seconds for values in known.values() for seconds in values]
         left = [known.get(run.kind, every) for run in self.runs if run.state in ("running", "waiting")]
         return sum(statistics.mean(values) for values in left) / len(self.slots) / 60 if every else 0.0
@@ -550,7 +554,8 @@ def launched(argv: list[str]) -> int:
                 corpus.provide(run.cfg)
         check(runs[0], slots[0])
     words = [*options.grid, *(["--list", str(options.list)] if options.list else []), "--jobs", str(options.jobs)]
-    command = f"./run.sh sweep {shlex.join(words)} --name {shlex.quote(folder.name)}"
+    launcher = os.environ.get("LAUNCHED_BY", "./run.sh")
+    command = f"{launcher} sweep {shlex.join(words)} --name {shlex.quote(folder.name)}"
     lock = take(folder, description, command)
     for run in runs:
         run.folder, run.audited = folder / run.name, os.environ.get("AUDIT", "0") == "1"
@@ -560,7 +565,8 @@ def launched(argv: list[str]) -> int:
                  f"weights of others, {kinds.count('score')} from artifacts of others; {len(slots)} at a time, "
                  f"{slots[0].share} each")
     number = Sweep(runs, slots, lock).go()
-    results.write(folder, runs, description["base"], command)
+    audits = {"AUDIT": "1"} if runs[0].audited else {}
+    results.write(folder, runs, description["base"] | audits, command)
     os.close(lock)
     if number:
         names = sorted({*description["base"], "AUDIT", "LOG_DIR", "OMP_NUM_THREADS"} & os.environ.keys())

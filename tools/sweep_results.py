@@ -237,7 +237,7 @@ def markdown(name: str, groups: list[Group], base: dict, command: str) -> str:
     if notes := counted(caveat for r in results for caveat in r.caveats):
         lines += ["", "Caveats:", ""] + [f"- {text}" + (f" ({n} of {len(results)} runs)" if n < len(results) else "")
                                          for text, n in notes]
-    lines += ["", "Made by:", "", "```sh", *(f"export {n}={shlex.quote(v)}" for n, v in base.items()), command, "```"]
+    lines += ["", "Made by:", "", "```sh", *(f"{n}={shlex.quote(v)} \\" for n, v in base.items()), command, "```"]
     return "\n".join(lines) + "\n"
 
 
