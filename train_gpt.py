@@ -263,32 +263,31 @@ REMOVED = {
 }
 # What other scripts call it; with or without the _.
 CALLED_ELSEWHERE = {
-    "MATRIX_LR": ("LR", "LRATE", "LEARNING_RATE", "MAX_LR", "PEAK_LR", "BASE_LR", "MUON_LR"),
-    "MUON_WD": ("WD", "WEIGHT_DECAY"),
-    "MUON_MOMENTUM": ("MOMENTUM",),
-    "GRAD_CLIP_NORM": ("MAX_GRAD_NORM", "GRADIENT_CLIP", "CLIP_GRAD", "CLIP_GRAD_NORM"),
-    "ITERATIONS": ("STEPS", "MAX_STEPS", "NUM_STEPS", "TOTAL_STEPS", "TRAIN_STEPS", "ITERS", "MAX_ITERS", "NUM_ITERS",
-                   "N_ITERS", "EPOCHS", "NUM_EPOCHS", "MAX_EPOCHS"),
-    "MAX_WALLCLOCK_SECONDS": ("MAX_SECONDS", "TRAIN_SECONDS", "MAX_TRAIN_SECONDS"),
-    "TRAIN_BATCH_TOKENS": ("BATCH_SIZE", "BATCH_TOKENS", "TOTAL_BATCH_SIZE", "TRAIN_BATCH_SIZE", "MAX_BATCH_SIZE"),
-    "MICRO_BATCH_SEQS": ("MICRO_BATCH_SIZE", "DEVICE_BATCH_SIZE", "GRAD_ACCUM_STEPS", "GRADIENT_ACCUMULATION_STEPS"),
-    "TRAIN_SEQ_LEN": ("SEQ_LEN", "SEQ_LENGTH", "SEQUENCE_LENGTH", "MAX_SEQ_LEN", "MAX_SEQ_LENGTH", "BLOCK_SIZE",
-                      "CONTEXT_LENGTH", "CTX_LEN"),
-    "NUM_LAYERS": ("LAYERS", "N_LAYER", "N_LAYERS", "DEPTH"),
-    "NUM_HEADS": ("HEADS", "N_HEAD", "N_HEADS"),
-    "NUM_KV_HEADS": ("KV_HEADS", "N_KV_HEADS"),
-    "MODEL_DIM": ("DIM", "D_MODEL", "N_EMBD", "EMBED_DIM", "HIDDEN_DIM", "HIDDEN_SIZE"),
-    "MLP_MULT": ("MLP_RATIO",),
-    "LOGIT_SOFTCAP": ("SOFTCAP",),
-    "EVAL_STRIDE": ("STRIDE",),
-    "TTT_LORA_RANK": ("LORA_RANK",),
-    "VAL_LOSS_EVERY": ("EVAL_EVERY", "EVAL_INTERVAL"),
-    "TRAIN_LOG_EVERY": ("LOG_EVERY", "LOG_INTERVAL"),
-    "CKPT_EVERY_SECONDS": ("SAVE_EVERY", "CKPT_EVERY"),
-    "DATA_PATH": ("TRAIN_DATA", "TRAIN_PATH", "TRAIN_DIR", "VAL_DATA"),
-    "COMPUTE_DTYPE": ("DTYPE",),
-    "USE_COMPILE": ("COMPILE",),
-    "SEED": ("RANDOM_SEED",),
+    "MATRIX_LR": "LR LRATE LEARNING_RATE MAX_LR PEAK_LR BASE_LR MUON_LR",
+    "MUON_WD": "WD WEIGHT_DECAY",
+    "MUON_MOMENTUM": "MOMENTUM",
+    "GRAD_CLIP_NORM": "MAX_GRAD_NORM GRADIENT_CLIP CLIP_GRAD CLIP_GRAD_NORM",
+    "ITERATIONS": "STEPS MAX_STEPS NUM_STEPS TOTAL_STEPS TRAIN_STEPS ITERS MAX_ITERS NUM_ITERS N_ITERS EPOCHS "
+                  "NUM_EPOCHS MAX_EPOCHS",
+    "MAX_WALLCLOCK_SECONDS": "MAX_SECONDS TRAIN_SECONDS MAX_TRAIN_SECONDS",
+    "TRAIN_BATCH_TOKENS": "BATCH_SIZE BATCH_TOKENS TOTAL_BATCH_SIZE TRAIN_BATCH_SIZE MAX_BATCH_SIZE",
+    "MICRO_BATCH_SEQS": "MICRO_BATCH_SIZE DEVICE_BATCH_SIZE GRAD_ACCUM_STEPS GRADIENT_ACCUMULATION_STEPS",
+    "TRAIN_SEQ_LEN": "SEQ_LEN SEQ_LENGTH SEQUENCE_LENGTH MAX_SEQ_LEN MAX_SEQ_LENGTH BLOCK_SIZE CONTEXT_LENGTH CTX_LEN",
+    "NUM_LAYERS": "LAYERS N_LAYER N_LAYERS DEPTH",
+    "NUM_HEADS": "HEADS N_HEAD N_HEADS",
+    "NUM_KV_HEADS": "KV_HEADS N_KV_HEADS",
+    "MODEL_DIM": "DIM D_MODEL N_EMBD EMBED_DIM HIDDEN_DIM HIDDEN_SIZE",
+    "MLP_MULT": "MLP_RATIO",
+    "LOGIT_SOFTCAP": "SOFTCAP",
+    "EVAL_STRIDE": "STRIDE",
+    "TTT_LORA_RANK": "LORA_RANK",
+    "VAL_LOSS_EVERY": "EVAL_EVERY EVAL_INTERVAL",
+    "TRAIN_LOG_EVERY": "LOG_EVERY LOG_INTERVAL",
+    "CKPT_EVERY_SECONDS": "SAVE_EVERY CKPT_EVERY",
+    "DATA_PATH": "TRAIN_DATA TRAIN_PATH TRAIN_DIR VAL_DATA",
+    "COMPUTE_DTYPE": "DTYPE",
+    "USE_COMPILE": "COMPILE",
+    "SEED": "RANDOM_SEED",
 }
 # The beginnings of our names that clusters, shells and other software set.
 BARE_ELSEWHERE = ("DATA", "ENV", "HEAD", "KEEP", "LOG", "MAX", "MODEL", "NUM", "RUN", "USE")
@@ -358,7 +357,7 @@ def meant(name: str) -> str:
     program's."""
     word, ours = name.upper(), [f.name.upper() for f in VARIABLES]
     letters = word.replace("_", "")
-    called = [our for our, others in CALLED_ELSEWHERE.items() if letters in (o.replace("_", "") for o in others)]
+    called = [our for our, others in CALLED_ELSEWHERE.items() if letters in others.replace("_", "").split()]
     begun = [our for our in ours if our.startswith(f"{word}_") and word not in BARE_ELSEWHERE]
     near = difflib.get_close_matches(word, [our for our in ours if is_near(word, our)], 1, 0.0)
     family = next((family for family in FAMILIES if word.startswith(family)), None)

@@ -117,7 +117,8 @@ def test_every_beginning_of_a_variable_stops_a_run_or_is_known_elsewhere():
     ours = {f.name.upper() for f in train_gpt.VARIABLES}
     heads = {name[:i] for name in ours for i, sign in enumerate(name) if sign == "_"} - ours
     assert {name for name in heads if not problems(**{name: "1"})} == set(train_gpt.BARE_ELSEWHERE)
-    for our, others in train_gpt.CALLED_ELSEWHERE.items():
+    for our, names in train_gpt.CALLED_ELSEWHERE.items():
+        others = names.split()
         assert our in ours and ours.isdisjoint(others)
         assert [train_gpt.meant(name) for name in others] == [our] * len(others)
 
