@@ -77,11 +77,10 @@ case " $* " in *" --help "* | *" -h "*)  # of what can answer without a package
 esac
 need "$here/requirements.txt" torch numpy sentencepiece zstandard
 
-# The command by which this was started, for those that it and its jobs print.
+# The command by which this was started, for those that jobs print; only what is started for them has it.
 LAUNCHED_BY=$(printf %q "$0")
 case $0 in */*) ;; *) LAUNCHED_BY="bash $LAUNCHED_BY" ;; esac
 [ "$py" != "${PYTHON:-}" ] || LAUNCHED_BY="PYTHON=$(printf %q "$py") $LAUNCHED_BY"
-export LAUNCHED_BY
 
 # How many GPUs torch can use; to ask it takes seconds. Without any the script takes PRESET=demo.
 count_gpus() {
@@ -126,6 +125,7 @@ case $job in
     audit=${AUDIT:-0}
     unset AUDIT  # which is ours and not the script's
     [ "$audit" = 0 ] || LAUNCHED_BY="AUDIT=1 $LAUNCHED_BY"
+    export LAUNCHED_BY
     count_gpus
     ranks=$((gpus > 0 ? gpus : 1))
     (check "$ranks")
@@ -162,6 +162,7 @@ case $job in
     [ ! -x "$here/.venv/bin/python" ] || py=$here/.venv/bin/python  # where that had to make one
     case " $* " in *" --reference-bpb"*) need "$here/tools/requirements.txt" scipy ;; esac
     [ "$job" != sweep ] || count_gpus
+    export LAUNCHED_BY
     exec "$py" "$here/tools/$job.py" "$@" ;;
   test)
     need "$here/tests/requirements.txt" pytest xdist huggingface_hub

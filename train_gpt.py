@@ -3511,7 +3511,7 @@ def launcher() -> str:
     words = [sys.executable, *sys.orig_argv[1:]]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         with contextlib.suppress(OSError):
-            words = os.fsdecode(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()).split("\0")[:-1]
+            words = os.fsdecode(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()).split("\0")[:-1] or words
     return os.environ.get("LAUNCHED_BY") or shlex.join(words)
 
 

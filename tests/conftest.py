@@ -35,6 +35,7 @@ def clean_environment() -> dict[str, str]:
     import train_gpt
 
     ours = {f.name.upper() for f in train_gpt.VARIABLES}
+    ours.add("LAUNCHED_BY")
     kept = {n: v for n, v in os.environ.items() if n not in ours and not n.startswith(train_gpt.FAMILIES)}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 

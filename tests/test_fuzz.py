@@ -127,7 +127,7 @@ def test_hostile_variables(corpus, tmp_path, monkeypatch):
             json.loads(json.dumps(cfg.settings()))
             if cfg.num_layers <= 8 and accepted % 4 == 0:
                 opened += refused_or(begin, cfg)
-    assert accepted > 0.12 * CASES and opened > 0.03 * CASES, (accepted, opened)
+    assert accepted > 0.12 * CASES and opened > 0.02 * CASES, (accepted, opened)
 
 
 def use_tokenizer(path):

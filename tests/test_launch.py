@@ -264,8 +264,9 @@ def test_the_launcher_is_told_as_it_was_used(monkeypatch, tmp_path):
     alone = shlex.join([sys.executable, "-X", "utf8", "a b.py"])
     assert t.launcher() == alone
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    torchrun = ["-c", "import sys; sys.stdin.read()", "--nproc_per_node=2", "a b.py"]
-    with subprocess.Popen([sys.executable, *torchrun], stdin=subprocess.PIPE) as parent:
+    torchrun = ["-c", "import sys; print(flush=True); sys.stdin.read()", "--nproc_per_node=2", "a b.py"]
+    with subprocess.Popen([sys.executable, *torchrun], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        parent.stdout.readline()
         monkeypatch.setattr(os, "getppid", lambda: parent.pid)
         assert t.launcher() == shlex.join([sys.executable, *torchrun])
         parent.communicate()
