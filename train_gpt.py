@@ -505,8 +505,8 @@ def show(text: str):
 def read_launch(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """Configuration and options of this launch. Ends the process for --help (0) and for bad values (2)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options = "there are --help, and --check with [--ranks N] [--time]; variables come first, ITERATIONS=5 python ..."
-    parser.error = lambda problem: leave(2, f"error: {one_line(problem)}; {options}")
+    usage = "there are --help, and --check with [--ranks N] [--time]; variables come first, ITERATIONS=5 python ..."
+    parser.error = lambda problem: leave(2, f"error: {one_line(problem)}; {usage}")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--ranks", type=int)
@@ -2441,7 +2441,7 @@ class Exporter:
                 blob, common = None, self.next_common(tried, late)
         nominal = self.nominal(best if blob else 0.0)
         self.report |= {"attempts": len(tried), "nominal_bits": nominal, "bytes_first": tried[0.0]}
-        if blob:
+        if blob and nominal:
             self.report["coded_bits"] = coded_bits(blob)
             groups = ", ".join(f"{group} {bits:.2f}" for group, bits in nominal.items())
             self.log(f"export: nominal bits {groups} ({best:+.2f} to all); coded bits a value "

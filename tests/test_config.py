@@ -73,7 +73,8 @@ def test_all_bad_values_are_reported_at_once():
 
 @pytest.mark.parametrize("variables, options, word", [
     ({"WORLD_SIZE": "abc"}, [], "WORLD_SIZE"), ({"RANK": "0", "LOCAL_RANK": ""}, [], "LOCAL_RANK"),
-    ({}, ["--check", "--ranks", "0"], "--ranks"),
+    ({}, ["--check", "--ranks", "0"], "--ranks"), ({}, ["ITERATIONS=5"], "variables come first"),
+    ({}, ["--chek"], "--chek; there are --help, and --check"), ({}, ["--tim"], "--tim"),
     ({"RANK": "x"}, ["--check"], "RANK='x'"), ({"WORLD_SIZE": "2"}, ["--check"], "launch with torchrun"),
     ({"MODEL_PATH": "x.ptz"}, [], "only TRAIN_ENABLED=0 starts from it"),
 ])
