@@ -97,8 +97,7 @@ check() {
   { said=$("$py" "$here/train_gpt.py" --check --ranks "$1" 2>&1 >&3) && code=0 || code=$?; } 3>&1
   size=$(sed -n 's/^error: DATA_PATH is not set.*prepare.py embedded --vocab-size \([0-9]*\) makes it)$/\1/p' <<<"$said")
   if [ -n "$size" ]; then
-    echo "no FineWeb shards here (./run.sh data fetches them): using the embedded corpus"
-    "$py" "$here/data/prepare.py" embedded --vocab-size "$size"
+    "$py" "$here/tools/corpus.py" "$size"
     exec "$py" "$here/train_gpt.py" --check --ranks "$1"
   fi
   [ -z "$said" ] || echo "$said" >&2
@@ -145,6 +144,7 @@ case $job in
     follow "$py" "$here/tools/audit.py" "$folder"
     exit $((code > worst ? code : worst)) ;;
   audit)
+    export LAUNCHED_BY
     exec "$py" "$here/tools/audit.py" "$@" ;;
   bench)
     count_gpus

@@ -245,6 +245,7 @@ PRESETS = {
     },
 }
 
+NOMINAL_BITS = {"balanced": (0.0, 12.0), "rowmax": (2.0, 8.0)}  # the least and the most that a rule takes
 # What other scripts of this field know and this one does not: harmless when off, an error when on.
 NOT_IMPLEMENTED = ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS", "LAWA_ENABLED", "DTG_ENABLED",
                    "VE_ENABLED", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM", "NUM_LOOPS", "PARALLEL_START_LAYER",
@@ -283,7 +284,7 @@ CALLED_ELSEWHERE = {
     "TTT_LORA_RANK": "LORA_RANK",
     "VAL_LOSS_EVERY": "EVAL_EVERY EVAL_INTERVAL",
     "TRAIN_LOG_EVERY": "LOG_EVERY LOG_INTERVAL",
-    "CKPT_EVERY_SECONDS": "SAVE_EVERY CKPT_EVERY",
+    "CKPT_EVERY_SECONDS": "SAVE_EVERY",
     "DATA_PATH": "TRAIN_DATA TRAIN_PATH TRAIN_DIR VAL_DATA",
     "COMPUTE_DTYPE": "DTYPE",
     "USE_COMPILE": "COMPILE",
@@ -428,6 +429,7 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
     slides, full = cfg.final_sliding_eval_enable or ttt, ttt and cfg.ttt_mode == "full"
     capped = trains and cfg.export_enabled and cfg.max_wallclock_seconds
     nominal = [getattr(cfg, f.name) for f in VARIABLES if f.name.startswith("quant_bits_")]
+    least, most = NOMINAL_BITS[cfg.quant]
     rules = [  # (what must hold, of which variable, what to say where it does not)
         (dim % heads == 0, "model_dim", f"must be a multiple of NUM_HEADS={heads}"),
         (heads % cfg.num_kv_heads == 0, "num_kv_heads", f"must divide NUM_HEADS={heads}"),
@@ -443,7 +445,7 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
          f"must not exceed the width MODEL_DIM={dim}"),
         (not capped or 0 < cfg.export_seconds < cfg.max_wallclock_seconds, "export_max_seconds",
          "must be above 0 and below MAX_WALLCLOCK_SECONDS"),
-        (cfg.quant == "balanced" or all(2 <= bits <= 8 for bits in nominal), "quant", "takes QUANT_BITS_* of 2 to 8"),
+        (least <= min(nominal) and max(nominal) <= most, "quant", f"takes QUANT_BITS_* of {least:g} to {most:g}"),
         (trains or cfg.model_path, "model_path", "TRAIN_ENABLED=0 needs the artifact to start from"),
         (not trains or not cfg.model_path, "model_path", "only TRAIN_ENABLED=0 starts from it; set that or unset this"),
         (not trains or cfg.train_batch_tokens % cfg.train_seq_len == 0, "train_batch_tokens",
@@ -1852,7 +1854,6 @@ FILE_MOST, HEADER_MOST = 1 << 31, 1 << 20  # bytes of a file and of a header
 CLASSES, PRECISION = 64, 14  # rANS tables, and the bits of their frequencies
 GROUPS = ("bigram", "sidecar", "attn", "mlp", "embed")  # what has nominal bits of its own: QUANT_BITS_<group>
 FILLED, AIM, LATE_AIM = 0.995, 0.998, 0.5  # of the room: near enough; what the next attempt aims at; where it is late
-NOMINAL_BITS = {"balanced": (0.0, 12.0), "rowmax": (2.0, 8.0)}  # the least and the most that a rule takes
 MOST_ATTEMPTS = 12  # of a search, but for two that end it where nothing fits
 BYTES_A_BIT = {"balanced": 0.65 / 8, "rowmax": 1 / 8}  # a value's, of trained models: a first guess
 

@@ -38,6 +38,36 @@ def forks_for_stages(monkeypatch):
     monkeypatch.setattr(measure, "subprocess", forked)
 
 
+def test_data_is_sought_as_a_run_seeks_it(tmp_path, monkeypatch):
+    """Here, then in the project; FineWeb's shards first, with their tokenizer; made where there is nothing."""
+    monkeypatch.chdir(tmp_path)
+    project = tmp_path / "project"
+    monkeypatch.setattr(measure, "ROOT", project)
+    monkeypatch.setattr(measure.corpus, "make", lambda pieces: tmp_path / "made" / pieces)
+
+    def found(**variables) -> tuple[str, str]:
+        for name in ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        measure.find_data()
+        paths = os.environ["DATA_PATH"], os.environ.get("TOKENIZER_PATH", "")
+        return tuple(str(Path(path).relative_to(tmp_path)) if path else "" for path in paths)
+
+    assert found(VOCAB_SIZE="77") == ("made/77", "")
+    for place in (project, tmp_path):
+        (place / "data/datasets/embedded_sp77").mkdir(parents=True)
+        (place / "data/datasets/embedded_sp77/tokenizer.model").touch()
+        assert found(VOCAB_SIZE="77") == (str((place / "data/datasets/embedded_sp77").relative_to(tmp_path)), "")
+    (project / "data/datasets/fineweb10B_sp77").mkdir()
+    (project / "data/tokenizers").mkdir()
+    (project / "data/tokenizers/fineweb_77_bpe.model").touch()
+    fineweb = "project/data/datasets/fineweb10B_sp77", "project/data/tokenizers/fineweb_77_bpe.model"
+    assert found(VOCAB_SIZE="77") == fineweb and found()[0] == "made/1024"
+    (tmp_path / "mine").mkdir()
+    assert found(VOCAB_SIZE="77", DATA_PATH="mine", TOKENIZER_PATH="a.model") == ("mine", "a.model")
+
+
 def stages_of(tmp_path) -> dict:
     return json.loads((tmp_path / "logs" / "measure" / "measure.json").read_text())["stages"]
 

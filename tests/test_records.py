@@ -708,7 +708,17 @@ def test_the_same_data_by_another_path_is_the_same(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
     runs = [made_up(i, config={"data_path": path}) for i, path in enumerate(("data", str(tmp_path / "data")))]
-    assert record_checks.differences(runs) == []
+    assert record_checks.differences(runs) == [] and record_checks.settings_apart(runs) == {}
+
+
+@pytest.mark.parametrize("path, said", [
+    ("data/datasets/embedded_sp1024", "DATA_PATH=../../../data/datasets/embedded_sp1024 "),
+    (str(ROOT / "data" / "datasets" / "embedded_sp1024"), "DATA_PATH=../../../data/datasets/embedded_sp1024 "),
+    ("data/datasets/fineweb10B_sp1024", None)])
+def test_a_command_names_data_that_a_run_would_not_find_first(path, said):
+    """Also where nobody named it: elsewhere there may be FineWeb."""
+    command = record_text.command([made_up(config={"data_path": path})], "a/b")
+    assert said in command if said else "DATA_PATH" not in command
 
 
 def test_what_a_sweep_printed_stands_for_its_run(swept):

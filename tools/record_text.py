@@ -48,6 +48,9 @@ def from_record(path: str, home: str) -> str:
 def words_of(run: Run) -> str:
     """The variables and the launch of a run, from inside the record's folder, but for its seed; wrapped."""
     given = {name: value for name, value in run.given.items() if name != "SEED"}
+    data = run.settings.get("DATA_PATH")
+    if data and not data_of(run).startswith("fineweb10B"):  # which a run takes by itself where it is there
+        given["DATA_PATH"] = data
     for name, home in (("DATA_PATH", "data/datasets"), ("TOKENIZER_PATH", "data/tokenizers")):
         if given.get(name):
             given[name] = from_record(given[name], home)

@@ -554,8 +554,7 @@ def launched(argv: list[str]) -> int:
                 corpus.provide(run.cfg)
         check(runs[0], slots[0])
     words = [*options.grid, *(["--list", str(options.list)] if options.list else []), "--jobs", str(options.jobs)]
-    launcher = os.environ.get("LAUNCHED_BY", "./run.sh")
-    command = f"{launcher} sweep {shlex.join(words)} --name {shlex.quote(folder.name)}"
+    command = f"{results.launcher()} sweep {shlex.join(words)} --name {shlex.quote(folder.name)}"
     lock = take(folder, description, command)
     for run in runs:
         run.folder, run.audited = folder / run.name, os.environ.get("AUDIT", "0") == "1"
@@ -565,13 +564,13 @@ def launched(argv: list[str]) -> int:
                  f"weights of others, {kinds.count('score')} from artifacts of others; {len(slots)} at a time, "
                  f"{slots[0].share} each")
     number = Sweep(runs, slots, lock).go()
-    audits = {"AUDIT": "1"} if runs[0].audited else {}
-    results.write(folder, runs, description["base"] | audits, command)
+    names = sorted({*description["base"], "AUDIT", "CUDA_VISIBLE_DEVICES", "LOG_DIR", "OMP_NUM_THREADS"})
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    results.write(folder, runs, given, command)
     os.close(lock)
     if number:
-        names = sorted({*description["base"], "AUDIT", "LOG_DIR", "OMP_NUM_THREADS"} & os.environ.keys())
-        given = [f"{name}={shlex.quote(os.environ[name])}" for name in names]
-        sys.stderr.write(f"interrupted by {signal.Signals(number).name}; to go on: {' '.join([*given, command])}\n")
+        words = [*(f"{name}={shlex.quote(value)}" for name, value in given.items()), command]
+        sys.stderr.write(f"interrupted by {signal.Signals(number).name}; to go on: {' '.join(words)}\n")
         return 128 + number
     failed = [run for run in runs if run.state == "failed"]
     if failed:

@@ -36,6 +36,11 @@ def utf_8(word: str) -> str:
     return os.fsencode(word).decode("utf-8", "replace")
 
 
+def launcher() -> str:
+    """run.sh, by the command that started this."""
+    return os.environ.get("LAUNCHED_BY", "./run.sh")
+
+
 def counted(items) -> list[tuple]:
     """Each item and how often it occurs, in the order of their first."""
     return list(collections.Counter(items).items())
