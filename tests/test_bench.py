@@ -64,6 +64,7 @@ def test_a_script_beside_ours(run, tmp_path):
 
 @pytest.mark.parametrize("arguments, variables, says", [
     (["--against", "missing.py"], {}, "missing.py: no such file"), (["--steps", "0"], {}, "at least 1"),
+    (["--foo"], {}, "unrecognized arguments: --foo; ./run.sh bench --help says how"),
     ([], {"DATA_PATH": "/nowhere"}, "/nowhere"), ([], {"NUM_LAYERS": "x"}, "NUM_LAYERS"),
     ([], {"TRAIN_ENABLED": "0", "MODEL_PATH": "x"}, "TRAIN_ENABLED=0")])
 def test_bad_input_is_one_line(run, arguments, variables, says):

@@ -208,6 +208,28 @@ def test_long_names_beside_bars_do_not_lie_over_each_other(drawn, tmp_path):
 # ---- panels ----
 
 
+def test_a_part_keeps_its_colour_and_steps_are_whole(drawn, monkeypatch):
+    """Whichever other parts there are."""
+    colours = []
+    for parts in ({"code": 5, "mlp": 5}, {"code": 4, "embed": 2, "attn": 2, "mlp": 2}):
+        monkeypatch.setattr(figures, "byte_parts", lambda run, parts=parts: parts)
+        run = made("a", points=7)
+        run.total_bytes = 10
+        axis = drawn([run])["bytes"].axes[0]
+        bars = {bars.get_label(): bars.patches[0].get_facecolor() for bars in axis.containers}
+        assert list(bars) == list(parts)
+        colours.append(bars["mlp"])
+    assert colours[0] == colours[1]
+    for axis in drawn.kept["training"].axes:
+        assert all(float(tick).is_integer() for tick in axis.get_xticks())
+
+
+def test_a_label_names_the_end_of_a_path(tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    runs = [made(name, folder=tmp_path, DATA_PATH=f"/far/{name}") for name in "ab"]
+    assert figures.labels_of(runs)[0] == ["DATA_PATH=a", "DATA_PATH=b"]
+
+
 def test_few_validations_are_marks_beside_the_training_loss(drawn):
     axes = axes_of(drawn([made("a_run", validations=2), made("other", validations=1)])["training"])
     assert list(axes) == ["training loss", "learning rate of the matrices", "time of a step"]

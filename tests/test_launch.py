@@ -69,6 +69,10 @@ def test_a_torch_that_cannot_use_the_gpu_has_none(project, tmp_path):
     env.pop("CUDA_VISIBLE_DEVICES", None)
     stub = tmp_path / "python"
     shows = 'case "$*" in *train_gpt.py*) echo "$@: ${CUDA_VISIBLE_DEVICES-all}"; exit ;; esac\nexec "$REAL"'
+    tells = shows.replace('"$@: ${CUDA_VISIBLE_DEVICES-all}"', '"$LAUNCHED_BY"')
+    stub.write_text(TWO_GPUS.replace('exec "$REAL"', tells))
+    done = subprocess.run(["bash", "run.sh"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"PYTHON={stub} bash run.sh"
     for gpus, shown in (("0", ": "), ("2", ": all")):
         stub.write_text(TWO_GPUS.replace("echo 2", f"echo {gpus}").replace('exec "$REAL"', shows))
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)

@@ -64,6 +64,8 @@ def test_data_is_sought_as_a_run_seeks_it(tmp_path, monkeypatch):
     (project / "data/tokenizers/fineweb_77_bpe.model").touch()
     fineweb = "project/data/datasets/fineweb10B_sp77", "project/data/tokenizers/fineweb_77_bpe.model"
     assert found(VOCAB_SIZE="77") == fineweb and found()[0] == "made/1024"
+    (project / "data/datasets/fineweb10B_sp77/tokenizer.model").touch()
+    assert found(VOCAB_SIZE="77") == (fineweb[0], ""), "the one beside the shards"
     (tmp_path / "mine").mkdir()
     assert found(VOCAB_SIZE="77", DATA_PATH="mine", TOKENIZER_PATH="a.model") == ("mine", "a.model")
 

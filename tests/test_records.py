@@ -451,7 +451,7 @@ def test_what_was_edited_in_two_places_is_found_in_a_third(swept, call, tmp_path
     refused(call(show, forged(swept[0], tmp_path / "edited", log=log, summary=summary)), words)
 
 
-def test_the_artifact_and_the_sweep_tell_more(swept, call, tmp_path):
+def test_the_artifact_and_the_sweep_tell_more(swept, call, tmp_path, monkeypatch):
     """The artifact has the parameters, and sweep.json the script's sha256; else that must at least compile."""
     name = ("--name", "x", "--author", "x", "--non-record")
     path = forged(swept[0], tmp_path / "edited", log=[(r"^model_params:", "model_params:9")])
@@ -471,7 +471,8 @@ def test_the_artifact_and_the_sweep_tell_more(swept, call, tmp_path):
     Path(path, "summary.json").unlink()
     refused(call(record, path, *name), "has not finished; to go on: the same sweep again")
     (tmp_path / "sweep.json").unlink()
-    hint = f"has not finished; to go on: LOG_DIR={tmp_path} RUN_ID={Path(path).name} RESUME=1 ./run.sh"
+    monkeypatch.setenv("LAUNCHED_BY", "../run.sh")
+    hint = f"has not finished; to go on: LOG_DIR={tmp_path} RUN_ID={Path(path).name} RESUME=1 ../run.sh"
     refused(call(record, path, *name), hint)
 
 
@@ -709,6 +710,11 @@ def test_the_same_data_by_another_path_is_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [made_up(i, config={"data_path": path}) for i, path in enumerate(("data", str(tmp_path / "data")))]
     assert record_checks.differences(runs) == [] and record_checks.settings_apart(runs) == {}
+
+
+def test_a_model_of_one_layer_has_one():
+    for layers, said in ((1, "1 layer, "), (2, "2 layers, ")):
+        assert record_text.blurb([made_up(config={"num_layers": layers})]).startswith(said)
 
 
 @pytest.mark.parametrize("path, said", [

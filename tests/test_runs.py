@@ -274,6 +274,8 @@ def test_an_average_that_lags_is_said(launch):
     note = f"the averaged weights score {averaged:.4f} BPB, the last ones {raw:.4f}: EMA_DECAY=0.997 remembers too " \
            "much for 30 steps, 0.33 suits them"
     assert note in run.summary["caveats"] and f"note: {note}\n" in run.out
+    short = {"train": {"raw_bpb": 1.0, "steps": 20}, "eval": {"float": {"val_bpb": 2.0}}}
+    assert t.lag_of_average(t.Config(), short).endswith("too much for 20 steps, EMA_ENABLED=0 suits them")
     run = launch(run_id="suits", EMA_DECAY=0.33, **variables)
     assert run.summary["eval"]["float"]["val_bpb"] < 1.005 * raw and "remembers" not in run.out
 
@@ -548,6 +550,8 @@ def test_run_sh_refuses_a_missing_data_path(tmp_path):
     assert done.returncode == 2 and done.stderr.strip().startswith("error: DATA_PATH=nowhere")
     done = shell(f"{ROOT}/run.sh dance", tmp_path)
     assert done.returncode == 2 and "no job named dance" in done.stderr
+    done = shell(f"{ROOT}/run.sh SEED=7", tmp_path)
+    assert done.returncode == 2 and "variables come before the command, as in SEED=7 ./run.sh" in done.stderr
 
 
 def test_the_demo_runs_end_to_end(tmp_path, embedded):
