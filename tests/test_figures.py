@@ -213,7 +213,7 @@ def test_a_part_keeps_its_colour_and_steps_are_whole(drawn, monkeypatch):
     colours = []
     for parts in ({"code": 5, "mlp": 5}, {"code": 4, "embed": 2, "attn": 2, "mlp": 2}):
         monkeypatch.setattr(figures, "byte_parts", lambda run, parts=parts: parts)
-        run = made("a", points=7)
+        run = made("a", points=20)  # where ticks would be at 2.5
         run.total_bytes = 10
         axis = drawn([run])["bytes"].axes[0]
         bars = {bars.get_label(): bars.patches[0].get_facecolor() for bars in axis.containers}
