@@ -13,6 +13,7 @@ Exit codes: 0 a finished run; 1 a finished run that failed a check, such as the 
 """
 
 import argparse
+import bisect
 import collections
 import contextlib
 import copy
@@ -565,6 +566,9 @@ except ImportError:
 # ==== Process and log: this rank among the others, its device, the signals it gets, what it tells people ==============
 
 CGROUPS = Path("/sys/fs/cgroup")  # where Linux keeps the limits of containers and jobs
+# Before torch 2.13 they have other names, at which it warns.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class SharedError(UserError):
@@ -694,13 +698,20 @@ class Process:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks, in place."""
-        self.begin_sum_(tensor)()
+        if self.world > 1:
+            dist.all_reduce(tensor)
         return tensor
 
-    def begin_sum_(self, tensor: Tensor):
-        """Begin to sum `tensor` over the ranks, in place, beside what is computed next. Returns what waits for it: on a
-        GPU the stream, not the host."""
-        return dist.all_reduce(tensor, async_op=True).wait if self.world > 1 else lambda: None
+    def scatter_sum_(self, rows: Tensor) -> Tensor:
+        """Sum `rows` [world, n] over the ranks, in place: each gets its own row alone, which is returned."""
+        if self.world > 1:
+            reduce_scatter(rows[self.rank], rows.view(-1))
+        return rows[self.rank]
+
+    def begin_gather_(self, rows: Tensor):
+        """Begin to fill `rows` [world, n], of which each rank has its own, beside what is computed next. Returns what
+        waits for it: on a GPU the stream, not the host."""
+        return all_gather(rows.view(-1), rows[self.rank], async_op=True).wait if self.world > 1 else lambda: None
 
     def heard(self, seconds: float) -> tuple[float, int]:
         """Rank 0's `seconds`, and the signal that any rank has caught, 0 for none; on every rank."""
@@ -1361,56 +1372,93 @@ def compiled(model: GPT, cfg: Config, process: Process):
 # ==== Optimizers: one flat vector of weights, Muon for matrices, AdamW for the rest, EMA ==============================
 
 
+def cut(sizes: list[int], runs: int) -> list[int]:
+    """Where to cut tensors of these sizes, which lie one after another, into runs as even as can be: the first element
+    of each run, and the end of the last. A run takes tensors until it is nearest to its share of what is left."""
+    borders, sizes = [0], collections.deque(sizes)
+    for left in range(runs, 0, -1):
+        share, size = sum(sizes) / left, 0
+        while sizes and size + sizes[0] / 2 <= share:
+            size += sizes.popleft()
+        borders.append(borders[-1] + size)
+    return borders
+
+
 class FlatWeights:
     """All weights as views of one fp32 vector, and all gradients of another.
 
-    Matrices come first, those of one shape side by side: Muon's batch, the reduction over ranks, clipping and the
-    EMA are then each one operation on a view. `buffer` has one more element than `grads`, the loss, which so travels
-    with them. `spans` lists (role, shape, first element, number of tensors).
+    `weights` has the matrices first, those of one shape side by side, so that Muon's batch is a view. They are cut into
+    a run for each of `ranks`, at `borders`. `buffer` has the gradients: `rows` [ranks, longest run] of the matrices,
+    whose padding is always 0, then `rest`, which ends in the loss, so that it travels with them. `spans` lists (role,
+    run, shape, first element in `weights`) of each tensor; those that are no matrices are one more run.
     """
 
-    def __init__(self, model: GPT, device: torch.device):
+    def __init__(self, model: GPT, device: torch.device, ranks: int = 1):
         order = {"matrix": 0, "embed": 1, "head": 2, "vector": 3}  # the smallest last, so that views stay aligned
         named = sorted(model.named_parameters(), key=lambda item: (
             order[model.role(item[0])], -item[1].numel(), tuple(item[1].shape)))
-        total, begin = sum(p.numel() for _, p in named), 0
-        self.weights, self.buffer = torch.empty(total, device=device), torch.zeros(total + 1, device=device)
-        self.grads, self.loss = self.buffer[:total], self.buffer[total]
-        self.spans: list[tuple[str, torch.Size, int, int]] = []
-        self.parameters = [p for _, p in named]
-        for (role, shape), group in itertools.groupby(named, lambda item: (model.role(item[0]), item[1].shape)):
-            params = [p for _, p in group]
-            self.spans.append((role, shape, begin, len(params)))
-            for p in params:
-                part = slice(begin, begin + p.numel())
-                self.weights[part].copy_(p.data.flatten())
-                p.data, p.grad = self.weights[part].view(shape), self.grads[part].view(shape)
-                begin = part.stop
+        self.borders = cut([p.numel() for name, p in named if model.role(name) == "matrix"], ranks)
+        longest, total = max(b - a for a, b in itertools.pairwise(self.borders)), sum(p.numel() for _, p in named)
+        padding = ranks * longest - self.borders[-1]
+        self.weights, self.buffer = torch.empty(total, device=device), torch.zeros(total + padding + 1, device=device)
+        self.grads, self.loss = self.buffer[:-1], self.buffer[-1]
+        self.rows, self.rest = self.buffer[: ranks * longest].view(ranks, longest), self.buffer[ranks * longest :]
+        self.spans: list[tuple[str, int, torch.Size, int]] = []
+        self.parameters, begin = [p for _, p in named], 0
+        for name, p in named:
+            run = bisect.bisect_right(self.borders, begin) - 1
+            weights = self.weights[begin : begin + p.numel()]
+            grads = self.buffer[run * longest + begin - self.borders[run] :][: p.numel()]
+            weights.copy_(p.data.flatten())
+            p.data, p.grad = weights.view(p.shape), grads.view(p.shape)
+            self.spans.append((model.role(name), run, p.shape, begin))
+            begin += p.numel()
 
     def extent(self, role: str) -> slice:
         """Where the weights of a role lie."""
-        ends = [(begin, begin + n * shape.numel()) for r, shape, begin, n in self.spans if r == role]
+        ends = [(begin, begin + shape.numel()) for r, _, shape, begin in self.spans if r == role]
         return slice(ends[0][0], ends[-1][1]) if ends else slice(0, 0)
 
-    def gather_gradients(self, forward, tokens: Tensor, size: int, total: int, process: Process):
-        """Gradients and mean loss of a step of `total` sequences, of which this rank has tokens [n, seq_len + 1],
-        taken `size` at a time; summed over the ranks."""
-        self.buffer.zero_()
+    def gather_gradients(self, forward, tokens: Tensor, size: int, total: int):
+        """What this rank adds to the gradients and the mean loss of a step of `total` sequences: the part of its own,
+        tokens [n, seq_len + 1], taken `size` at a time."""
+        if not len(tokens):
+            self.buffer.zero_()
+            return
         learning = [p for p in self.parameters if p.requires_grad]
-        for part in tokens.split(size) if len(tokens) else ():
+        sums = [*(p.grad for p in learning), self.loss]
+        for i, part in enumerate(tokens.split(size)):
             loss = forward(part[:, :-1], part[:, 1:]).mean() * (len(part) / total)
             grads = torch.autograd.grad(loss, learning, materialize_grads=True)
-            torch._foreach_add_([p.grad for p in learning], grads)  # on a GPU a launch or two, not one a tensor
-            self.loss.add_(loss.detach())
-        process.sum_(self.buffer)
+            put = torch._foreach_add_ if i else torch._foreach_copy_  # on a GPU a launch or two, not one a tensor
+            put(sums, [*grads, loss.detach()])
 
-    def clip_(self, limit: float) -> Tensor:
-        """Scale the gradients down to a global norm of `limit`, 0 is off, without waiting for the device. Returns
-        whether they and the loss are finite."""
-        length = torch.linalg.vector_norm(self.grads)
-        if limit > 0:
-            self.grads.mul_((limit / (length + 1e-6)).clamp(max=1.0))
-        return torch.isfinite(length + self.loss)
+    def reduce(self, process: Process) -> Tensor:
+        """Sum over the ranks what they have gathered, of the matrices this rank's run alone. Returns the global norm of
+        the gradients, the same on every rank, without waiting for the device."""
+        own = torch.linalg.vector_norm(process.scatter_sum_(self.rows))
+        rest = torch.linalg.vector_norm(process.sum_(self.rest)[:-1])
+        return (process.sum_(own.square()) + rest.square()).sqrt()
+
+
+def clip_factor(length: Tensor, limit: float) -> Tensor:
+    """What brings gradients of a global norm `length` down to one of `limit`; 0 is off."""
+    return ((limit or math.inf) / (length + 1e-6)).clamp(max=1.0)
+
+
+def nesterov(grad: Tensor, buffer: Tensor, update: Tensor, momentum: Tensor, factor: Tensor):
+    """Nesterov's momentum of gradients times `factor`, with its `buffer`, into `update`. All are flat but momentum and
+    factor, which are tensors [] so that other values need no other kernel."""
+    grad = grad * factor
+    buffer.mul_(momentum).add_(grad)
+    update.copy_(grad.addcmul_(buffer, momentum))
+
+
+def descend(weights: Tensor, average: Tensor | None, update: Tensor, rate: Tensor, decay: float, ema: float):
+    """Take an update at `rate`, a tensor [], with decoupled weight decay; the average moves to the weights by `ema`."""
+    weights.mul_(1 - rate * decay).addcmul_(update, rate, value=-1)
+    if average is not None:
+        average.lerp_(weights, ema)
 
 
 def newton_schulz(g: Tensor, steps: int) -> Tensor:
@@ -1437,31 +1485,31 @@ def even_rows(x: Tensor, sizes: Tensor, weight: float) -> Tensor:
 class Muon:
     """Nesterov momentum, orthogonalised, for matrices. (https://kellerjordan.github.io/posts/muon/)
 
-    Matrices of one shape are one batch. Of each batch a rank treats its share and holds that share's momentum. It
-    writes the updates into a vector that is zero elsewhere: summed over the ranks it holds everyone's.
+    A rank treats the matrices of its run and holds their momentum alone; those of one shape are one batch. `updates`
+    [world, longest run] has a row of each rank.
     """
 
     def __init__(self, cfg: Config, flat: FlatWeights, process: Process):
         self.cfg, self.flat, self.process = cfg, flat, process
         own_kernels = process.cuda and compiles(cfg, process)
-        self.orthogonalise = torch.compile(newton_schulz, dynamic=False) if own_kernels else newton_schulz
-        self.update = torch.zeros(flat.extent("matrix").stop, device=process.device, dtype=process.dtype)
-        self.batches = []  # (shape, all of it in the flat vector, this rank's share, rows of the share), as slices
-        self.rows = 0
-        for role, shape, begin, n in flat.spans:
-            if role == "matrix":
-                low, high = n * process.rank // process.world, n * (process.rank + 1) // process.world
-                whole = slice(begin, begin + n * shape.numel())
-                mine = slice(begin + low * shape.numel(), begin + high * shape.numel())
-                rows = slice(self.rows + low * shape[0], self.rows + high * shape[0])
-                self.batches.append((shape, whole, mine, rows))
-                self.rows += n * shape[0]
+        self.nesterov, self.orthogonalise, self.even_rows, self.descend = (
+            torch.compile(function, dynamic=False) if own_kernels else function
+            for function in (nesterov, newton_schulz, even_rows, descend))
+        self.updates = torch.zeros_like(flat.rows, dtype=process.dtype)
+        self.heights = [sum(shape[0] for _, of, shape, _ in flat.spans if of == run) for run in range(process.world)]
+        self.batches, row = [], 0  # (shape, where in this rank's run, its rows), as slices
+        mine = [(shape, begin - flat.borders[run]) for _, run, shape, begin in flat.spans if run == process.rank]
+        for shape, group in itertools.groupby(mine, lambda span: span[0]):
+            begins = [begin for _, begin in group]
+            rows = slice(row, row + len(begins) * shape[0])
+            self.batches.append((shape, slice(begins[0], begins[-1] + shape.numel()), rows))
+            row = rows.stop
         self.reset()
 
     def reset(self):
-        """Fresh state, as before the first step. What belongs to other ranks stays 0."""
-        self.momentum_buffer = self.flat.weights.new_zeros(len(self.update))
-        self.row_sizes = self.flat.weights.new_zeros(self.rows if self.cfg.muon_beta2 else 0)
+        """Fresh state of this rank's run, as before the first step, as long as the longest rank's."""
+        self.momentum_buffer = torch.zeros_like(self.flat.rows[0])
+        self.row_sizes = self.flat.weights.new_zeros(max(self.heights) if self.cfg.muon_beta2 else 0)
 
     def momentum(self, step: int) -> float:
         """Grows linearly over MUON_MOMENTUM_WARMUP_STEPS."""
@@ -1469,44 +1517,48 @@ class Muon:
         warm = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
         return (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
 
-    def begin(self, step: int) -> list:
-        """Compute the update of this step, counted from 0, and begin to gather it. Returns what waits for that."""
-        cfg, momentum, gathered = self.cfg, self.momentum(step), []
-        self.update.zero_()
-        for shape, whole, mine, rows in self.batches:  # each is gathered while the next is computed
-            if mine.start < mine.stop:
-                grad, buffer, update = (
-                    vector[mine].view(-1, *shape) for vector in (self.flat.grads, self.momentum_buffer, self.update))
-                buffer.mul_(momentum).add_(grad)
-                nesterov = grad.add(buffer, alpha=momentum).to(update.dtype)
-                turned = self.orthogonalise(nesterov, cfg.muon_backend_steps)
-                if cfg.muon_beta2:
-                    turned = even_rows(turned, self.row_sizes[rows].view(-1, shape[0], 1), 1 - cfg.muon_beta2)
-                update.copy_(turned * max(1.0, shape[0] / shape[1]) ** 0.5)
-            gathered.append(self.process.begin_sum_(self.update[whole]))
-        return gathered
+    def begin(self, step: int, factor: Tensor):
+        """Compute this rank's updates of this step, counted from 0, from gradients times `factor`, and begin to gather
+        those of the others. Returns what waits for that."""
+        cfg, rank = self.cfg, self.process.rank
+        momentum, update = self.flat.weights.new_full((), self.momentum(step)), self.updates[rank]
+        self.nesterov(self.flat.rows[rank], self.momentum_buffer, update, momentum, factor)
+        for shape, part, rows in self.batches:
+            batch = update[part].view(-1, *shape)
+            turned = self.orthogonalise(batch, cfg.muon_backend_steps)
+            if cfg.muon_beta2:
+                turned = self.even_rows(turned, self.row_sizes[rows].view(-1, shape[0], 1), 1 - cfg.muon_beta2)
+            torch.mul(turned, max(1.0, shape[0] / shape[1]) ** 0.5, out=batch)
+        return self.process.begin_gather_(self.updates)
 
-    def finish(self, gathered: list, rate: float):
-        """Take the update, with decoupled weight decay."""
-        for wait in gathered:
-            wait()
-        rate = self.flat.weights.new_full((), rate)
-        matrices = self.flat.weights[: len(self.update)]
-        matrices.mul_(1 - rate * self.cfg.muon_wd).addcmul_(self.update, rate, value=-1)
+    def finish(self, rate: float, average: Tensor | None):
+        """Take all updates, run by run, and move the average."""
+        cfg, rate = self.cfg, self.flat.weights.new_full((), rate)
+        for update, (begin, end) in zip(self.updates, itertools.pairwise(self.flat.borders), strict=True):
+            weights, of_run = self.flat.weights[begin:end], None if average is None else average[begin:end]
+            self.descend(weights, of_run, update[: end - begin], rate, cfg.muon_wd, 1 - cfg.ema_decay)
+
+    def whole(self, own: Tensor, lengths) -> Tensor:
+        """One after another what the ranks have in `own`, each as many elements as `lengths` says."""
+        rows = own.new_zeros(self.process.world, len(own))
+        rows[self.process.rank] = own
+        self.process.begin_gather_(rows)()
+        return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
 
     def tensors(self) -> dict[str, Tensor]:
         """The state, whole on every rank."""
-        state = {"momentum": self.momentum_buffer, "row_sizes": self.row_sizes}
-        # as integers, so that each bit survives the sum with the zeros of the other ranks
-        return {name: self.process.sum_(vector.view(torch.int32).clone()).view(torch.float32)
-                for name, vector in state.items()}
+        runs = (end - begin for begin, end in itertools.pairwise(self.flat.borders))
+        return {"momentum": self.whole(self.momentum_buffer, runs),
+                "row_sizes": self.whole(self.row_sizes, self.heights)}
 
     def restore(self, tensors: dict[str, Tensor]):
         """Put back what `tensors` gave, on any number of ranks."""
-        for _, _, mine, rows in self.batches:
-            self.momentum_buffer[mine].copy_(tensors["momentum"][mine])
-            if self.cfg.muon_beta2:
-                self.row_sizes[rows].copy_(tensors["row_sizes"][rows])
+        rank = self.process.rank
+        begin, end = self.flat.borders[rank : rank + 2]
+        self.momentum_buffer[: end - begin].copy_(tensors["momentum"][begin:end])
+        if self.cfg.muon_beta2:
+            rows, height = tensors["row_sizes"][sum(self.heights[:rank]) :], self.heights[rank]
+            self.row_sizes[:height].copy_(rows[:height])
 
 
 class Optimizers:
@@ -1525,25 +1577,31 @@ class Optimizers:
         embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
         for role, lr, decay in (("embed", embed_lr, cfg.adam_wd), ("head", cfg.head_lr, 0.0),
                                 ("vector", cfg.scalar_lr, cfg.adam_wd)):
-            weights = nn.Parameter(flat.weights[flat.extent(role)])
-            weights.grad = flat.grads[flat.extent(role)]
+            part, before = flat.extent(role), flat.borders[-1]
+            weights = nn.Parameter(flat.weights[part])
             if len(weights):
+                weights.grad = flat.rest[part.start - before : part.stop - before]
                 groups.append({"params": [weights], "lr": lr, "base_lr": lr, "weight_decay": decay})
         self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
 
     @torch.no_grad()
     def step(self, step: int, factor: float) -> Tensor:
-        """Update all weights at `factor` times their rates, and their average; `step` counts from 0. Returns whether
-        loss and gradients were finite, on the device so that nobody waits."""
-        finite = self.flat.clip_(self.cfg.grad_clip_norm)
-        gathered = self.muon.begin(step)
+        """Update all weights from the gradients that the ranks have gathered, at `factor` times their rates, and their
+        average; `step` counts from 0. Returns whether loss and gradients were finite, on the device so that nobody
+        waits."""
+        cfg, flat, others = self.cfg, self.flat, self.flat.borders[-1]
+        length = flat.reduce(self.muon.process)
+        clip = clip_factor(length, cfg.grad_clip_norm)
+        wait = self.muon.begin(step, clip)
+        flat.rest[:-1].mul_(clip)
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.adam.step()
-        self.muon.finish(gathered, self.cfg.matrix_lr * factor)
         if self.average is not None:
-            self.average.lerp_(self.flat.weights, 1 - self.cfg.ema_decay)
-        return finite
+            self.average[others:].lerp_(flat.weights[others:], 1 - cfg.ema_decay)
+        wait()
+        self.muon.finish(cfg.matrix_lr * factor, self.average)
+        return torch.isfinite(length + flat.loss)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on, whole on every rank."""
@@ -1656,7 +1714,7 @@ class Trainer:
         self._marks, self.fault = collections.deque(), ""  # steps not waited for; what was not finite, and where
         self.raw_bpb = None  # of the weights that are not averaged, when last validated
         self.told = 0  # 200ths of training that were done at the last line about a step
-        self.flat, self.forward = FlatWeights(model, process.device), compiled(model, cfg, process)
+        self.flat, self.forward = FlatWeights(model, process.device, process.world), compiled(model, cfg, process)
         self.optimizers = Optimizers(cfg, self.flat, process)
         self.share = cfg.train_batch_tokens // cfg.train_seq_len // process.world
         most = cfg.micro_batch_seqs or max(tokens_per_pass(cfg, process, True) // cfg.train_seq_len, 1)
@@ -1665,7 +1723,7 @@ class Trainer:
     def step(self, tokens: Tensor, step: int, factor: float):
         """One update from this rank's tokens [sequences, seq_len + 1]; leaves the mean loss in `flat.loss`. `fault`
         says what was not finite (on a GPU up to the step before, which is known by then)."""
-        self.flat.gather_gradients(self.forward, tokens, self.micro, self.share * self.process.world, self.process)
+        self.flat.gather_gradients(self.forward, tokens, self.micro, self.share * self.process.world)
         finite = self.optimizers.step(step, factor).to("cpu", non_blocking=True)
         self._marks.append((finite, self.process.mark(), step + 1, factor))
         if not self.process.cuda or len(self._marks) > 1:
@@ -2691,8 +2749,9 @@ class FullAdapter:
             self.optimizer.param_groups[0]["lr"] = rate * ttt_factor(cfg, step, per_epoch)
             batch = starts[step % per_epoch * group :][:group]
             tokens = self.evaluator.lesson(batch[:, None] + torch.arange(length + 1, device=batch.device))
-            flat.gather_gradients(self.forward, tokens[rank::world], max(size, 1), len(tokens), self.process)
-            flat.clip_(cfg.ttt_grad_clip)
+            flat.gather_gradients(self.forward, tokens[rank::world], max(size, 1), len(tokens))
+            self.process.sum_(flat.buffer)
+            flat.grads.mul_(clip_factor(torch.linalg.vector_norm(flat.grads), cfg.ttt_grad_clip))
             self.optimizer.step()
             step += 1
         with torch.no_grad():
@@ -3172,7 +3231,7 @@ def time_step(cfg: Config, process: Process, tokens: Tokens, ranks: int) -> tupl
     for step in range(2):  # the first one compiles
         process.synchronize()
         began = time.perf_counter()
-        trainer.flat.gather_gradients(trainer.forward, batch, trainer.micro, trainer.share * process.world, process)
+        trainer.flat.gather_gradients(trainer.forward, batch, trainer.micro, trainer.share * process.world)
         process.synchronize()
         updating = time.perf_counter()
         trainer.optimizers.step(step, 1.0)

@@ -2,6 +2,7 @@
 
 import collections
 import inspect
+import itertools
 import struct
 import threading
 import time
@@ -42,7 +43,10 @@ class Lone(t.Process):
     def sum_(self, tensor):
         return tensor
 
-    def begin_sum_(self, tensor):
+    def scatter_sum_(self, rows):
+        return rows[self.rank]
+
+    def begin_gather_(self, rows):
         return lambda: None
 
     def agree(self, value):
@@ -384,28 +388,29 @@ def test_flat_weights_are_the_models(tiny):
     for name, p in model.named_parameters():
         assert p.data_ptr() >= flat.weights.data_ptr() and p.grad.data_ptr() >= flat.grads.data_ptr(), name
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
-    flat.clip_(float(norm) / 2)
-    assert torch.linalg.vector_norm(flat.grads).item() == pytest.approx(float(norm) / 2, rel=1e-4)
+    assert flat.reduce(Lone()).item() == pytest.approx(float(norm), rel=1e-5)
+    assert t.clip_factor(norm, float(norm) / 2).item() == pytest.approx(0.5, rel=1e-4)
+    assert t.clip_factor(norm, float(norm) * 2) == t.clip_factor(norm, 0) == 1
 
 
 @pytest.mark.parametrize("variables", [{}, FRONTIER])
 def test_muon_step_over_ranks(tiny, variables):
-    """The shares of three ranks add up to one rank's update, twice in a row."""
+    """The runs of three ranks, one after another, are one rank's update, twice in a row."""
     cfg = tiny(GRAD_CLIP_NORM=0, **variables)
     updates = []
     for world in (1, 3):
-        total = 0
+        runs = []
         for rank in range(world):
-            model = model_of(cfg)
-            flat = t.FlatWeights(model, torch.device("cpu"))
+            flat = t.FlatWeights(model_of(cfg), torch.device("cpu"), world)
             torch.manual_seed(5)
             optimizers = t.Optimizers(cfg, flat, Lone(rank, world))
             for step in range(2):
-                flat.grads.normal_()
+                for p in flat.parameters:
+                    p.grad.normal_()
                 optimizers.step(step, 0.0)
-            total = total + optimizers.muon.update.clone()
-        updates.append(total)
-    assert torch.allclose(updates[0], updates[1], atol=1e-5)
+            runs.append(optimizers.muon.updates[rank, : flat.borders[rank + 1] - flat.borders[rank]])
+        updates.append(torch.cat(runs))
+    assert torch.allclose(updates[0], updates[1], atol=1e-5) and bool(updates[0].all())
 
 
 def test_optimizer_state_goes_on_where_it_was(tiny):
@@ -423,23 +428,21 @@ def test_optimizer_state_goes_on_where_it_was(tiny):
 
 
 @pytest.mark.parametrize("size", [8, 2, 3])
-def test_gradients_are_summed_over_ranks_once_a_step(tiny, size):
-    """However many passes it takes, and by a rank without sequences too."""
-    model, seen = model_of(tiny(), noise=0.1), []
-    flat = t.FlatWeights(model, torch.device("cpu"))
-
-    class Doubling(Lone):
-        def sum_(self, tensor):
-            seen.append(len(tensor))
-            return tensor.mul_(2)
-
+def test_gradients_are_those_of_the_step_alone(tiny, size):
+    """However many passes it takes, and of a rank without sequences none. What separates the runs of ranks stays 0."""
+    model, one = model_of(tiny(), noise=0.1), model_of(tiny(), noise=0.1)
+    flat, alone = t.FlatWeights(model, torch.device("cpu"), 3), t.FlatWeights(one, torch.device("cpu"))
     tokens = torch.randint(2, 400, (8, 33), dtype=torch.int32)
-    flat.gather_gradients(model, tokens, 8, 8, Lone())
-    expected = flat.buffer.clone()
-    flat.gather_gradients(model, tokens, size, 8, Doubling())
-    assert torch.allclose(flat.buffer, 2 * expected, rtol=1e-4, atol=1e-6) and expected[-1] > 1
-    flat.gather_gradients(model, tokens[:0], 8, 8, Doubling())
-    assert seen == [len(flat.buffer)] * 2 and not flat.buffer.any()
+    alone.gather_gradients(one, tokens, 8, 8)
+    for _ in range(2):
+        flat.gather_gradients(model, tokens, size, 8)
+        for p, q in zip(flat.parameters, alone.parameters, strict=True):
+            assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+        assert float(flat.loss) == pytest.approx(float(alone.loss)) and flat.loss > 1
+    for row, (begin, end) in zip(flat.rows, itertools.pairwise(flat.borders), strict=True):
+        assert row[: end - begin].any() and not row[end - begin :].any()
+    flat.gather_gradients(model, tokens[:0], 8, 8)
+    assert not flat.buffer.any()
 
 
 def test_warm_up_leaves_the_weights(tiny):

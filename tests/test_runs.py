@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -20,6 +21,8 @@ from conftest import ROOT, SCRIPT, TINY, Launch, clean_environment, patched
 from forks import free_port
 
 import train_gpt as t
+
+UNSCORED = {"FINAL_EVAL_ENABLE": 0, "FINAL_SLIDING_EVAL_ENABLE": 0}
 
 
 def train_losses(text: str) -> list[float]:
@@ -112,7 +115,7 @@ def test_same_seed_same_run_and_other_seed_other_run(launch):
 
 def test_ranks_and_machines_equal_one(launch, start, tmp_path):
     """Two ranks, and two machines of two, of which the second writes nothing."""
-    variables = {"TRAIN_LOG_EVERY": 1, "TTT_ENABLED": 1, "TTT_MODE": "full", "TTT_CHUNK_TOKENS": 300,
+    variables = {"TRAIN_LOG_EVERY": 1, "MUON_BETA2": 0.9, "TTT_ENABLED": 1, "TTT_MODE": "full", "TTT_CHUNK_TOKENS": 300,
                  "MICRO_BATCH_SEQS": 2, "FINAL_SLIDING_EVAL_ENABLE": 0}
     runs = []
     for ranks in (1, 2):
@@ -130,6 +133,48 @@ def test_ranks_and_machines_equal_one(launch, start, tmp_path):
     for i in (1, 2):
         assert len(losses[i]) == 12 and np.abs(np.subtract(losses[i], losses[0])).max() <= 1e-4 + 1e-9
         assert nats[i].shape == (1001,) and abs(float(nats[i].mean() - nats[0].mean())) < 1e-4
+
+
+WATCH = """
+from torch.utils._python_dispatch import TorchDispatchMode
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "c10d":
+            tensors = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)]
+            self.seen.append([op._schema.name[6:], max(x.numel() for x in tensors), str(tensors[0].dtype)[6:]])
+        return op(*args, **(kwargs or {}))
+honest = t.Trainer.step, t.Trainer.heard
+def step(self, *args):
+    with Watch() as self.watch:
+        self.watch.seen = []
+        honest[0](self, *args)
+def heard(self):
+    with self.watch:
+        both = honest[1](self)
+    if self.process.main:
+        print("sent", json.dumps(self.watch.seen), flush=True)
+    return both
+t.Trainer.step, t.Trainer.heard = step, heard
+"""
+
+
+def test_what_ranks_exchange_in_a_step(launch, tmp_path, tiny):
+    """Gradients of matrices go to the rank that treats them, all others to everyone, with the loss; the updates go
+    from each to all, in the compute dtype; then a clock and a signal."""
+    run = launch(2, script=patched(tmp_path, WATCH), ITERATIONS=3, COMPUTE_DTYPE="bf16", EXPORT_ENABLED=0, **UNSCORED)
+    assert run.code == 0, run.err
+    steps = [json.loads(line[5:]) for line in run.out.splitlines() if line.startswith("sent ")]
+    assert len(steps) == 3 and steps[0] == steps[1] == steps[2]
+    scattered, summed, squared, gathered, heard = steps[0]
+    sizes = {name: math.prod(shape) for name, shape in t.shapes_of(tiny()).items()}
+    with torch.device("meta"):
+        matrices = [sizes[name] for name in sizes if t.GPT(tiny()).role(name) == "matrix"]
+    padded = scattered[1]
+    assert sum(matrices) <= padded <= sum(matrices) + max(matrices)
+    assert scattered == ["_reduce_scatter_base_", padded, "float32"]
+    assert gathered == ["_allgather_base_", padded, "bfloat16"]
+    assert summed == ["allreduce_", sum(sizes.values()) - sum(matrices) + 1, "float32"]
+    assert squared == ["allreduce_", 1, "float32"] and heard == ["allreduce_", 2, "float64"]
 
 
 @pytest.mark.parametrize("ranks", [3, 6, 8])
@@ -393,7 +438,7 @@ def test_a_share_of_a_step_is_timed_and_scaled(tiny, corpus, monkeypatch, ranks,
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(t.time, "perf_counter", lambda: clock.now)
 
-    def learn(flat, forward, tokens, size, total, process):
+    def learn(flat, forward, tokens, size, total):
         assert (len(tokens), size, total) == (2, 2, 8 // ranks)
         clock.now += 3.0 * len(tokens)
 
