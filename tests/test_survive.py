@@ -73,6 +73,28 @@ def test_killed_at_random_and_resumed_is_bit_for_bit_the_run_that_was_not(start,
     assert float(tensors["adam.0.step"]) == 30 * kills and float(tensors["momentum"].abs().sum()) > 0
 
 
+def test_a_run_goes_on_on_another_number_of_ranks(start, tmp_path):  # noqa: F811
+    """Its steps are those of one rank that never stopped, and so is what the last checkpoint holds."""
+    variables = LONG | SHORT | {"ITERATIONS": 12, "TRAIN_LOG_EVERY": 1, "MUON_BETA2": 0.9, "EXPORT_ENABLED": 0}
+
+    def last_steps(run) -> np.ndarray:
+        return np.array(re.findall(r"^step:\d+/12 train_loss:(\S+)", run.out, re.M)[-7:], float)
+
+    whole = start(RUN_ID="whole", **variables).end()
+    wanted = t.read_checkpoint(t.checkpoints(whole.folder)[-1])[1]
+    script = patched(tmp_path, SIGNALLED + "signalled(t.Trainer, 'step', lambda self, x, step, factor: step == 4)")
+    for name, before, after in (("a", 2, 1), ("b", 2, 4), ("c", 1, 2), ("d", 4, 1)):
+        cut = start(ranks=before, script=script, RUN_ID=name, **variables).end()
+        assert t.checkpoints(cut.folder)[-1].stem == "step_0000005", cut.err
+        done = start(ranks=after, RUN_ID=name, RESUME=1, **variables).end()
+        assert done.code == 0 and len(last_steps(done)) == 7, done.err
+        assert np.abs(last_steps(done) - last_steps(whole)).max() <= 1e-4 + 1e-9, name
+        found = t.read_checkpoint(t.checkpoints(done.folder)[-1])[1]
+        assert found.keys() == wanted.keys() and {"momentum", "row_sizes"} <= found.keys()
+        for key, x in wanted.items():
+            assert torch.allclose(found[key].float(), x.float(), rtol=1e-2, atol=1e-3 * float(x.abs().max())), key
+
+
 def test_the_seconds_of_a_capped_run_go_on_where_they_stopped(start):  # noqa: F811
     variables = LONG | SHORT | {"ITERATIONS": 100000, "MAX_WALLCLOCK_SECONDS": 3, "WARMDOWN_ITERS": 50}
     cut = start(**variables)
