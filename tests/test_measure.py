@@ -362,7 +362,7 @@ def test_the_estimate_shows_its_arithmetic(tmp_path):
     measure_book.write(tmp_path / "out", {"stages": stages})
     assert measure_report.make(tmp_path / "out", tmp_path / "records") == 0
     text = (tmp_path / "records" / "gpu" / "2026-01-02_Card_X_1" / "README.md").read_text()
-    sent = 2 * 7 / 8 * (4 * 26_823_546 + 2 * 26_000_000) / 450e9
+    sent = 7 / 8 * (4 * 26_000_000 + 8 * 823_546 + 2 * 26_000_000) / 450e9
     assert f"450 GB/s = {1000 * sent:.2f} ms" in text and f"= {int(584.08 / (0.08 + sent)):,}, without" in text
     assert "4000 x 100.00 ms = 400.0 s" in text and "430.0 s of the 600 s" in text
     assert "- ttt: killed, at its limit of 9 s" in text and "Estimates, not measurements" in text

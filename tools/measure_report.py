@@ -183,15 +183,17 @@ SECTIONS = {"tests": ("Tests", of_tests), "step": ("A training step", of_step), 
 def training(step: dict, export: dict) -> list[str]:
     """Steps in the published time."""
     ms = step["step_ms"]["median"]
-    sent = 4 * (step["parameters"] + 1), 2 * step["muon_parameters"]
-    exchange = 1000 * 2 * (RANKS - 1) / RANKS * sum(sent) / LINK
+    matrices, others = step["muon_parameters"], step["parameters"] - step["muon_parameters"]
+    sent = 4 * matrices, 2 * 4 * (others + 1), 2 * matrices  # a sum that everyone gets travels twice
+    exchange = 1000 * (RANKS - 1) / RANKS * sum(sent) / LINK
     cap, guard = Config.max_wallclock_seconds, Config().export_seconds
     cap -= guard
     low, high = (int(1000 * cap / each) for each in (ms + exchange, ms))
     said = [f"- A step: {ms:.2f} ms of work at {TOKENS:,} tokens a GPU, as measured. Added is the exchange between "
-            f"GPUs, not measured: 2 x 7/8 x ({sent[0]:,} bytes of gradients + {sent[1]:,} of Muon's updates) / "
-            f"{LINK / 1e9:.0f} GB/s = {exchange:.2f} ms, if it hides behind nothing and reaches what NVLink is said "
-            "to. Left out is what eight GPUs save: each turns an eighth of Muon's matrices only.",
+            f"GPUs, not measured: 7/8 x ({sent[0]:,} bytes of the matrices' gradients + {sent[1]:,} of the others, "
+            f"there and back + {sent[2]:,} of Muon's updates) / {LINK / 1e9:.0f} GB/s = {exchange:.2f} ms, if it hides "
+            "behind nothing and reaches what NVLink is said to. Left out are the padding of what is sent, and what "
+            "eight GPUs save: each turns an eighth of Muon's matrices only.",
             f"- Steps in {Config.max_wallclock_seconds:g} s less the {guard:.1f} s kept for the export: {cap:.1f} s / "
             f"{ms + exchange:.2f} ms = {low:,}, without the exchange {high:,}; {low * STEP_TOKENS / 1e9:.2f} G tokens."]
     if "export_s" in export:

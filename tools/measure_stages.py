@@ -218,7 +218,7 @@ def steps(stage: Stage, parts: bench.Bench, peak: float):
         trainer.forward = Graphs(stage.figures).watched(trainer.forward)
     first = parts.timed(lambda: parts.step(0))
     stage.figures(first_step_s=first, import_s=IMPORTED, parameters=len(parts.trainer.flat.weights),
-                  muon_parameters=len(trainer.optimizers.muon.update))
+                  muon_parameters=trainer.flat.borders[-1])
     loader = t.Loader(cfg, parts.tokens, parts.process, 1)
     for _ in range(3):
         trainer.step(loader.next(), 0, 1.0)
