@@ -413,6 +413,31 @@ def test_muon_step_over_ranks(tiny, variables):
     assert torch.allclose(updates[0], updates[1], atol=1e-5) and bool(updates[0].all())
 
 
+def test_kernels_of_a_step_are_compiled_once(tiny, monkeypatch):
+    """Momentum, rate and the clip's factor change from step to step, and the same graphs take them."""
+    cfg, results, graphs, compile = tiny(USE_COMPILE=1, **FRONTIER), [], [], torch.compile
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 64)  # as for the model
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compile(function, dynamic=dynamic, backend=counted))
+    for cuda in (False, True):
+        process, model, torch_state = Lone(), model_of(cfg), torch.manual_seed(5)
+        process.cuda, flat = cuda, t.FlatWeights(model, torch.device("cpu"))
+        optimizers, counts = t.Optimizers(cfg, flat, process), []
+        for step in range(4):
+            flat.grads.normal_(std=0.01 * 10**step, generator=torch_state)
+            optimizers.step(step, 1 - step / 4)
+            counts.append(len(graphs))
+        results.append(torch.cat([flat.weights, optimizers.average]))
+    shapes = {p.shape for name, p in model.named_parameters() if model.role(name) == "matrix"}
+    assert counts == [2 + 2 * len(shapes)] * 4
+    assert torch.allclose(*results, atol=1e-5)
+
+
 def test_optimizer_state_goes_on_where_it_was(tiny):
     """Also what MUON_BETA2 remembers: two steps and two more are four."""
     cfg, tokens = tiny(**FRONTIER), torch.randint(2, 400, (8, 33), dtype=torch.int32)
