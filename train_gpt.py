@@ -1011,11 +1011,41 @@ class Loader:
 # ==== Model: one forward pass for loss and logits =====================================================================
 
 
+def fuses(x: Tensor) -> bool:
+    """Whether what is done to x can be compiled into one kernel, so that a cast or a number made anew costs no pass over
+    memory: on a GPU."""
+    return x.is_cuda
+
+
+def inverse_size(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x in the type to compute in, and 1 / root mean square of its last dimension [..., 1]."""
+    wide = x.float() if fuses(x) else x
+    return wide, (wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
+
+
 def norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
     """RMSNorm over the last dimension, times `gain`, which has one number a row. https://arxiv.org/abs/1910.07467"""
-    wide = x.float() if x.is_cuda else x  # in registers there, a copy on a CPU
-    scale = (wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
+    wide, scale = inverse_size(x)
     return (wide * (scale * gain).to(wide.dtype)).to(x.dtype)
+
+
+class StreamNorm(torch.autograd.Function):
+    """RMSNorm of the residual stream x, and x for the sum that goes on. Where operations fuse, x is made anew from its
+    norm: so it is never written, nor kept for the backward pass, which needs the norm alone. x [..., C]"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+        wide, scale = inverse_size(x)
+        normed = (wide * scale).to(x.dtype)
+        ctx.save_for_backward(normed, scale)
+        return normed, (normed / scale).to(x.dtype) if fuses(x) else x
+
+    @staticmethod
+    def backward(ctx, grad_normed: Tensor, grad_x: Tensor) -> Tensor:
+        normed, scale = ctx.saved_tensors
+        along = (grad_normed * normed).mean(-1, keepdim=True)  # to make x longer leaves its norm as it is
+        across = torch.addcmul(grad_normed, normed, along, value=-1)
+        return torch.addcmul(grad_x, across, scale.to(across.dtype))
 
 
 class Linear(nn.Linear):
@@ -1035,8 +1065,7 @@ class Linear(nn.Linear):
 def side_by_side(x: Tensor, layers: tuple[Linear, ...], gain: Tensor | float = 1.0) -> Tensor:
     """The outputs of layers that see the same input, one after another in the last dimension, by one product: x is read
     once, and its gradient written once."""
-    weight = torch.cat([layer.weight for layer in layers])
-    y = F.linear(x, (weight * gain).to(x.dtype))
+    y = F.linear(x, torch.cat([(layer.weight * gain).to(x.dtype) for layer in layers]))
     if layers[0].adapter is not None:
         downs, ups = zip(*(layer.adapter for layer in layers), strict=True)
         rank, last = downs[0].size(1), len(layers) - 1
@@ -1147,7 +1176,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual mix with the model's input x0, attention, MLP. [B, T, C]"""
+    """Attention and MLP, each added to the residual stream. [B, T, C]"""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
@@ -1156,16 +1185,34 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.tensor(([1.0] * cfg.model_dim, [0.0] * cfg.model_dim)))
         self.input_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
 
-    def forward(self, x: Tensor, x0: Tensor, factors: Tensor, extra: Tensor | None) -> Tensor:
-        mix = self.resid_mix.to(x.dtype)
-        x = torch.addcmul(mix[0] * x, mix[1], x0)
-        x = x + self.attn(norm(x), factors, self.input_scale, self.attn_scale[:, None], extra)
-        return x + self.mlp(norm(x), self.input_scale, self.mlp_scale[:, None])
+    def forward(self, x: Tensor, factors: Tensor, extra: Tensor | None, gain: Tensor) -> Tensor:
+        """The stream after the block, times `gain` [C]."""
+        normed, x = StreamNorm.apply(x)
+        x = x + self.attn(normed, factors, self.input_scale, self.attn_scale[:, None], extra)
+        normed, x = StreamNorm.apply(x)
+        added = self.mlp(normed, self.input_scale, (gain * self.mlp_scale)[:, None])
+        return torch.addcmul(added, gain.to(x.dtype), x)
 
 
 def shift(x: Tensor, keep: Tensor) -> Tensor:
     """Each position's predecessor: x[:, i-1] at i, zero at the start and where `keep` [B, T, 1] is zero."""
     return F.pad(x[:, :-1], (0, 0, 1, 0)) * keep
+
+
+class Smear(torch.autograd.Function):
+    """SmearGate: mixes `gate` [C] of each position's predecessor into x [B, T, C]. Backward it moves the gradient and not
+    x, so that the predecessors need not be kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor, keep: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate, keep)
+        return torch.lerp(x, shift(x, keep), gate)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gate, keep = ctx.saved_tensors
+        moved = F.pad((grad * keep)[:, 1:], (0, 0, 0, 1)) - grad
+        return torch.addcmul(grad, gate, moved), (x * moved).sum((0, 1)), None
 
 
 class Bigram(nn.Module):
@@ -1175,7 +1222,7 @@ class Bigram(nn.Module):
         super().__init__()
         self.buckets = cfg.bigram_vocab_size
         self.embed = Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
-        self.proj = Linear(cfg.bigram_dim, cfg.model_dim) if cfg.bigram_dim != cfg.model_dim else nn.Identity()
+        self.proj = Linear(cfg.bigram_dim, cfg.model_dim) if cfg.bigram_dim != cfg.model_dim else None
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def hash(self, ids: Tensor, starts: Tensor) -> Tensor:
@@ -1185,7 +1232,8 @@ class Bigram(nn.Module):
         return torch.where(starts | (torch.arange(t.size(1), device=t.device) == 0), last, pair)
 
     def forward(self, ids: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.proj(self.embed(self.hash(ids, starts)).to(dtype)) * self.scale.to(dtype)
+        x = self.embed(self.hash(ids, starts)).to(dtype)
+        return x * self.scale.to(dtype) if self.proj is None else self.proj(x, self.scale.view(1, 1))
 
 
 class Sidecar(nn.Module):
@@ -1200,8 +1248,8 @@ class Sidecar(nn.Module):
         self.site = nn.Parameter(torch.zeros(len(cfg.sparse_sites), hidden))
 
     def forward(self, x: Tensor, site: int, keep: Tensor, gain: Tensor) -> Tensor:
-        gate = F.silu(self.gate(x) + self.site[site].to(x.dtype))
-        v, w = self.value(x), self.kernel.to(x.dtype)
+        gate, v = side_by_side(x, (self.gate, self.value)).chunk(2, -1)
+        gate, w = F.silu(gate + self.site[site].to(x.dtype)), self.kernel.to(x.dtype)
         before = shift(v, keep)
         mixed = torch.addcmul(torch.addcmul(w[:, 2] * v, w[:, 1], before), w[:, 0], shift(before, keep))
         return self.proj(gate * mixed, gain)
@@ -1210,6 +1258,26 @@ class Sidecar(nn.Module):
 def softcapped(logits: Tensor, cap: float) -> Tensor:
     """Logits squashed into +-cap in their own type, as fp32."""
     return (cap * torch.tanh(logits / cap)).float()
+
+
+class TargetNats(torch.autograd.Function):
+    """Cross-entropy of softcapped logits [..., V] with targets [..., 1], in fp32 nats [...]. One pass over the logits
+    forward and one backward: the exp of what the softcap bounds, at most 75, cannot overflow, so no maximum is sought."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+        bent = torch.tanh(logits / cap)
+        weights = (cap * bent).float().exp_()
+        total = weights.sum(-1, keepdim=True)
+        ctx.save_for_backward(bent, weights, total, targets)
+        return (total.log() - (cap * bent.gather(-1, targets)).float())[..., 0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        bent, weights, total, targets = ctx.saved_tensors
+        probabilities_off = torch.zeros_like(weights).scatter_(-1, targets, -1.0).addcmul_(weights, 1 / total)
+        grad_bent = probabilities_off.mul_(grad[..., None]).to(bent.dtype)
+        return torch.ops.aten.tanh_backward(grad_bent, bent), None, None
 
 
 class GPT(nn.Module):
@@ -1291,21 +1359,34 @@ class GPT(nn.Module):
         if self.bigram is not None:
             x = x + self.bigram(ids, starts, self.dtype)
         x = norm(x)
-        g = torch.sigmoid(self.smear.to(x.dtype))
-        x = x0 = (1 - g) * x + g * shift(x, keep)  # SmearGate
+        x0 = Smear.apply(x, torch.sigmoid(self.smear.to(x.dtype)), keep)
         values = self.value_proj(self.value_emb(ids).to(x.dtype)) if self.value_emb is not None else None
         factors = self.rope(ids.size(1), window) if factors is None else factors
+        # A block begins with x_lambda * x + x0_lambda * x0. The branch that ends the one before gets x_lambda by way of
+        # its weights, so that x itself is never written; only what the U-Net hands on has to be.
+        ones = torch.ones_like(self.smear)
+        lambdas = [*(block.resid_mix for block in self.blocks), (ones, None)]
+        x = (lambdas[0][0] + lambdas[0][1]).to(x.dtype) * x0
         stack = []  # U-Net: the first half of the layers hands its outputs to the second, last to first
         for i, block in enumerate(self.blocks):
-            if i >= self.skips and stack:
-                x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
+            x_lambda, x0_lambda = lambdas[i + 1]
+            hands_on, has_site = i < self.skips, i in cfg.sparse_sites
+            last_branch = ones if hands_on else x_lambda
             extra = self.value_scale[i - self.late].to(x.dtype) * values if i >= self.late else None
-            x = block(x, x0, factors, extra)
-            if i in cfg.sparse_sites:
+            x = block(x, factors, extra, ones if has_site else last_branch)
+            if has_site:
                 site = cfg.sparse_sites.index(i)
-                x = x + self.sidecar(norm(x), site, keep, self.sidecar_scale[site][:, None])
-            if i < self.skips:
+                normed, x = StreamNorm.apply(x)
+                added = self.sidecar(normed, site, keep, (last_branch * self.sidecar_scale[site])[:, None])
+                x = torch.addcmul(added, last_branch.to(x.dtype), x)
+            if hands_on:
                 stack.append(x)
+                x = x_lambda.to(x.dtype) * x
+            if x0_lambda is not None:
+                x = torch.addcmul(x, x0_lambda.to(x.dtype), x0)
+            if i + 1 >= self.skips and stack:
+                weight = x_lambda * self.skip_weights[i + 1 - self.skips]
+                x = torch.addcmul(x, weight.to(x.dtype), stack.pop())
         if rows is not None:
             x = x.gather(1, rows[:, :, None].expand(-1, -1, x.size(-1)))
         x = norm(x)
@@ -1315,9 +1396,7 @@ class GPT(nn.Module):
             self.watch_output(logits, x)
         if targets is None:
             return softcapped(logits, cfg.logit_softcap)
-        # exp of what the softcap bounds, at most 75, cannot overflow: one pass does, compiled without an fp32 copy
-        total = softcapped(logits, cfg.logit_softcap).exp_().sum(-1).log()
-        return total - softcapped(logits.gather(-1, targets.long()[..., None]), cfg.logit_softcap)[..., 0]
+        return TargetNats.apply(logits, targets.long()[..., None], cfg.logit_softcap)
 
 
 def shapes_of(cfg: Config) -> dict[str, tuple[int, ...]]:

@@ -109,7 +109,7 @@ EMPTY, LEAN, BROKEN = "x = 1\n", "def load_config(environ): ...\nclass GPT: ...\
 @pytest.mark.parametrize("source, arguments, says", [
     (None, ["--script", "missing.py"], ["missing.py: no such file", "--script"]),
     (EMPTY, [], ["given.py: has neither load_config nor Hyperparameters", "--script"]),
-    (LEAN, [], ["given.py", "attend, norm", "--script"]),
+    (LEAN, [], ["given.py", "attend, fuses", "--script"]),
     (BROKEN, [], ["given.py: cannot be imported", "no_such_module"]),
     (None, ["NUM_LAYERS"], ["NUM_LAYERS: not of the form VARIABLE=VALUE"]),
     (None, ["NUM_LAYERS=x"], ["NUM_LAYERS='x'", "accepts int"]),

@@ -22,6 +22,7 @@ GPU, trust the profiler.
 """
 
 import argparse
+import numpy
 import collections
 import contextlib
 import dataclasses
@@ -29,6 +30,7 @@ import importlib.machinery
 import importlib.util
 import inspect
 import json
+import math
 import sys
 import types
 from pathlib import Path
@@ -37,7 +39,7 @@ from unittest import mock  # sets a thing for a while; an error where there is n
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13"  # whose internals these are
 MULTIPROCESSORS = 132  # of an H100 or H200, by which Inductor splits reductions
-NEEDED = ("GPT", "attend", "norm")  # of a script with load_config
+NEEDED = ("GPT", "attend", "fuses")  # of a script with load_config
 
 
 @dataclasses.dataclass
@@ -108,15 +110,6 @@ def flash_attention(q, k, v, **_):
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0].transpose(1, 2)
 
 
-def norm(x, gain=1.0):
-    """What train_gpt.py's `norm` is on a GPU; tensors are the CPU's here, for which it takes another form."""
-    import torch
-
-    wide = x.float()
-    scale = (wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
-    return (wide * (scale * gain)).to(x.dtype)
-
-
 @contextlib.contextmanager
 def loaded(path: Path):
     """The script as a module, which finds its neighbours, and the stand-in where it asks for FlashAttention."""
@@ -152,7 +145,7 @@ def our_model(script, variables: dict[str, str], path: str):
     cfg, problems, _ = script.load_config({"PRESET": "seed"} | variables)
     if problems:
         fail("; ".join(problems))
-    script.attend, script.norm = flash_attention, norm
+    script.attend, script.fuses = flash_attention, lambda x: True
     return script.GPT(cfg, torch.bfloat16), cfg.train_seq_len
 
 
@@ -208,6 +201,7 @@ def fake_model(script, variables: dict[str, str], path: str, tokens: int, fake):
 @contextlib.contextmanager
 def as_for_a_hopper():
     """Let Inductor lower for the CPU, which is all that is here, as it would for a GPU."""
+    import torch
     import torch._inductor.config as config
     import torch._inductor.ir as ir
     import torch._inductor.lowering as lowering
@@ -240,7 +234,8 @@ def as_for_a_hopper():
         stack.enter_context(config.patch(settings))
         for change in attributes:
             stack.enter_context(mock.patch.object(*change))
-        stack.enter_context(mock.patch.dict(lowering.lowerings))  # where `cat` registers itself
+        stack.enter_context(mock.patch.dict(lowering.lowerings))
+        del lowering.lowerings[torch.ops.aten.cat.default]  # else the function would not register itself anew
         exec(compile(source.replace(asks, "False"), "cat", "exec"), vars(lowering))
         yield
 
@@ -285,6 +280,45 @@ def trace(model, length: int, tokens: int, ours: bool, fake) -> dict[str, tuple]
     return graphs
 
 
+def elements(accesses: list, whole: int) -> int:
+    """Numbers of a buffer of `whole` that a kernel's accesses touch together. Where each reads a part, the union of what
+    they read in the first steps of their outer loops stands for all."""
+    import sympy
+
+    def alone(access) -> int:
+        indirect = access.index.free_symbols - set(access.var_names)  # a place that another buffer holds
+        return math.prod(n for var, n in access.ranges.items() if indirect or var in access.index.free_symbols)
+
+    numbers = [alone(access) for access in accesses]
+    outer = [max(access.var_names, key=access.index.coeff, default=None) for access in accesses]
+    steps = {access.ranges.get(var) for access, var in zip(accesses, outer, strict=True)}
+    if len(accesses) == 1 or max(numbers) >= whole or len(steps) > 1 or len(set(numbers)) > 1:
+        return min(sum(numbers), whole)
+    touched, functions = set(), {"ModularIndexing": lambda x, by, n: x // by % n}
+    for access, var in zip(accesses, outer, strict=True):
+        sizes = [2 if v == var else n for v, n in access.ranges.items()]
+        place = sympy.lambdify(list(access.ranges), access.index, [functions, "numpy"])
+        touched.update(place(*numpy.indices(sizes)).flatten().tolist())
+    return len(touched) * steps.pop() // 2
+
+
+def bytes_moved(node) -> int:
+    """Bytes that a fused kernel reads and writes: of a buffer that it reads in parts, these parts. Inductor's own count,
+    which this begins with, takes such a buffer whole."""
+    from torch._inductor.dependencies import MemoryDep
+    from torch._inductor.virtualized import V
+
+    total = 0
+    for name, moved in node.get_read_write_buffer_accesses(include_reads=True, include_writes=True).items():
+        accesses = [a for a in node.read_writes.reads | node.read_writes.writes if a.name == name]
+        size = V.graph.try_get_buffer(name).maybe_get_size()
+        if size and all(isinstance(a, MemoryDep) for a in accesses):
+            whole = math.prod(int(n) for n in size)
+            moved = moved * min(elements(accesses, whole), whole) // whole
+        total += moved
+    return int(total)
+
+
 def kernel(node, stage: str) -> Kernel:
     """The figures of a node of the scheduler's."""
     import torch._inductor.scheduler as scheduler
@@ -300,7 +334,8 @@ def kernel(node, stage: str) -> Kernel:
             attention = (5 if backward else 2) * batch * heads * queries * queries * width
     origins = {str(o.target) for n in node.get_nodes() if n.node is not None for o in n.node.get_origins()}
     names = sorted({name.split(".")[-2] if "." in name else name for name in origins})
-    return Kernel(stage, kind, node.get_read_write_buffers_sizes(), work, attention, names)
+    moved = bytes_moved(node) if kind == "fused" else node.get_read_write_buffers_sizes()
+    return Kernel(stage, kind, moved, work, attention, names)
 
 
 def lower(stage: str, module, inputs, fake, with_code: bool) -> tuple[list[Kernel], str]:
