@@ -562,6 +562,11 @@ try:  # Hopper's FlashAttention-3, where someone has installed it
     from flash_attn_interface import flash_attn_func
 except ImportError:
     flash_attn_func = None
+try:  # comes with PyTorch for GPUs
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 # ==== Process and log: this rank among the others, its device, the signals it gets, what it tells people ==============
 
@@ -1012,8 +1017,8 @@ class Loader:
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether what is done to x can be compiled into one kernel, so that a cast or a number made anew costs no pass over
-    memory: on a GPU."""
+    """Whether what is done to x can be compiled into one kernel, so that a cast or a number made anew costs no pass
+    over memory: on a GPU."""
     return x.is_cuda
 
 
@@ -1163,8 +1168,81 @@ class Attention(nn.Module):
         return self.proj(y.reshape(b, t, c), gain_out)  # not every kernel lays its result out as [B, T, H, D]
 
 
+TILE = 128  # rows and columns of a result that `squared_relu_product` holds at once
+if triton is not None:
+
+    @triton.jit
+    def squared_relu_product(a_ptr, b_ptr, kept_ptr, out_ptr, n, k, b_step_k, b_step_n, slope: tl.constexpr,
+                             backward: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr, depth: tl.constexpr,
+                             group: tl.constexpr):
+        """y = a b in tiles of [rows, cols], and while a tile is in registers: forward, its squared leaky ReLU, to
+        `out`; backward, where y is the gradient of that, the gradient before it. `kept` is what went in, or with
+        slope 0, where it is known from the result, that result. a [m, k], `kept` and `out` [m, n] are contiguous, b
+        [k, n] has the given steps; bf16, summed in fp32. Tiles divide all sizes."""
+        across = n // cols
+        down = tl.num_programs(0) // across
+        first = tl.program_id(0) // (group * across) * group  # so many rows of tiles share b while it is in the cache
+        height = min(down - first, group)
+        place = tl.program_id(0) % (group * across)
+        in_m = (first + place % height).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
+        in_n = place // height * cols + tl.arange(0, cols)[None, :]
+        in_k = tl.arange(0, depth)
+        a_ptr += in_m * k + in_k[None, :]
+        b_ptr += in_k[:, None] * b_step_k + in_n * b_step_n
+        y = tl.zeros((rows, cols), tl.float32)
+        for _ in range(0, k, depth):
+            y = tl.dot(tl.load(a_ptr), tl.load(b_ptr), y)
+            a_ptr += depth
+            b_ptr += depth * b_step_k
+        kept_ptr += in_m * n + in_n
+        if backward:
+            kept = tl.load(kept_ptr).to(tl.float32)
+            if slope == 0:
+                y *= 2 * tl.sqrt(kept)
+            else:
+                y *= 2 * tl.where(kept > 0, kept, slope * slope * kept)
+        else:
+            if slope != 0:
+                tl.store(kept_ptr, y.to(kept_ptr.dtype.element_ty))
+            y = tl.where(y > 0, y, slope * y)
+            y *= y
+        tl.store(out_ptr + in_m * n + in_n, y.to(out_ptr.dtype.element_ty))
+
+
+def bent_product(a: Tensor, b: Tensor, kept: Tensor | None, slope: float, backward: bool) -> Tensor:
+    """`squared_relu_product` of a [m, k] and b [k, n]; `kept` [m, n] is None where the kernel has no use for it."""
+    out = a.new_empty(len(a), b.size(1))
+    grid = (len(a) // TILE * (b.size(1) // TILE),)
+    squared_relu_product[grid](a, b, a if kept is None else kept, out, b.size(1), b.size(0), b.stride(0), b.stride(1),
+                               slope, backward, rows=TILE, cols=TILE, depth=64, group=8, num_warps=8, num_stages=3)
+    return out
+
+
+class FusedMLP(torch.autograd.Function):
+    """What `MLP` computes, its activation within the products on both sides: what a product gives and the next kernel
+    would read again is not written. x [..., C], up [H, C], down [C, H], on a GPU in bf16."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+        flat = x.reshape(-1, x.size(-1)).contiguous()
+        kept = flat.new_empty(len(flat), len(up)) if slope else None
+        bent = bent_product(flat, up.mT, kept, slope, backward=False)
+        ctx.save_for_backward(flat, up, down, bent, kept)
+        ctx.slope = slope
+        return (bent @ down.mT).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        flat, up, down, bent, kept = ctx.saved_tensors
+        rows = grad.reshape(flat.shape).contiguous()
+        before = bent_product(rows, down, bent if kept is None else kept, ctx.slope, backward=True)
+        return (before @ up).view(grad.shape), before.mT @ flat, rows.mT @ bent, None
+
+
 class MLP(nn.Module):
     """Two matrices around a squared ReLU (https://arxiv.org/abs/2109.08668). [B, T, C]"""
+
+    fused = False  # by `FusedMLP`; set by `compiled`
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -1172,6 +1250,10 @@ class MLP(nn.Module):
         self.slope = cfg.mlp_slope
 
     def forward(self, x: Tensor, gain_in: float, gain_out: Tensor) -> Tensor:
+        bare = all(layer.adapter is None and layer.watch is None for layer in (self.fc, self.proj))
+        if self.fused and bare and x.numel() % (x.size(-1) * TILE) == 0:
+            up, down = (self.fc.weight * gain_in).to(x.dtype), (self.proj.weight * gain_out).to(x.dtype)
+            return FusedMLP.apply(x, up, down, self.slope)
         return self.proj(F.leaky_relu(self.fc(x, gain_in), self.slope).square(), gain_out)
 
 
@@ -1200,8 +1282,8 @@ def shift(x: Tensor, keep: Tensor) -> Tensor:
 
 
 class Smear(torch.autograd.Function):
-    """SmearGate: mixes `gate` [C] of each position's predecessor into x [B, T, C]. Backward it moves the gradient and not
-    x, so that the predecessors need not be kept."""
+    """SmearGate: mixes `gate` [C] of each position's predecessor into x [B, T, C]. Backward it moves the gradient and
+    not x, so that the predecessors need not be kept."""
 
     @staticmethod
     def forward(ctx, x: Tensor, gate: Tensor, keep: Tensor) -> Tensor:
@@ -1261,8 +1343,8 @@ def softcapped(logits: Tensor, cap: float) -> Tensor:
 
 
 class TargetNats(torch.autograd.Function):
-    """Cross-entropy of softcapped logits [..., V] with targets [..., 1], in fp32 nats [...]. One pass over the logits
-    forward and one backward: the exp of what the softcap bounds, at most 75, cannot overflow, so no maximum is sought."""
+    """Cross-entropy of softcapped logits [..., V] with targets [..., 1], in fp32 nats [...]: a pass over the logits
+    forward and one backward. The exp of what the softcap bounds, at most 75, cannot overflow: no maximum is sought."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -1275,9 +1357,9 @@ class TargetNats(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         bent, weights, total, targets = ctx.saved_tensors
-        probabilities_off = torch.zeros_like(weights).scatter_(-1, targets, -1.0).addcmul_(weights, 1 / total)
-        grad_bent = probabilities_off.mul_(grad[..., None]).to(bent.dtype)
-        return torch.ops.aten.tanh_backward(grad_bent, bent), None, None
+        hit = torch.zeros_like(weights).scatter_(-1, targets, -1.0)
+        excess = hit.addcmul_(weights, 1 / total)  # each token's probability, less 1 at the target
+        return torch.ops.aten.tanh_backward(excess.mul_(grad[..., None]).to(bent.dtype), bent), None, None
 
 
 class GPT(nn.Module):
@@ -1432,10 +1514,34 @@ def compiles(cfg: Config, process: Process) -> bool:
     return process.cuda if cfg.use_compile == "auto" else cfg.use_compile == "1"
 
 
+@functools.cache
+def why_not_fused(cfg: Config, process: Process) -> str:
+    """Why `FusedMLP` is not used: what it lacks, or how a trial of it on this GPU ended; empty where it is used."""
+    if not process.cuda or process.dtype != torch.bfloat16 or torch.cuda.get_device_capability() < (9, 0):
+        return "it is for bf16 on a GPU of compute capability 9.0 or more"
+    if triton is None or not compiles(cfg, process) or cfg.model_dim % TILE or cfg.mlp_dim % TILE:
+        return f"it needs Triton, USE_COMPILE and widths that {TILE} divides"
+    generator = torch.Generator(process.device).manual_seed(0)
+    shapes = (16 * TILE, cfg.model_dim), (cfg.mlp_dim, cfg.model_dim), (cfg.model_dim, cfg.mlp_dim)
+    given = [torch.randn(shape, generator=generator, device=process.device) for shape in shapes]
+    given = [x.div_(x.size(-1) ** 0.5).bfloat16().requires_grad_() for x in given]
+    try:
+        x, up, down = given
+        plain = F.linear(F.leaky_relu(F.linear(x, up), cfg.mlp_slope).square(), down)
+        ours = FusedMLP.apply(*given, cfg.mlp_slope)
+        pairs = [(ours, plain), *zip(*(torch.autograd.grad(y.sum(), given) for y in (ours, plain)), strict=True)]
+        apart = max(float((a - b).detach().float().norm() / b.detach().float().norm()) for a, b in pairs)
+    except Exception as error:  # Triton's compiler and drivers have many kinds
+        return f"a trial of it failed: {type(error).__name__}: {one_line(error)}"
+    return "" if apart < 0.02 else f"a trial of it was off by {apart:.2g}"
+
+
 def compiled(model: GPT, cfg: Config, process: Process):
     """The model's forward pass, compiled without graph breaks where that is wanted."""
     if not compiles(cfg, process):
         return model
+    for block in model.blocks:
+        block.mlp.fused = not why_not_fused(cfg, process)
     torch._dynamo.config.cache_size_limit = 64  # one entry each for training, scoring, and their last batches
     graph, tables = torch.compile(model, dynamic=False, fullgraph=True), {}
 
@@ -3390,6 +3496,7 @@ def open_log(cfg: Config, process: Process, inputs: Inputs, past: Past | None) -
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={inputs.tokenizer_path}")
     if process.cuda:
         log(f"FlashAttention-3, for attention in bf16: {'installed' if flash_attn_func else 'not installed'}")
+        log(f"own kernel for the MLP: {why_not_fused(cfg, process) or 'used'}")
     if inputs.train:
         log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(inputs.train.paths)} "
             f"tokens:{len(inputs.train)}")

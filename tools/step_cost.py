@@ -17,12 +17,11 @@ here too they are inputs of the graph. Nor do reductions over rows join those ov
 VARIABLE=VALUE sets a variable of train_gpt.py, under PRESET=seed; the environment's variables have no say.
 Another script (--script), which has Hyperparameters in place of load_config and imports FlashAttention, is counted in
 the same way, under bf16 autocast as it runs, its variables from the environment and its RoPE within the graph.
-It relies on the script's names GPT, GPT.rope, load_config, attend and norm, and on internals of torch 2.13; on a real
-GPU, trust the profiler.
+It relies on the script's names GPT, GPT.rope, load_config, attend and fuses, and on internals of torch 2.13; on a real
+GPU, trust the profiler. The MLP's own kernel, which only a GPU runs, is not in it: its plain form is counted.
 """
 
 import argparse
-import numpy
 import collections
 import contextlib
 import dataclasses
@@ -35,6 +34,8 @@ import sys
 import types
 from pathlib import Path
 from unittest import mock  # sets a thing for a while; an error where there is no such thing
+
+import numpy
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13"  # whose internals these are
@@ -281,8 +282,8 @@ def trace(model, length: int, tokens: int, ours: bool, fake) -> dict[str, tuple]
 
 
 def elements(accesses: list, whole: int) -> int:
-    """Numbers of a buffer of `whole` that a kernel's accesses touch together. Where each reads a part, the union of what
-    they read in the first steps of their outer loops stands for all."""
+    """Numbers of a buffer of `whole` that a kernel's accesses touch together. Where several touch a part each, what
+    they touch in the first two steps of their outer loops stands for all."""
     import sympy
 
     def alone(access) -> int:
@@ -303,8 +304,8 @@ def elements(accesses: list, whole: int) -> int:
 
 
 def bytes_moved(node) -> int:
-    """Bytes that a fused kernel reads and writes: of a buffer that it reads in parts, these parts. Inductor's own count,
-    which this begins with, takes such a buffer whole."""
+    """Bytes that a fused kernel reads and writes; of a buffer of which it touches a part, that part. Inductor's own
+    count, which this begins with, takes such a buffer whole."""
     from torch._inductor.dependencies import MemoryDep
     from torch._inductor.virtualized import V
 
@@ -313,10 +314,10 @@ def bytes_moved(node) -> int:
         accesses = [a for a in node.read_writes.reads | node.read_writes.writes if a.name == name]
         size = V.graph.try_get_buffer(name).maybe_get_size()
         if size and all(isinstance(a, MemoryDep) for a in accesses):
-            whole = math.prod(int(n) for n in size)
-            moved = moved * min(elements(accesses, whole), whole) // whole
+            number = elements(accesses, math.prod(int(n) for n in size))
+            moved = min(moved, int(number) * V.graph.get_dtype(name).itemsize)
         total += moved
-    return int(total)
+    return total
 
 
 def kernel(node, stage: str) -> Kernel:
