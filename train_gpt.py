@@ -24,6 +24,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -558,10 +559,23 @@ except ModuleNotFoundError as missing:
 
 if re.match(r"2\.1[0-2]\b", torch.__version__):  # this fusion makes a step on an H100 4% longer
     os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
-try:  # Hopper's FlashAttention-3, where someone has installed it
-    from flash_attn_interface import flash_attn_func
-except ImportError:
-    flash_attn_func = None
+
+
+def find_flash_attention():
+    """The function of FlashAttention-3, Hopper's, where someone has it: as a module, in its package, or fetched before
+    through the package kernels, by which nothing is downloaded here. Else None."""
+    for name in ("flash_attn_interface", "flash_attn_3.flash_attn_interface"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name).flash_attn_func
+    if importlib.util.find_spec("kernels"):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        with contextlib.suppress(Exception):  # it raises what its libraries raise
+            kernels = importlib.import_module("kernels")
+            return kernels.get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+    return None
+
+
+flash_attn_func = find_flash_attention()
 try:  # comes with PyTorch for GPUs
     import triton
     import triton.language as tl

@@ -1,9 +1,12 @@
 """The parts one by one: bytes, model, optimizers, schedule, loader, windows, artifact."""
 
 import collections
+import importlib
 import inspect
 import itertools
+import os
 import struct
+import sys
 import threading
 import time
 
@@ -277,6 +280,33 @@ def test_flash_attention_3_may_return_a_tuple(monkeypatch):
     for result in (q, (q, torch.zeros(1))):
         monkeypatch.setattr(t, "flash_attn_func", lambda *args, result=result, **more: result)
         assert t.attend(q, q, q) is q
+
+
+def test_flash_attention_3_is_found_where_it_may_be(monkeypatch, tmp_path):
+    """As a module, in its package, and through the package kernels, which is kept from the network; else None."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert t.find_flash_attention() is None and "HF_HUB_OFFLINE" not in os.environ
+    for path, source in (
+        ("kernels.py", "import os\ndef get_kernel(name, version):\n    assert os.environ['HF_HUB_OFFLINE'] == '1'\n"
+         "    return type('Kernel', (), {'flash_attn_func': f'{name} {version}'})\n"),
+        ("flash_attn_3/flash_attn_interface.py", "flash_attn_func = 'in a package'\n"),
+        ("flash_attn_interface.py", "flash_attn_func = 'a module'\n"),
+    ):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(source)
+        importlib.invalidate_caches()
+        found = t.find_flash_attention()
+        for name in ("kernels", "flash_attn_3.flash_attn_interface", "flash_attn_3", "flash_attn_interface"):
+            sys.modules.pop(name, None)
+        assert found == {"kernels.py": "kernels-community/flash-attn3 1",
+                         "flash_attn_interface.py": "a module"}.get(path, "in a package")
+    (tmp_path / "flash_attn_interface.py").unlink()
+    (tmp_path / "flash_attn_3/flash_attn_interface.py").unlink()
+    (tmp_path / "kernels.py").write_text("def get_kernel(name): raise OSError('nothing is kept here')\n")
+    importlib.invalidate_caches()
+    assert t.find_flash_attention() is None
+    sys.modules.pop("kernels", None)
 
 
 def test_fp32_attention_asks_for_no_grouped_keys(monkeypatch):
