@@ -1084,7 +1084,8 @@ class Linear(nn.Linear):
 def side_by_side(x: Tensor, layers: tuple[Linear, ...], gain: Tensor | float = 1.0) -> Tensor:
     """The outputs of layers that see the same input, one after another in the last dimension, by one product: x is read
     once, and its gradient written once."""
-    y = F.linear(x, torch.cat([(layer.weight * gain).to(x.dtype) for layer in layers]))
+    weight = torch.cat([layer.weight for layer in layers])
+    y = F.linear(x, (weight * gain).to(x.dtype))
     if layers[0].adapter is not None:
         downs, ups = zip(*(layer.adapter for layer in layers), strict=True)
         rank, last = downs[0].size(1), len(layers) - 1

@@ -98,6 +98,8 @@ def test_parts_are_measured_once_and_reported(corpus, tmp_path, forks_for_stages
     assert abs(sum(step["classes_ms"].values()) - step["profiled_ms"]) < 0.01 * step["profiled_ms"]
     assert step["classes_ms"]["products"] > 0 and step["classes_ms"]["optimizer"] > 0 and len(step["kernels"]) == 25
     if before["step"]["machine"]["device"] == "cpu":
+        assert step["mlp_ms, plain"]["n"] == 10 and step["mlp_ms, our kernel"] is None
+        assert "capability 9.0" in before["step"]["missing"]["mlp_ms, our kernel"]
         assert step["attention_ms, cuDNN"] is None and before["step"]["missing"]["attention_ms, cuDNN"] == "no GPU"
     assert 0 < export["rounding_s"] < export["search_s"] and export["bytes"] < export["limit_bytes"]
     assert export["loss_float"] > 1 and abs(export["loss_added"]) < 0.1

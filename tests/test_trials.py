@@ -27,7 +27,12 @@ def test_no_form_is_the_step_itself():
     assert fused in forms(False) and fused not in forms(False, torch.float32)
     gpu = forms(True)
     assert fused not in gpu and sum(name.startswith("attention by") for name in gpu) == 4
-    assert len(gpu) == len(forms(False)) + 3
+    assert len(gpu) == len(forms(False)) + 4
+    mlp = t.MLP(t.Config())
+    mlp.fused = True
+    with gpu["the MLP without our kernel"]:
+        assert mlp.fused is False
+    assert mlp.fused is True
 
 
 def test_attention_goes_through_the_backend_that_the_form_names():

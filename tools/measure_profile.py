@@ -9,7 +9,7 @@ DEVICE = {"kernel": "", "gpu_memcpy": "copies", "gpu_memset": "copies"}  # of a 
 CLASSES = ["attention", "products", "fused", "optimizer", "other", "copies", "idle"]
 TOP = 25
 # The first that matches a kernel's name, or on a CPU an operator's.
-NAMES = [("products", r"^triton_tem_"),
+NAMES = [("products", r"^triton_tem_|squared_relu_product"),  # our kernel does a product and what follows it
          ("fused", r"^triton_|CompiledFxGraph"),  # before attention: it may be in the name of what was fused around it
          ("attention", r"flash|fmha|sdpa|attention|cudnn_generated_fort_native|cudnn::fusion"),
          ("products", r"gemm|nvjet|cublas|cutlass|xmma|splitk|aten::(mm|bmm|addmm|baddbmm)_?$"),

@@ -165,7 +165,7 @@ def attention_forms(parts: bench.Bench) -> dict:
         "as the model": ("", contextlib.nullcontext(), t.attend),
         "cuDNN": (gpu, sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if cuda else None, plain_attention),
         "flash": (gpu, sdpa_kernel(SDPBackend.FLASH_ATTENTION) if cuda else None, plain_attention),
-        "FlashAttention-3": (gpu or ("" if fa3 else "flash_attn_interface cannot be imported"),
+        "FlashAttention-3": (gpu or ("" if fa3 else "not found"),
                              contextlib.nullcontext(), lambda q, k, v: fa3(q, k, v, causal=True)),
     }
 
@@ -199,6 +199,31 @@ def attention(stage: Stage, parts: bench.Bench):
                 stage.figures(**{key: median([1000 * parts.timed(both) for _ in range(10)])})
         except RuntimeError as error:  # a backend that does not take this shape says so
             stage.figures.missing(key, t.one_line(error)[:300])
+
+
+def mlp(stage: Stage, parts: bench.Bench):
+    """Milliseconds forward and backward of a layer's MLP, plain and by our kernel, compiled where the model is."""
+    cfg, process, block = parts.cfg, parts.process, parts.model.blocks[0]
+    lacks = t.why_not_fused(cfg, process)
+    x, g = (torch.randn(parts.trainer.micro, cfg.train_seq_len, cfg.model_dim, device=parts.device).to(process.dtype)
+            for _ in range(2))
+    x.requires_grad_()
+    for name, fused in (("plain", False), ("our kernel", True)):
+        key = f"mlp_ms, {name}"
+        if fused and lacks:
+            stage.figures.missing(key, lacks)
+            continue
+        form = t.MLP(cfg).to(parts.device)
+        form.fused = fused
+        call = torch.compile(form, dynamic=False) if t.compiles(cfg, process) else form
+        given = [x, *form.parameters()]
+
+        def both(call=call, given=given):
+            torch.autograd.grad(call(x, 1.0, block.mlp_scale[:, None]), given, g)
+
+        for _ in range(2):
+            parts.timed(both)
+        stage.figures(**{key: median([1000 * parts.timed(both) for _ in range(10)])})
 
 
 def ceilings(stage: Stage, parts: bench.Bench) -> float:
@@ -286,6 +311,7 @@ def step(stage: Stage):
     parts = stage.bench(stage.configured())
     peak = ceilings(stage, parts)
     attention(stage, parts)
+    mlp(stage, parts)
     steps(stage, parts, peak)
     profile(stage, parts)
 

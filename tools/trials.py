@@ -66,6 +66,22 @@ def gain_on_activations(x, layers, gain=1.0):
     return y * (gain.flatten().to(y.dtype) if isinstance(gain, torch.Tensor) else gain)
 
 
+class StreamWritten:
+    """`StreamNorm` by its formula and autograd: the stream is written and kept."""
+
+    @staticmethod
+    def apply(x):
+        return t.norm(x), x
+
+
+class SmearKept:
+    """`Smear` by its formula and autograd: what is mixed in is kept."""
+
+    @staticmethod
+    def apply(x, gate, keep):
+        return torch.lerp(x, t.shift(x, keep), gate)
+
+
 def loss_with_maximum(self, ids, targets=None, rows=None, window=0, factors=None, forward=t.GPT.forward):
     logits = forward(self, ids, None, rows, window, factors)
     if targets is None:
@@ -93,10 +109,13 @@ def trials(trainer: t.Trainer, plain_adam: torch.optim.Optimizer, batched) -> di
     forms = {"as it is": contextlib.nullcontext()}
     if process.cuda:
         forms |= {f"attention by {name}": attention_by(backend) for name, backend in BACKENDS.items()}
+        forms["the MLP without our kernel"] = mock.patch.object(t.MLP, "fused", property(lambda mlp: False))
     if not process.cuda and process.dtype == torch.bfloat16:  # in fp32 it is the step's own
         forms["PyTorch's fused attention"] = mock.patch.object(t, "attend", fused_attention)
     return forms | {
         "F.rms_norm": mock.patch.object(t, "norm", fused_norm),
+        "the residual stream kept, not made from its norm": mock.patch.object(t, "StreamNorm", StreamWritten),
+        "SmearGate by autograd": mock.patch.object(t, "Smear", SmearKept),
         "q, k and v by products of their own": mock.patch.object(t, "side_by_side", one_by_one),
         "gains on activations, not in the matrices": mock.patch.object(t, "side_by_side", gain_on_activations),
         "cross-entropy with its maximum and log-softmax": mock.patch.object(t.GPT, "forward", loss_with_maximum),
