@@ -1530,6 +1530,7 @@ def compiles(cfg: Config, process: Process) -> bool:
 
 
 @functools.cache
+@torch.enable_grad()
 def why_not_fused(cfg: Config, process: Process) -> str:
     """Why `FusedMLP` is not used: what it lacks, or how a trial of it on this GPU ended; empty where it is used."""
     if not process.cuda or process.dtype != torch.bfloat16 or torch.cuda.get_device_capability() < (9, 0):
