@@ -207,6 +207,42 @@ def test_norm_takes_a_gain_a_row():
     assert torch.allclose(gain.grad, 2 * 2 * 3 * 8 * gain, rtol=1e-3), "each row has a mean square of 1"
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_norm_of_the_stream_hands_on_the_stream(monkeypatch, gpu, dtype, close):
+    """Its norm, x itself, and the gradient through both, in the form that a GPU fuses too; rows of any size."""
+    if gpu:  # which computes in fp32
+        monkeypatch.setattr(t, "fuses", lambda x: True)
+        close = max(close, 1e-6)
+    torch.manual_seed(0)
+    x = (torch.randn(3, 5, 96) * torch.tensor([1e-2, 1.0, 300.0])[:, None, None]).to(dtype).requires_grad_()
+    g_normed, g_x = (torch.randn(3, 5, 96).to(dtype) for _ in range(2))
+    wide = x.detach().double().requires_grad_()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    gradient, = torch.autograd.grad((expected * g_normed).sum() + (wide * g_x).sum(), wide)
+    normed, same = t.StreamNorm.apply(x)
+    found, = torch.autograd.grad([normed, same], x, [g_normed, g_x])
+    assert normed.dtype == same.dtype == found.dtype == dtype
+    for ours, plain in ((normed, expected), (same, wide), (found, gradient)):
+        for row, other in zip(ours.double(), plain, strict=True):
+            assert (row - other).norm() <= close * other.norm()
+
+
+def test_a_model_is_the_same_in_the_form_that_a_gpu_fuses(monkeypatch, tiny):
+    """Loss and all gradients, in fp32."""
+    model, ids = model_of(tiny()), torch.randint(2, 256, (2, 33))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape))
+    results = []
+    for fuses in (lambda x: False, lambda x: True):
+        monkeypatch.setattr(t, "fuses", fuses)
+        loss = model(ids[:, :-1], ids[:, 1:]).mean()
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for here, there in zip(*results, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_layers_side_by_side_are_each_alone(adapted):
     """Outputs, gradients of input, weights and adapters, and what a calibration hears."""
