@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -40,6 +41,11 @@ for slope in (0.0, 0.5):
     plain = with_gradients(
         lambda x, up, down: F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down), inputs, g)
     found[f"kernel {slope}"] = apart(ours, plain)
+    # Neither x nor its gradient is contiguous.
+    turned = [x.detach().mT.contiguous().mT.requires_grad_(), *inputs[1:]]
+    row = torch.randn(192).expand(11, 128, 192)
+    forms = [t.FusedMLP.apply, lambda x, up, down, slope: F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down)]
+    found[f"turned {slope}"] = apart(*(with_gradients(lambda *z: form(*z, slope), turned, row) for form in forms))
     with torch.no_grad():
         found[f"no gradient {slope}"] = apart([t.FusedMLP.apply(*inputs, slope)], plain[:1])
 
@@ -66,6 +72,9 @@ for slope in (0.0, 0.5):
     model(ids[:1, :-1])  # 64 rows, of which no tile can be made
     model.blocks[0].mlp.fc.watch = lambda *seen: None
     model(ids[:, :-1])
+    model.blocks[0].mlp.fc.watch = None
+    model.blocks[1].mlp.proj.adapter = torch.zeros(2, 4, 256), torch.zeros(2, 128, 4)
+    model(ids[:, :-1])
     found[f"more {slope}"] = launches[4:]
     t.bent_product = plain_kernel
 print(json.dumps(found))
@@ -84,20 +93,32 @@ def found():
 def test_kernel_equals_the_plain_form(found, slope):
     """Result and all three gradients; and where no gradient is wanted."""
     assert len(found[f"kernel {slope}"]) == 4 and max(found[f"kernel {slope}"]) < 2e-6
-    assert max(found[f"no gradient {slope}"]) < 2e-6
+    assert max(found[f"no gradient {slope}"]) < 2e-6 and max(found[f"turned {slope}"]) < 2e-6
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.5])
 def test_model_takes_the_kernel(found, slope):
     """A launch a layer each way, of all rows; none for rows that are no whole tiles, nor in a layer that calibration
-    watches."""
+    watches or that has adapters."""
     assert found[f"launches {slope}"][:4] == [128] * 4
     assert max(found[f"model {slope}"]) < 1e-4
-    assert found[f"more {slope}"] == [128]  # of the other layer
+    assert found[f"more {slope}"] == [128, 128]  # of the other layer, twice
 
 
 def plain(x, up, down, slope):
     return F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down)
+
+
+class Backward:
+    """The plain form, whose backward pass is given another gradient."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def __call__(self, *given):
+        y = plain(*given)
+        y.register_hook(self.change)
+        return y
 
 
 def test_a_trial_decides(monkeypatch):
@@ -105,10 +126,13 @@ def test_a_trial_decides(monkeypatch):
     cpu, cfg = t.Process("bf16"), t.load_config({"USE_COMPILE": "1"})[0]
     assert "compute capability 9.0" in t.why_not_fused(cfg, cpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch, "compile", lambda form, **how: form)
     works = types.SimpleNamespace(apply=plain)
     for changes, function, reason in (
         ({}, works, ""),
-        ({}, types.SimpleNamespace(apply=lambda *given: 1.1 * plain(*given)), "a trial of it was off by 0.1"),
+        ({}, types.SimpleNamespace(apply=lambda *given: 1.1 * plain(*given)), "in a trial it was off by 0.1"),
+        ({}, types.SimpleNamespace(apply=Backward(lambda g: g * math.nan)), "in a trial it was off by nan"),
+        ({}, types.SimpleNamespace(apply=Backward(lambda g: g.roll(1, 0).flip(1))), "in a trial it was off by 1."),
         ({}, t.FusedMLP, "a trial of it failed: "),  # this machine has no GPU for Triton
         ({"model_dim": 448}, works, "widths that 128 divides"),
         ({"use_compile": "0"}, works, "USE_COMPILE"),

@@ -337,12 +337,14 @@ def test_flash_attention_3_is_found_where_it_may_be(monkeypatch, tmp_path):
             sys.modules.pop(name, None)
         assert found == {"kernels.py": "kernels-community/flash-attn3 1",
                          "flash_attn_interface.py": "a module"}.get(path, "in a package")
-    (tmp_path / "flash_attn_interface.py").unlink()
-    (tmp_path / "flash_attn_3/flash_attn_interface.py").unlink()
+    (tmp_path / "flash_attn_interface.py").write_text("raise OSError('libcudart.so: no such file')\n")
+    (tmp_path / "flash_attn_3/flash_attn_interface.py").write_text("other = 'an older one without the function'\n")
     (tmp_path / "kernels.py").write_text("def get_kernel(name): raise OSError('nothing is kept here')\n")
     importlib.invalidate_caches()
-    assert t.find_flash_attention() is None
-    sys.modules.pop("kernels", None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert t.find_flash_attention() is None and os.environ["HF_HUB_OFFLINE"] == "1"
+    for name in ("kernels", "flash_attn_3.flash_attn_interface", "flash_attn_3"):
+        sys.modules.pop(name, None)
 
 
 def test_fp32_attention_asks_for_no_grouped_keys(monkeypatch):

@@ -63,7 +63,7 @@ def work(rank: int, port: int, rounded: bool, seed: int, options: argparse.Names
     score = t.evaluate(cfg, process, Quiet(), trainer.forward, stream, cfg.eval_len, "").result()
     if rank == 0:
         print(f"{options.ranks} ranks, seed {seed}, {'bf16' if rounded else 'fp32'}: mean of the last 50 losses "
-              f"{sum(losses[-50:]) / 50:.4f}, validation {score.val_loss:.4f}", flush=True)
+              f"{sum(losses[-50:]) / len(losses[-50:]):.4f}, validation {score.val_loss:.4f}", flush=True)
     torch.distributed.destroy_process_group()
 
 
