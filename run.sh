@@ -166,6 +166,7 @@ case $job in
     exec "$py" "$here/tools/$job.py" "$@" ;;
   test)
     need "$here/tests/requirements.txt" pytest xdist huggingface_hub
+    (need "$here/tests/requirements.txt" triton) || echo "warning: no Triton, so the MLP's kernel is not tested" >&2
     need "$here/tools/requirements.txt" matplotlib scipy
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     cd "$here" && exec "$py" -m pytest -q -n auto --maxprocesses 4 "$@" tests ;;
