@@ -1360,23 +1360,23 @@ def softcapped(logits: Tensor, cap: float) -> Tensor:
 
 
 class TargetNats(torch.autograd.Function):
-    """Cross-entropy of softcapped logits [..., V] with targets [..., 1], in fp32 nats [...]: a pass over the logits
-    forward and one backward. The exp of what the softcap bounds, at most 75, cannot overflow: no maximum is sought."""
+    """Cross-entropy of softcapped logits [..., V] with targets [..., 1], in nats [...], all fp32: one pass over the
+    logits forward and one backward. The exp of what the softcap bounds, at most 75, cannot overflow: no maximum is
+    sought."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-        bent = torch.tanh(logits / cap)
-        weights = (cap * bent).float().exp_()
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        weights = logits.exp()
         total = weights.sum(-1, keepdim=True)
-        ctx.save_for_backward(bent, weights, total, targets)
-        return (total.log() - (cap * bent.gather(-1, targets)).float())[..., 0]
+        ctx.save_for_backward(weights, total, targets)
+        return (total.log() - logits.gather(-1, targets))[..., 0]
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        bent, weights, total, targets = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        weights, total, targets = ctx.saved_tensors
         hit = torch.zeros_like(weights).scatter_(-1, targets, -1.0)
         excess = hit.addcmul_(weights, 1 / total)  # each token's probability, less 1 at the target
-        return torch.ops.aten.tanh_backward(excess.mul_(grad[..., None]).to(bent.dtype), bent), None, None
+        return excess.mul_(grad[..., None]), None
 
 
 class GPT(nn.Module):
@@ -1493,9 +1493,8 @@ class GPT(nn.Module):
         logits = F.linear(x, head.weight.to(x.dtype))
         if self.watch_output is not None:
             self.watch_output(logits, x)
-        if targets is None:
-            return softcapped(logits, cfg.logit_softcap)
-        return TargetNats.apply(logits, targets.long()[..., None], cfg.logit_softcap)
+        logits = softcapped(logits, cfg.logit_softcap)
+        return logits if targets is None else TargetNats.apply(logits, targets.long()[..., None])
 
 
 def shapes_of(cfg: Config) -> dict[str, tuple[int, ...]]:

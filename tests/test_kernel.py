@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed; pip install -r te
 
 # fp32: the interpreter has no products in bf16. 11 tiles by 2: more than the 8 rows that share a column, and a rest.
 PROBE = """
-import json, sys
+import json
 import torch
 import torch.nn.functional as F
 import train_gpt as t
@@ -37,17 +37,15 @@ for slope in (0.0, 0.5):
     x, up, down = (torch.randn(shape) for shape in ((11, 128, 192), (256, 192), (192, 256)))
     inputs = [z.requires_grad_() for z in (x, up / 14, down / 16)]
     g = torch.randn(11, 128, 192)
-    ours = with_gradients(lambda x, up, down: t.FusedMLP.apply(x, up, down, slope), inputs, g)
-    plain = with_gradients(
-        lambda x, up, down: F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down), inputs, g)
-    found[f"kernel {slope}"] = apart(ours, plain)
+    forms = (lambda *z: t.FusedMLP.apply(*z, slope),
+             lambda x, up, down: F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down))
+    found[f"kernel {slope}"] = apart(*(with_gradients(form, inputs, g) for form in forms))
     # Neither x nor its gradient is contiguous.
     turned = [x.detach().mT.contiguous().mT.requires_grad_(), *inputs[1:]]
     row = torch.randn(192).expand(11, 128, 192)
-    forms = [t.FusedMLP.apply, lambda x, up, down, slope: F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down)]
-    found[f"turned {slope}"] = apart(*(with_gradients(lambda *z: form(*z, slope), turned, row) for form in forms))
+    found[f"turned {slope}"] = apart(*(with_gradients(form, turned, row) for form in forms))
     with torch.no_grad():
-        found[f"no gradient {slope}"] = apart([t.FusedMLP.apply(*inputs, slope)], plain[:1])
+        found[f"no gradient {slope}"] = apart(*([form(*inputs)] for form in forms))
 
     cfg, problems, _ = t.load_config({"NUM_LAYERS": "2", "MODEL_DIM": "128", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
         "MLP_MULT": "2", "VOCAB_SIZE": "256", "TRAIN_SEQ_LEN": "64", "BIGRAM_VOCAB_SIZE": "0",
