@@ -176,9 +176,9 @@ class Config:
     ttt_enabled: bool = var(True, "0|1", "1: score-first test-time training", "Test-time training")
     ttt_mode: str = var("auto", "auto|full|lora", "lora: adapters a document; full: all weights; auto: full where its "
                         "variables are given, else lora")
-    ttt_lora_rank: int = var(32, "1..16384", "lora: rank of the adapters; the default is clipped to MODEL_DIM")
-    ttt_lora_lr: float = var(0.004, "0..10", "lora: Adam's rate")
-    ttt_lora_chunk_tokens: int = var(128, ">=1", "lora: targets scored, then learnt from, at a time; a window at most")
+    ttt_lora_rank: int = var(128, "1..16384", "lora: rank of the adapters; clipped to what matrices have")
+    ttt_lora_lr: float = var(0.024, "0..10", "lora: rate, divided by the square root of the rank")
+    ttt_lora_chunk_tokens: int = var(64, ">=1", "lora: targets scored, then learnt from, at a time; a window at most")
     ttt_chunk_tokens: int = var(16384, ">=1", "full: targets scored, then learnt from, at a time")
     ttt_optimizer: str = var("adamw", "adamw|sgd", "full: the optimizer")
     ttt_lr: float = var(0.001, "0..10", "full: its rate")
@@ -192,7 +192,7 @@ class Config:
     ttt_batch_seqs: int = var(0, ">=0", "full: sequences a step of a rank; 0: all of a chunk's, for any ranks")
     ttt_freeze_blocks: int = var(0, ">=0", "full: first blocks that do not adapt")
     ttt_pull: float = var(0.4, "0..1", "full: share of the way back to the artifact's weights, after each chunk")
-    ttt_grad_clip: float = var(1.0, ">=0", "gradient norm at most (lora: of each document); 0 off")
+    ttt_grad_clip: float = var(1.0, ">=0", "full: gradient norm at most; 0 off")
 
     explicit: frozenset = frozenset()  # names of the fields that the environment set
 
@@ -203,6 +203,11 @@ class Config:
     @property
     def mlp_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def lora_rank(self) -> int:
+        """TTT_LORA_RANK, or the most that the adapted matrices have."""
+        return min(self.ttt_lora_rank, self.model_dim, self.mlp_dim, self.vocab_size)
 
     @property
     def export_seconds(self) -> float:
@@ -236,14 +241,14 @@ PRESETS = {
     "seed": {"export_fill": False},  # the defaults above are the published ones, but for QUANT, which is better
     "frontier": {  # what won against it at CPU size, see records/ablations; nothing of it was measured at full size
         "mlp_slope": 0.5, "logit_softcap": 15.0, "ve_last_n": 4, "sparse_hidden_dim": 0, "muon_beta2": 0.95,
-        "warmdown_iters": 4500, "ttt_lora_chunk_tokens": 64, "quant_min_numel": 32768,
+        "warmdown_iters": 4500, "quant_min_numel": 32768,
     },
     "demo": {  # a few minutes on two CPU cores, on the embedded corpus; as many bytes a parameter as the seed has
         "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "sparse_start_layer": 2,
         "train_seq_len": 256, "train_batch_tokens": 4096, "iterations": 3000, "max_wallclock_seconds": 180.0,
         "warmdown_iters": 400, "warmup_steps": 0, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 100,
         "ema_decay": 0.97, "train_log_every": 50, "val_token_limit": 131072, "quant_min_numel": 4096,
-        "calibration_tokens": 32768, "artifact_limit_bytes": 750_000, "ttt_lora_chunk_tokens": 64,
+        "calibration_tokens": 32768, "artifact_limit_bytes": 750_000,
     },
 }
 
@@ -443,8 +448,8 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
         (not ttt or cfg.eval_stride > 0, "eval_stride", "TTT_ENABLED=1 scores in windows; give a stride"),
         (not full or cfg.ttt_chunk_tokens >= cfg.eval_stride, "ttt_chunk_tokens", "must be at least EVAL_STRIDE"),
         (not full or cfg.ttt_freeze_blocks <= cfg.num_layers, "ttt_freeze_blocks", f"only {cfg.num_layers} blocks"),
-        (cfg.ttt_lora_rank <= dim or "ttt_lora_rank" not in cfg.explicit, "ttt_lora_rank",
-         f"must not exceed the width MODEL_DIM={dim}"),
+        (cfg.ttt_lora_rank == cfg.lora_rank or "ttt_lora_rank" not in cfg.explicit, "ttt_lora_rank",
+         f"must not exceed {cfg.lora_rank}, the least of MODEL_DIM, the MLP's width and VOCAB_SIZE"),
         (not capped or 0 < cfg.export_seconds < cfg.max_wallclock_seconds, "export_max_seconds",
          "must be above 0 and below MAX_WALLCLOCK_SECONDS"),
         (least <= min(nominal) and max(nominal) <= most, "quant", f"takes QUANT_BITS_* of {least:g} to {most:g}"),
@@ -1069,9 +1074,17 @@ class StreamNorm(torch.autograd.Function):
         return torch.addcmul(grad_x, across, scale.to(across.dtype))
 
 
+def adapted(y: Tensor, x: Tensor, adapter: tuple[Tensor, Tensor] | None, gain: Tensor | float = 1.0) -> Tensor:
+    """What a matrix makes of x [B, T, n_in], y [B, T, n_out], and its `adapter`, if it has one: low-rank factors of
+    test-time training, (down [r, n_in], up [B, n_out, r]), where each row of the batch has its own."""
+    if adapter is None:
+        return y
+    down, up = adapter
+    return y + F.linear(x, down) @ (up * gain).to(x.dtype).mT
+
+
 class Linear(nn.Linear):
-    """A matrix without bias, kept in fp32 and used in the input's type. `adapter`: low-rank factors that test-time
-    training adds for each row of the batch, (down [B, r, n_in], up [B, n_out, r]). `watch`: set by `Calibration`."""
+    """A matrix without bias, kept in fp32 and used in the input's type. `watch`: set by `Calibration`."""
 
     adapter, watch = None, None
 
@@ -1080,7 +1093,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         """The output times `gain`, a number or [n_out, 1], by way of the matrix, which is smaller."""
-        return side_by_side(x, (self,), gain)
+        return adapted(side_by_side(x, (self,), gain), x, self.adapter, gain)
 
 
 def side_by_side(x: Tensor, layers: tuple[Linear, ...], gain: Tensor | float = 1.0) -> Tensor:
@@ -1088,12 +1101,6 @@ def side_by_side(x: Tensor, layers: tuple[Linear, ...], gain: Tensor | float = 1
     once, and its gradient written once."""
     weight = torch.cat([layer.weight for layer in layers])
     y = F.linear(x, (weight * gain).to(x.dtype))
-    if layers[0].adapter is not None:
-        downs, ups = zip(*(layer.adapter for layer in layers), strict=True)
-        rank, last = downs[0].size(1), len(layers) - 1
-        blocks = [F.pad(up, (i * rank, (last - i) * rank)) for i, up in enumerate(ups)]  # the others' are zero
-        up = (torch.cat(blocks, 1) * gain).to(x.dtype)  # [B, all n_out, layers r]
-        y.baddbmm_(x @ torch.cat(downs, 1).mT, up.mT)  # in place: a fresh output costs more than the product
     end = 0
     for layer in layers:
         begin, end = end, end + layer.out_features
@@ -1104,6 +1111,8 @@ def side_by_side(x: Tensor, layers: tuple[Linear, ...], gain: Tensor | float = 1
 
 class Embedding(nn.Embedding):
     """Rows by id, drawn where they have a place only: to draw on the meta device would import the compiler."""
+
+    adapter = None  # of a tied output layer
 
     def reset_parameters(self):
         if not self.weight.is_meta:
@@ -1490,7 +1499,7 @@ class GPT(nn.Module):
             x = x.gather(1, rows[:, :, None].expand(-1, -1, x.size(-1)))
         x = norm(x)
         head = self.tok_emb if self.lm_head is None else self.lm_head
-        logits = F.linear(x, head.weight.to(x.dtype))
+        logits = adapted(F.linear(x, head.weight.to(x.dtype)), x, head.adapter)
         if self.watch_output is not None:
             self.watch_output(logits, x)
         logits = softcapped(logits, cfg.logit_softcap)
@@ -2986,48 +2995,60 @@ def walk_full(walk: Walk, model: GPT):
         walk.line(walk.chunks, chunks, rate)
 
 
+def strongest_inputs(weight: Tensor, rank: int) -> Tensor:
+    """The orthonormal directions [rank, n_in] of its input that a matrix amplifies most, strongest last: its right
+    singular vectors, by way of the smaller of its two products with itself."""
+    wide = weight.size(0) < weight.size(1)
+    product = weight @ weight.mT if wide else weight.mT @ weight
+    vectors = torch.linalg.eigh(product).eigenvectors[:, -rank:].mT
+    return F.normalize(vectors @ weight) if wide else vectors
+
+
 class LoraAdapters:
-    """TTT_MODE=lora: low-rank adapters (https://arxiv.org/abs/2106.09685) on the matrices of the blocks, one set a
-    document. A document's are one row of `weights` [documents, n], and so are their gradient and Adam's state: what
-    is done row by row couples nothing. Nothing here waits for the device."""
+    """TTT_MODE=lora: low-rank adapters (https://arxiv.org/abs/2106.09685) on the MLPs' matrices and the output layer.
+
+    The first factor is fixed (https://arxiv.org/abs/2308.03303) and the same for all documents: the directions of its
+    input that a matrix amplifies most (https://arxiv.org/abs/2404.02948). The second is a document's own, starts at
+    zero and learns. `ups` [documents, all outputs, rank] are those of all layers, one below the other. What is done
+    document by document couples nothing. Nothing here waits for the device.
+    """
 
     def __init__(self, cfg: Config, process: Process, model: GPT):
-        rank, generator = min(cfg.ttt_lora_rank, cfg.model_dim), torch.Generator().manual_seed(0)
-        self.cfg, self.dtype = cfg, model.requires_grad_(False).dtype
-        self.layers = [m for name, m in model.named_modules() if isinstance(m, Linear) and name.startswith("blocks.")]
-        self.shapes, parts = [], []
-        for layer in self.layers:  # the first factor random, the second zero: no effect before the first step
-            self.shapes += [(rank, layer.in_features), (layer.out_features, rank)]
-            parts.append(torch.randn((rank, layer.in_features), generator=generator) / math.sqrt(layer.in_features))
-            parts.append(torch.zeros(layer.out_features, rank))
-        self.initial = torch.cat([p.flatten() for p in parts]).to(process.device)
+        model.requires_grad_(False)
+        self.cfg, self.device, self.dtype = cfg, process.device, model.dtype
+        self.layers = [layer for block in model.blocks for layer in (block.mlp.fc, block.mlp.proj)]
+        self.layers.append(model.tok_emb if model.lm_head is None else model.lm_head)
+        self.rate = cfg.ttt_lora_lr / math.sqrt(cfg.lora_rank)  # all directions together move as far at any rank
+        self.sizes = [len(layer.weight) for layer in self.layers]
+        layer_of = torch.repeat_interleave(torch.tensor(self.sizes))
+        self.layer_of = layer_of.to(self.device)
+        self.means = (F.one_hot(layer_of).mT / torch.tensor(self.sizes)[:, None]).to(self.device)
+        self.downs = [strongest_inputs(layer.weight, cfg.lora_rank).to(self.dtype) for layer in self.layers]
         own_kernels = process.cuda and compiles(cfg, process)
-        self.update = torch.compile(adam_rows, dynamic=False) if own_kernels else adam_rows
+        self.update = torch.compile(descend_directions, dynamic=False) if own_kernels else descend_directions
 
     def reset(self, places: int):
-        """Room for the adapters of this many documents at a time, and for Adam's state of each."""
-        self.weights = self.initial.repeat(places, 1)
-        self.first, self.second = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
-        self.steps = self.weights.new_zeros(places, 1)
+        """Room for the adapters of this many documents at a time, and for what their steps go by."""
+        rank = self.cfg.lora_rank
+        self.ups = torch.zeros(places, sum(self.sizes), rank, device=self.device)
+        self.squares = torch.zeros(places, len(self.layers), rank, device=self.device)
+        self.steps = torch.zeros(places, device=self.device)
 
     def renew(self, places: np.ndarray):
-        """Fresh adapters and optimizer state in these places."""
+        """Fresh adapters in these places."""
         if len(places):
-            places = to_device(places, self.weights.device)
-            self.weights.index_copy_(0, places, self.initial.expand(len(places), -1))
-            for state in (self.first, self.second, self.steps):
+            places = to_device(places, self.device)
+            for state in (self.ups, self.squares, self.steps):
                 state.index_fill_(0, places, 0.0)
 
     def attach(self, places: Tensor, times: int = 1):
         """Give the layers the adapters in `places`, a row of the next batch each, the whole repeated so many times."""
-        everyone = len(places) == len(self.weights)
-        self.leaf = (self.weights.detach() if everyone else self.weights[places]).requires_grad_()
+        everyone = len(places) == len(self.ups)
+        self.leaf = (self.ups.detach() if everyone else self.ups[places]).requires_grad_()
         rows = self.leaf.to(self.dtype)
         if times > 1:
-            rows = rows.repeat(times, 1)
-        parts = rows.split([math.prod(shape) for shape in self.shapes], dim=1)
-        matrices = [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
-        for layer, down, up in zip(self.layers, matrices[::2], matrices[1::2], strict=True):
+            rows = rows.repeat(times, 1, 1)
+        for layer, down, up in zip(self.layers, self.downs, rows.split(self.sizes, 1), strict=True):
             layer.adapter = (down, up)
 
     def detach(self):
@@ -3035,43 +3056,38 @@ class LoraAdapters:
             layer.adapter = None
 
     def step(self, nats: Tensor, places: Tensor, learns: Tensor):
-        """An Adam step on the mean of each row of nats [rows, targets], for the attached `places` where `learns`
-        [rows]."""
+        """A step on the mean of each row of nats [rows, targets], for the attached `places` where `learns` [rows]."""
         grad, = torch.autograd.grad((nats.mean(1) * learns).sum(), self.leaf)
-        if self.cfg.ttt_grad_clip:
-            norm = torch.linalg.vector_norm(grad, dim=1)
-            grad = grad * (self.cfg.ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0)[:, None]
-        whole = self.weights, self.first, self.second, self.steps
-        everyone = len(places) == len(self.weights)
+        whole = self.ups, self.squares, self.steps
+        everyone = len(places) == len(self.ups)
         mine = whole if everyone else [state[places] for state in whole]
         with torch.no_grad():
-            self.update(*mine, grad, learns[:, None], self.cfg.ttt_lora_lr)
+            self.update(*mine, grad, learns, self.means, self.layer_of, self.rate)
         if not everyone:
             for state, rows in zip(whole, mine, strict=True):
                 state.index_copy_(0, places, rows)
 
 
-def adam_rows(weights: Tensor, first: Tensor, second: Tensor, steps: Tensor, grad: Tensor, learns: Tensor, rate: float):
-    """An Adam step, in place, on the rows of weights [rows, n] where `learns` [rows, 1]; each row has its own moments
-    and its own count of `steps` [rows, 1]. (https://arxiv.org/abs/1412.6980)"""
-    beta1, beta2, epsilon = 0.9, 0.99, 1e-8
+def descend_directions(ups: Tensor, squares: Tensor, steps: Tensor, grad: Tensor, learns: Tensor, means: Tensor,
+                       layer_of: Tensor, rate: float):
+    """A step against `grad`, in place: what a layer learns from one direction of its input is divided by the root mean
+    square of that direction's gradients so far. A row that does not learn has no gradient. ups and grad [rows,
+    outputs, rank], squares [rows, layers, rank], steps and learns [rows]; `means` [layers, outputs] takes the mean over
+    the outputs of each layer, and `layer_of` [outputs] says which that is."""
     steps.add_(learns)
-    taken = steps.clamp(min=1.0)
-    first.lerp_(grad, torch.where(learns, 1 - beta1, 0.0))
-    second.lerp_(grad.square_(), torch.where(learns, 1 - beta2, 0.0))
-    size = torch.where(learns, rate / (1 - beta1**taken), 0.0)
-    scale = second.sqrt().mul_((1 - beta2**taken).rsqrt()).add_(epsilon)
-    weights.addcdiv_(size * first, scale, value=-1)
+    squares.add_(means @ grad.square())
+    scale = (squares / steps.clamp(min=1.0)[:, None, None]).sqrt().add_(1e-8)
+    ups.addcdiv_(grad, scale[:, layer_of], value=-rate)
 
 
-def document_groups(cfg: Config, process: Process, stream: Stream, weights: int) -> list[tuple[int, int, np.ndarray]]:
+def document_groups(cfg: Config, process: Process, stream: Stream) -> list[tuple[int, int, np.ndarray]]:
     """This rank's documents, long ones and short ones: (window, places, documents [n, 2] as first target and end,
     longest first).
 
     A document is the targets from its BOS to the next; what comes before the first BOS is one too. A short one, all of
     whose blocks see its first token in half a window, gets that. `places` go through the model side by side, as many
-    as the activations of the longest window and, with all that Adam needs, adapters of `weights` numbers leave room
-    for; they are as many for both windows, so that a compiled model learns in one shape.
+    as the activations of the longest window and the adapters leave room for; they are as many for both windows, so
+    that a compiled model learns in one shape.
     """
     starts = np.union1d([0], torch.nonzero(stream.tokens[:-1] == BOS_ID)[:, 0].cpu().numpy())
     documents = np.stack((starts, np.append(starts[1:], stream.targets)), axis=1)
@@ -3084,7 +3100,8 @@ def document_groups(cfg: Config, process: Process, stream: Stream, weights: int)
     short = (documents[:, 1] - documents[:, 0] <= longest) & (half >= stride)
     groups = [(size, chosen) for size, chosen in ((window, documents[~short]), (half, documents[short])) if len(chosen)]
     room = min(tokens_per_pass(cfg, process, True), cfg.val_batch_size // process.world) // window
-    room = min(room, process.memory()[0] // 8 // (32 * weights))
+    adapters = cfg.lora_rank * (cfg.num_layers * (cfg.mlp_dim + cfg.model_dim) + cfg.vocab_size)
+    room = min(room, process.memory()[0] // 8 // (16 * adapters))  # with gradients, and both in the compute type too
     most = max(math.ceil(len(chosen) / process.world) for _, chosen in groups)
     return [(size, max(min(room, most), 1), chosen[process.rank :: process.world]) for size, chosen in groups]
 
@@ -3160,7 +3177,7 @@ def walk_lora(walk: Walk, model: GPT):
     """Each document from fresh adapters: score a chunk of it, learn from it, go on to its next one. Nothing carries
     over between documents, so they share batches and are shared out over the ranks."""
     process, adapters = walk.process, LoraAdapters(walk.cfg, walk.process, model)
-    groups = document_groups(walk.cfg, process, walk.evaluator.stream, len(adapters.initial))
+    groups = document_groups(walk.cfg, process, walk.evaluator.stream)
     walk.total = sum(window * int((documents[:, 1] - documents[:, 0]).sum()) for window, _, documents in groups)
     for group in groups:
         walk_documents(walk, adapters, *group, fixed=walk.evaluator.forward is not model)
@@ -3178,7 +3195,7 @@ def prime(cfg: Config, process: Process, log: Log, stream: Stream, tokenizer: To
     model = GPT(cfg, process.dtype).to(process.device)
     rng, starts, n = np.random.default_rng(0), [], min(2 * cfg.ttt_chunk_tokens, stream.targets)
     if cfg.ttt_mode == "lora":  # a whole batch for each length of window
-        groups = document_groups(cfg, process, stream, len(LoraAdapters(cfg, process, model).initial))
+        groups = document_groups(cfg, process, stream)
         lengths = [window + (window == cfg.eval_len) for window, places, _ in groups  # one more: it learns
                    for _ in range(places * process.world)]
         starts = np.cumsum([0, *lengths])

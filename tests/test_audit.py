@@ -278,9 +278,64 @@ def test_the_audit_rejects_adapters_of_the_neighbour(tiny, monkeypatch):
     def next_row(self, places, times=1):
         attach(self, places, times)
         for layer in self.layers:
-            layer.adapter = tuple(factor.roll(1, 0) for factor in layer.adapter)
+            layer.adapter = layer.adapter[0], layer.adapter[1].roll(1, 0)
 
     monkeypatch.setattr(t.LoraAdapters, "attach", next_row)
+    assert "causal" in failed(subject(tiny(**SMALL | LORA)))[0]
+
+
+def test_the_audit_rejects_adapters_warmed_against_the_order_of_the_stream(tiny, monkeypatch):
+    """Which begin with half of what others have learnt so far: documents are walked by their length."""
+    renew = t.LoraAdapters.renew
+
+    def warm(self, places):
+        given = self.ups.mean(0) / 2
+        renew(self, places)
+        self.ups[places] = given
+
+    monkeypatch.setattr(t.LoraAdapters, "renew", warm)
+    assert "causal" in failed(subject(tiny(**SMALL | LORA)))[0]
+
+
+def test_the_audit_rejects_a_global_step_that_has_seen_a_later_document(tiny, monkeypatch):
+    """Of a matrix that all documents share, on what was scored of those that stand side by side."""
+    learn = t.learn_documents
+
+    def both(walk, adapters, chunk, places, first, low, end):
+        learn(walk, adapters, chunk, places, first, low, end)
+        adapters.detach()
+        model, at = walk.evaluator.forward, (low[:, None] + torch.arange(chunk + 1)).minimum(end[:, None])
+        text, weight = walk.evaluator.stream.tokens[at], model.blocks[0].mlp.fc.weight.requires_grad_()
+        grad, = torch.autograd.grad(model(text[:, :-1], text[:, 1:]).mean(), weight)
+        weight.requires_grad_(False).sub_(0.3 * grad)
+
+    monkeypatch.setattr(t, "learn_documents", both)
+    assert "causal" in failed(subject(tiny(**SMALL | LORA)))[0]
+
+
+def test_the_audit_rejects_an_alpha_that_a_document_s_score_has_chosen(tiny, monkeypatch):
+    """Each chunk with its adapters at half and at double strength, and the better of the two is kept."""
+    score = t.score_documents
+
+    def chosen(walk, adapters, *more):
+        forward = walk.evaluator.forward
+
+        def better(*asked):
+            nats, given = [], [layer.adapter for layer in adapters.layers]
+            for alpha in (0.5, 2.0):
+                for layer, (down, up) in zip(adapters.layers, given, strict=True):
+                    layer.adapter = down, alpha * up
+                nats.append(forward(*asked))
+            for layer, adapter in zip(adapters.layers, given, strict=True):
+                layer.adapter = adapter
+            weak, strong = nats
+            return torch.where((weak.sum(1) < strong.sum(1))[:, None], weak, strong)
+
+        walk.evaluator.forward = better
+        score(walk, adapters, *more)
+        walk.evaluator.forward = forward
+
+    monkeypatch.setattr(t, "score_documents", chosen)
     assert "causal" in failed(subject(tiny(**SMALL | LORA)))[0]
 
 

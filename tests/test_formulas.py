@@ -97,16 +97,6 @@ def text_stream(ids, tokenizer):
     return t.Stream(np.array(ids), tokenizer, torch.device("cpu"))
 
 
-def first_factors(cfg, names, weights):
-    """The low-rank adapters before their first step, (A, B) by name: A is drawn, the one thing that no formula says."""
-    drawn, factors = torch.Generator().manual_seed(0), {}
-    for name in names:
-        n_out, n_in = weights[name].shape
-        a = torch.randn(cfg.ttt_lora_rank, n_in, generator=drawn) / math.sqrt(n_in)
-        factors[name] = (a.double(), torch.zeros(n_out, cfg.ttt_lora_rank, dtype=torch.float64))
-    return factors
-
-
 # ---- the model, one sequence at a time ----
 
 
@@ -209,7 +199,8 @@ def plain_logits(w, cfg, ids, window=0, seen=None):
         if layer < half:
             stack.append(x)
 
-    z = matrix("tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight", rms_norm(x))
+    output = "tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"
+    z = matrix("adapted output" if "adapted output" in w else output, rms_norm(x))
     return cfg.logit_softcap * torch.tanh(z / cfg.logit_softcap)
 
 
@@ -729,19 +720,20 @@ def test_full_test_time_training(tiny, name, limit):
         assert error < 1e-12 if frozen else error < 1e-3 * moved, name
 
 
-def plain_lora_walk(w, cfg, ids, norms, lessons):
+def plain_lora_walk(w, cfg, ids, lessons):
     """Test-time training by low-rank adapters, a document at a time, each from the start. `lessons`: of each target."""
-    names = [name for name in w if name.startswith("blocks.") and name.endswith(".weight")]
+    output = "tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"
+    names = [f"blocks.{i}.mlp.{part}.weight" for i in range(cfg.num_layers) for part in ("fc", "proj")] + [output]
+    downs = {name: torch.linalg.svd(w[name], full_matrices=False).Vh[: cfg.ttt_lora_rank] for name in names}
+    place = {output: "adapted output"}
     starts = [i for i in range(len(ids) - 1) if i == 0 or ids[i] == BOS]
     stride, size, nats = min(cfg.eval_stride, cfg.ttt_lora_chunk_tokens), cfg.ttt_lora_chunk_tokens, []
     for first, last in itertools.pairwise([*starts, len(ids) - 1]):
-        factors = {}
-        for name, (a, b) in first_factors(cfg, names, w).items():
-            factors[name + " A"], factors[name + " B"] = a.requires_grad_(), b.requires_grad_()
-        adam = PlainAdam(0.9, 0.99)
+        ups = {name: torch.zeros(len(w[name]), cfg.ttt_lora_rank).double().requires_grad_() for name in names}
+        squares, steps = dict.fromkeys(names, 0.0), 0
         for begin in range(first, last, size):
             end = min(begin + size, last)
-            adapted = w | {name: w[name] + factors[name + " B"] @ factors[name + " A"] for name in names}
+            adapted = w | {place.get(name, name): w[name] + ups[name] @ downs[name] for name in names}
             with torch.no_grad():
                 nats += plain_window_scores(adapted, cfg, ids, begin, end, first, cfg.eval_len, stride)
             if end == last:
@@ -749,28 +741,29 @@ def plain_lora_walk(w, cfg, ids, norms, lessons):
             lessons[begin:end] = [1] * (end - begin)
             start = max(begin - 64, first)
             losses = plain_nats(adapted, cfg, ids[start:end], ids[start + 1 : end + 1], cfg.eval_len)[begin - start :]
-            gradients = torch.autograd.grad(losses.mean(), list(factors.values()))
-            gradients = dict(zip(factors, gradients, strict=True))
-            norms.append(math.sqrt(sum(float((g * g).sum()) for g in gradients.values())))
-            gradients = clipped(gradients, cfg.ttt_grad_clip)
-            adam.step(factors, gradients, dict.fromkeys(factors, cfg.ttt_lora_lr), dict.fromkeys(factors, 0.0))
+            gradients = dict(zip(names, torch.autograd.grad(losses.mean(), list(ups.values())), strict=True))
+            steps += 1
+            for name, g in gradients.items():
+                squares[name] = squares[name] + (g * g).sum(0) / len(g)
+                size_of_g = (squares[name] / steps).sqrt() + 1e-8
+                rate = cfg.ttt_lora_lr / cfg.ttt_lora_rank**0.5
+                ups[name] = (ups[name] - rate * g / size_of_g).detach().requires_grad_()
     return nats
 
 
 LORA = {"TTT_ENABLED": 1, "TTT_MODE": "lora", "NUM_LAYERS": 3, "SPARSE_START_LAYER": 1, "EVAL_SEQ_LEN": 96,
-        "EVAL_STRIDE": 8, "TTT_LORA_CHUNK_TOKENS": 16, "TTT_LORA_RANK": 4, "TTT_LORA_LR": 0.02}
+        "EVAL_STRIDE": 8, "TTT_LORA_CHUNK_TOKENS": 16, "TTT_LORA_RANK": 4, "TTT_LORA_LR": 0.04}
 
 
-@pytest.mark.parametrize("form, limit", [(SEED, 1.5), (FRONTIER, 1000)])
-def test_lora_test_time_training(tiny, form, limit):
+@pytest.mark.parametrize("form", [SEED, FRONTIER | {"TIE_EMBEDDINGS": 0}])
+def test_lora_test_time_training(tiny, form):
     """Text before the first document, documents of a whole number of chunks, of others and of less than one, and in
     one a token that repeats itself; three are longer than half a window and share two places, so that the third begins
-    where another has ended. Limits of the gradient: between the norms, and far above."""
-    cfg, ids = tiny(**form | LORA, TTT_GRAD_CLIP=limit, VAL_BATCH_SIZE=2 * 96), text(301, 6, [20, 132, 202, 207, 262])
+    where another has ended."""
+    cfg, ids = tiny(**form | LORA, VAL_BATCH_SIZE=2 * 96), text(301, 6, [20, 132, 202, 207, 262])
     ids[60:92] = [7] * 32
-    model, norms, lessons = make_model(cfg, 0.2), [], [0] * 300
+    model, lessons = make_model(cfg, 0.2), [0] * 300
     w = {name: p.detach() for name, p in weights_of(model).items()}
-    expected, (found, learnt) = plain_lora_walk(w, cfg, ids, norms, lessons), adapt_and_score(cfg, model, ids)
+    expected, (found, learnt) = plain_lora_walk(w, cfg, ids, lessons), adapt_and_score(cfg, model, ids)
     assert found == pytest.approx(expected, abs=1e-4)
     assert learnt == lessons, "a step a chunk, none on a document's last"
-    assert limit == 1000 or min(norms) < 0.7 * limit < 1.5 * limit < max(norms), norms

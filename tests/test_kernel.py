@@ -71,7 +71,7 @@ for slope in (0.0, 0.5):
     model.blocks[0].mlp.fc.watch = lambda *seen: None
     model(ids[:, :-1])
     model.blocks[0].mlp.fc.watch = None
-    model.blocks[1].mlp.proj.adapter = torch.zeros(2, 4, 256), torch.zeros(2, 128, 4)
+    model.blocks[1].mlp.proj.adapter = torch.zeros(4, 256), torch.zeros(2, 128, 4)
     model(ids[:, :-1])
     found[f"more {slope}"] = launches[4:]
     t.bent_product = plain_kernel

@@ -321,8 +321,7 @@ def test_iterations_are_those_of_the_walk(tiny, corpus):
     model = t.GPT(cfg, process.dtype).to(process.device)
     tokens = t.Tokens(corpus, "val", cfg.vocab_size)
     stream = t.open_stream(tokens, t.Tokenizer(corpus / "tokenizer.model", cfg.vocab_size), 1500, process.device)
-    weights = len(t.LoraAdapters(cfg, process, model).initial)
-    groups = [measure_stages.Group(*group, 16) for group in t.document_groups(cfg, process, stream, weights)]
+    groups = [measure_stages.Group(*group, 16) for group in t.document_groups(cfg, process, stream)]
     log = t.Log(process, Path(os.devnull)).silent()
     found = measure_stages.iterations(process, lambda: t.test_time_train(cfg, process, log, model, stream))
     assert {group.window: group.iterations() for group in groups} == {

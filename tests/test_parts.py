@@ -243,16 +243,13 @@ def test_a_model_is_the_same_in_the_form_that_a_gpu_fuses(monkeypatch, tiny):
         torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_layers_side_by_side_are_each_alone(adapted):
-    """Outputs, gradients of input, weights and adapters, and what a calibration hears."""
+def test_layers_side_by_side_are_each_alone():
+    """Outputs, gradients of input and weights, and what a calibration hears."""
     torch.manual_seed(0)
     layers, x, heard = [t.Linear(6, n) for n in (8, 4, 4)], torch.randn(2, 5, 6).requires_grad_(), []
-    factors = [torch.randn(2, *shape).requires_grad_() for n in (8, 4, 4) for shape in ((3, 6), (n, 3))]
-    for i, layer in enumerate(layers):
-        layer.adapter = tuple(factors[2 * i : 2 * i + 2]) if adapted else None
+    for layer in layers:
         layer.watch = lambda y, x, gain, part: heard.append((y.size(-1), gain, part))
-    weights = [layer.weight for layer in layers] + factors * adapted
+    weights = [layer.weight for layer in layers]
     sides = []
     for y in (t.side_by_side(x, tuple(layers), 0.7), torch.cat([layer(x, 0.7) for layer in layers], -1)):
         sides.append((y, *torch.autograd.grad(y.square().sum(), [x, *weights])))

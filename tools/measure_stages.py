@@ -382,12 +382,12 @@ class Text:
     targets: int
 
 
-def groups_of_a_rank(cfg: t.Config, process: t.Process, weights: int, ids: np.ndarray) -> list[Group]:
+def groups_of_a_rank(cfg: t.Config, process: t.Process, ids: np.ndarray) -> list[Group]:
     """The groups of the first of eight ranks."""
     rank, chunk = copy.copy(process), min(cfg.ttt_lora_chunk_tokens, cfg.eval_len)
     rank.world, rank.rank = RANKS, 0
     text = Text(torch.from_numpy(ids.astype(np.int32)), len(ids) - 1)
-    return [Group(*group, chunk) for group in t.document_groups(cfg, rank, text, weights)]
+    return [Group(*group, chunk) for group in t.document_groups(cfg, rank, text)]
 
 
 def excerpt(ids: np.ndarray, groups: list[Group], turns: int = 8) -> np.ndarray:
@@ -490,11 +490,10 @@ def ttt(stage: Stage):
             p.add_(0.02 * torch.randn_like(p))
     tokens = t.Tokens(Path(cfg.data_path), "val", cfg.vocab_size)
     ids = np.resize(tokens.read(0, min(len(tokens), FINEWEB + 1)), FINEWEB + 1)
-    weights = len(t.LoraAdapters(cfg, process, model).initial)
-    groups = groups_of_a_rank(cfg, process, weights, ids)
+    groups = groups_of_a_rank(cfg, process, ids)
     mine = dataclasses.replace(cfg, val_batch_size=max(cfg.val_batch_size // RANKS, 1))
     stream = t.Stream(excerpt(ids, groups), parts.tokenizer, process.device)
-    stage.figures(shape=[f"{g.places} documents of window {g.window}" for g in groups], adapter_weights=weights,
+    stage.figures(shape=[f"{g.places} documents of window {g.window}" for g in groups],
                   excerpt_targets=stream.targets, split_targets=len(tokens) - 1)
     with Graphs(stage.figures).watching():
         stage.figures(prime_s=parts.timed(lambda: t.prime(mine, process, parts.log, stream, parts.tokenizer)))
