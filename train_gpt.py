@@ -2995,27 +2995,19 @@ def walk_full(walk: Walk, model: GPT):
         walk.line(walk.chunks, chunks, rate)
 
 
-def strongest_inputs(weight: Tensor, rank: int) -> Tensor:
-    """The orthonormal directions [rank, n_in] of its input that a matrix amplifies most, strongest last: its right
-    singular vectors, by way of the smaller of its two products with itself."""
-    wide = weight.size(0) < weight.size(1)
-    product = weight @ weight.mT if wide else weight.mT @ weight
-    vectors = torch.linalg.eigh(product).eigenvectors[:, -rank:].mT
-    return F.normalize(vectors @ weight) if wide else vectors
-
-
 class LoraAdapters:
     """TTT_MODE=lora: low-rank adapters (https://arxiv.org/abs/2106.09685) on the MLPs' matrices and the output layer.
 
     The first factor is fixed (https://arxiv.org/abs/2308.03303) and the same for all documents: the directions of its
-    input that a matrix amplifies most (https://arxiv.org/abs/2404.02948). The second is a document's own, starts at
-    zero and learns. `ups` [documents, all outputs, rank] are those of all layers, one below the other. What is done
-    document by document couples nothing. Nothing here waits for the device.
+    input that a matrix amplifies most, its right singular vectors (https://arxiv.org/abs/2404.02948). The second is a
+    document's own, starts at zero and learns. `ups` [places, all outputs, rank] are those of all layers, one below the
+    other, for as many documents as go through the model side by side. What is done document by document couples
+    nothing. Nothing here waits for the device.
     """
 
-    def __init__(self, cfg: Config, process: Process, model: GPT):
+    def __init__(self, cfg: Config, process: Process, model: GPT, places: int):
         model.requires_grad_(False)
-        self.cfg, self.device, self.dtype = cfg, process.device, model.dtype
+        self.device, self.dtype = process.device, model.dtype
         self.layers = [layer for block in model.blocks for layer in (block.mlp.fc, block.mlp.proj)]
         self.layers.append(model.tok_emb if model.lm_head is None else model.lm_head)
         self.rate = cfg.ttt_lora_lr / math.sqrt(cfg.lora_rank)  # all directions together move as far at any rank
@@ -3023,16 +3015,13 @@ class LoraAdapters:
         layer_of = torch.repeat_interleave(torch.tensor(self.sizes))
         self.layer_of = layer_of.to(self.device)
         self.means = (F.one_hot(layer_of).mT / torch.tensor(self.sizes)[:, None]).to(self.device)
-        self.downs = [strongest_inputs(layer.weight, cfg.lora_rank).to(self.dtype) for layer in self.layers]
+        spectra = (torch.linalg.svd(layer.weight, full_matrices=False) for layer in self.layers)
+        self.downs = [found.Vh[: cfg.lora_rank].to(self.dtype) for found in spectra]
+        self.ups = torch.zeros(places, sum(self.sizes), cfg.lora_rank, device=self.device)
+        self.squares = torch.zeros(places, len(self.layers), cfg.lora_rank, device=self.device)
+        self.steps = torch.zeros(places, device=self.device)
         own_kernels = process.cuda and compiles(cfg, process)
         self.update = torch.compile(descend_directions, dynamic=False) if own_kernels else descend_directions
-
-    def reset(self, places: int):
-        """Room for the adapters of this many documents at a time, and for what their steps go by."""
-        rank = self.cfg.lora_rank
-        self.ups = torch.zeros(places, sum(self.sizes), rank, device=self.device)
-        self.squares = torch.zeros(places, len(self.layers), rank, device=self.device)
-        self.steps = torch.zeros(places, device=self.device)
 
     def renew(self, places: np.ndarray):
         """Fresh adapters in these places."""
@@ -3121,7 +3110,6 @@ def walk_documents(walk: Walk, adapters: LoraAdapters, window: int, places: int,
     device, chunk = walk.process.device, min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len)
     queue = collections.deque(documents.tolist())
     begin, end, at = np.zeros((3, places), np.int64)  # of each place's document; its next target
-    adapters.reset(places)
     while True:
         free = np.flatnonzero(at >= end)[: len(queue)]
         for place in free:
@@ -3176,8 +3164,9 @@ def learn_documents(walk: Walk, adapters: LoraAdapters, chunk: int, places: Tens
 def walk_lora(walk: Walk, model: GPT):
     """Each document from fresh adapters: score a chunk of it, learn from it, go on to its next one. Nothing carries
     over between documents, so they share batches and are shared out over the ranks."""
-    process, adapters = walk.process, LoraAdapters(walk.cfg, walk.process, model)
+    process = walk.process
     groups = document_groups(walk.cfg, process, walk.evaluator.stream)
+    adapters = LoraAdapters(walk.cfg, process, model, groups[0][1])  # of both groups' number of places
     walk.total = sum(window * int((documents[:, 1] - documents[:, 0]).sum()) for window, _, documents in groups)
     for group in groups:
         walk_documents(walk, adapters, *group, fixed=walk.evaluator.forward is not model)

@@ -138,14 +138,32 @@ def test_rates_within_a_chunk_and_across_chunks(tiny):
 
 def test_only_the_documents_that_learn_change(tiny):
     cfg = tiny(**SMALL | MODES[0])
-    adapters = t.LoraAdapters(cfg, Lone(), model_of(cfg))
-    adapters.reset(3)
+    adapters = t.LoraAdapters(cfg, Lone(), model_of(cfg), 3)
     places = torch.arange(3)
     adapters.attach(places)
     nats = adapters.leaf.sum((1, 2))[:, None].expand(3, 8)
     adapters.step(nats, places, torch.tensor([True, False, True]))
     assert (adapters.ups != 0).all((1, 2)).tolist() == [True, False, True]
     assert not adapters.ups[1].any() and adapters.steps.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("changes, rank", [({}, 32), ({"MLP_MULT": 0.25}, 8), ({"VOCAB_SIZE": 20}, 20)])
+def test_the_default_rank_is_what_the_matrices_have(tiny, changes, rank):
+    cfg = tiny(TTT_ENABLED=1, TTT_MODE="lora", MODEL_DIM=32, **changes)
+    adapters = t.LoraAdapters(cfg, Lone(), model_of(cfg), 1)
+    assert {len(down) for down in adapters.downs} == {rank} == {cfg.lora_rank}
+    for down in adapters.downs:
+        assert torch.allclose(down @ down.mT, torch.eye(rank), atol=1e-4)
+
+
+def test_adapters_take_an_eighth_of_the_memory_at_most(tiny, monkeypatch):
+    """At 16 bytes a number: those of 64 layers and 65,535 tokens at rank 1024 are 4.3 GB a document."""
+    cfg = tiny(**SMALL | {"NUM_LAYERS": 64, "MODEL_DIM": 1024, "TTT_LORA_RANK": 1024, "VOCAB_SIZE": 65535})
+    stream = stream_of(tokens(241, documents=range(0, 240, 24)))
+    for gigabytes, places in ((50, 1), (150, 4), (10**4, 10)):
+        monkeypatch.setattr(Lone, "memory", lambda self, n=gigabytes: (n * 10**9, 0))
+        (window, found, documents), = t.document_groups(cfg, Lone(), stream)
+        assert (window, found, len(documents)) == (16, places, 10)
 
 
 class Clock:
@@ -385,6 +403,7 @@ def test_the_mode_follows_the_variables_given():
                  "TTT_WARMUP_EPOCHS": "1", "TTT_WD": "0.01"}
     assert mode() == ("lora", []) and mode(**published) == ("full", [])
     assert mode(TTT_LORA_LR="0.1") == ("lora", []) and mode(TTT_MODE="full") == ("full", [])
+    assert mode(TTT_GRAD_CLIP="0.5")[0] == "full"
     assert mode(TTT_LR="1", TTT_LORA_LR="1") == ("full", ["TTT_LORA_LR: no effect with TTT_MODE=full"])
     assert mode(TTT_MODE="lora", TTT_LR="1") == ("lora", ["TTT_LR: no effect with TTT_MODE=lora"])
     assert t.load_config({"MODEL_DIM": "4", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "ROPE_DIMS": "2"})[1] == []
