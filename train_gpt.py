@@ -176,7 +176,7 @@ class Config:
     ttt_enabled: bool = var(True, "0|1", "1: score-first test-time training", "Test-time training")
     ttt_mode: str = var("auto", "auto|full|lora", "lora: adapters a document; full: all weights; auto: full where its "
                         "variables are given, else lora")
-    ttt_lora_rank: int = var(128, "1..16384", "lora: rank of the adapters; clipped to what matrices have")
+    ttt_lora_rank: int = var(128, "1..16384", "lora: rank of the adapters; by default no more than the matrices' own")
     ttt_lora_lr: float = var(0.024, "0..10", "lora: rate, divided by the square root of the rank")
     ttt_lora_chunk_tokens: int = var(64, ">=1", "lora: targets scored, then learnt from, at a time; a window at most")
     ttt_chunk_tokens: int = var(16384, ">=1", "full: targets scored, then learnt from, at a time")
@@ -1084,7 +1084,8 @@ def adapted(y: Tensor, x: Tensor, adapter: tuple[Tensor, Tensor] | None, gain: T
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, kept in fp32 and used in the input's type. `watch`: set by `Calibration`."""
+    """A matrix without bias, kept in fp32 and used in the input's type. `adapter`: what `adapted` adds, set by
+    test-time training. `watch`: set by `Calibration`."""
 
     adapter, watch = None, None
 
@@ -3002,7 +3003,7 @@ class LoraAdapters:
     input that a matrix amplifies most, its right singular vectors (https://arxiv.org/abs/2404.02948). The second is a
     document's own, starts at zero and learns. `ups` [places, all outputs, rank] are those of all layers, one below the
     other, for as many documents as go through the model side by side. What is done document by document couples
-    nothing. Nothing here waits for the device.
+    nothing. Once made, nothing here waits for the device.
     """
 
     def __init__(self, cfg: Config, process: Process, model: GPT, places: int):
@@ -3149,7 +3150,7 @@ def score_documents(walk: Walk, adapters: LoraAdapters, window: int, chunk: int,
 def learn_documents(walk: Walk, adapters: LoraAdapters, chunk: int, places: Tensor, first: Tensor, low: Tensor,
                     end: Tensor):
     """A step of each document on the chunk from `low` on, if that is not its last; no later token goes in, and of the
-    earlier ones LORA_CONTEXT: of a chunk of 128 from target 1000 on, inputs 936 to 1127 and tokens 1001 to 1128."""
+    earlier ones LORA_CONTEXT: of a chunk of 64 from target 1000 on, inputs 936 to 1063 and tokens 1001 to 1064."""
     evaluator, length = walk.evaluator, min(walk.cfg.eval_len, chunk + LORA_CONTEXT)
     learns, start = low + chunk < end, (low + chunk - length).maximum(first)[:, None]
     inputs = (start + torch.arange(length, device=low.device)).minimum(low[:, None] + chunk - 1)
@@ -3164,9 +3165,9 @@ def learn_documents(walk: Walk, adapters: LoraAdapters, chunk: int, places: Tens
 def walk_lora(walk: Walk, model: GPT):
     """Each document from fresh adapters: score a chunk of it, learn from it, go on to its next one. Nothing carries
     over between documents, so they share batches and are shared out over the ranks."""
-    process = walk.process
-    groups = document_groups(walk.cfg, process, walk.evaluator.stream)
-    adapters = LoraAdapters(walk.cfg, process, model, groups[0][1])  # of both groups' number of places
+    process, groups = walk.process, document_groups(walk.cfg, walk.process, walk.evaluator.stream)
+    places = groups[0][1]  # the same for each group
+    adapters = LoraAdapters(walk.cfg, process, model, places)
     walk.total = sum(window * int((documents[:, 1] - documents[:, 0]).sum()) for window, _, documents in groups)
     for group in groups:
         walk_documents(walk, adapters, *group, fixed=walk.evaluator.forward is not model)

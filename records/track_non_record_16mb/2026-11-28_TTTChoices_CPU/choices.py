@@ -3,7 +3,7 @@
 
     git show a546cca:train_gpt.py > before.py          the script whose walk is used, and whose form "before" is
     python choices.py run before.py small.ptz --targets 262144 --out small.csv
-    python choices.py run before.py old.ptz --targets 262144 --out old.csv --only before 'rank 64, rate 0.003'
+    python choices.py run before.py old.ptz --targets 262144 --out old.csv --only before 'new, rank 64'
     python choices.py table small.csv old.csv
 
 Each choice replaces the script's adapters and their step by one of the two forms below; the walk over the documents,
@@ -57,6 +57,8 @@ class Choice:
 
 
 NEW = {"form": "second", "layers": "mlp", "head": 1, "basis": "strongest", "rank": 128, "rate": 0.024, "beta1": 0.0}
+# The numbers of its authors in the measures of `Choice`: alpha / rank = 1.8 is taken into the second factor's rate, and
+# the first factor's is 1 / 1.8 of that; its numbers are uniform; weight decay goes to the start and not to zero.
 PUBLISHED = {"beta1": 0.0, "rank": 80, "head": 80, "frozen": r"attn\.k", "rate": 1.44e-4, "rate_first": 0.556,
              "size_first": 0.577, "decay": 1.1, "clip": 0.0, "chunk": 48, "context": 464}
 CHOICES = {
@@ -297,7 +299,10 @@ def run(options):
     tokenizer = script.Tokenizer(data / "tokenizer.model", base.vocab_size)
     tokens = script.Tokens(data, "val", base.vocab_size)
     stream = script.open_stream(tokens, tokenizer, options.targets, process.device)
-    for name, settings in ({"sliding windows": None} | CHOICES).items():
+    choices = {"sliding windows": None} | CHOICES
+    if unknown := set(options.only or ()) - set(choices):
+        sys.exit(f"error: {', '.join(sorted(unknown))}: no such choice; the names are those of CHOICES in this script")
+    for name, settings in choices.items():
         done = read(options.out)
         if name in done or (options.only and name not in options.only):
             continue
