@@ -210,6 +210,11 @@ class Config:
         return min(self.ttt_lora_rank, self.model_dim, self.mlp_dim, self.vocab_size)
 
     @property
+    def lora_stride(self) -> int:
+        """EVAL_STRIDE, or a chunk of TTT_MODE=lora."""
+        return min(self.eval_stride, self.ttt_lora_chunk_tokens, self.eval_len)
+
+    @property
     def export_seconds(self) -> float:
         """Guard on calibration and search, 0 for none: it is training time, so training ends that much sooner."""
         cap = self.max_wallclock_seconds * self.train_enabled
@@ -3082,12 +3087,9 @@ def document_groups(cfg: Config, process: Process, stream: Stream) -> list[tuple
     starts = np.union1d([0], torch.nonzero(stream.tokens[:-1] == BOS_ID)[:, 0].cpu().numpy())
     documents = np.stack((starts, np.append(starts[1:], stream.targets)), axis=1)
     documents = documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
-    window, chunk = cfg.eval_len, min(cfg.ttt_lora_chunk_tokens, cfg.eval_len)
-    half, stride = window // 2, min(cfg.eval_stride, chunk)
-    # A document's length must not show before its end, so its last stride must lie within the half window too: with a
-    # half of 128 and strides of 48, the one from 96 on would not, so that at most 81 targets are short.
-    longest = half if half % stride == chunk % stride == 0 else half - stride + 1
-    short = (documents[:, 1] - documents[:, 0] <= longest) & (half >= stride)
+    window, half = cfg.eval_len, cfg.eval_len // 2
+    # A document's length must not show before its end, so its last stride lies within the half too, wherever it begins.
+    short = documents[:, 1] - documents[:, 0] <= half - cfg.lora_stride + 1
     groups = [(size, chosen) for size, chosen in ((window, documents[~short]), (half, documents[short])) if len(chosen)]
     room = min(tokens_per_pass(cfg, process, True), cfg.val_batch_size // process.world) // window
     adapters = cfg.lora_rank * (cfg.num_layers * (cfg.mlp_dim + cfg.model_dim) + cfg.vocab_size)
@@ -3184,10 +3186,10 @@ def prime(cfg: Config, process: Process, log: Log, stream: Stream, tokenizer: To
         return
     model = GPT(cfg, process.dtype).to(process.device)
     rng, starts, n = np.random.default_rng(0), [], min(2 * cfg.ttt_chunk_tokens, stream.targets)
-    if cfg.ttt_mode == "lora":  # a whole batch for each length of window
+    if cfg.ttt_mode == "lora":  # a whole batch of long documents, and of short ones
         groups = document_groups(cfg, process, stream)
-        lengths = [window + (window == cfg.eval_len) for window, places, _ in groups  # one more: it learns
-                   for _ in range(places * process.world)]
+        lengths = [window + 1 if window == cfg.eval_len else window - cfg.lora_stride + 1
+                   for window, places, _ in groups for _ in range(places * process.world)]
         starts = np.cumsum([0, *lengths])
         n, starts = int(starts[-1]), starts[:-1]
     ids = rng.integers(BOS_ID + 1, max(cfg.vocab_size, BOS_ID + 2), n + 1)
@@ -3201,7 +3203,7 @@ def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream:
     """Walk the stream once: score a chunk for good, learn from it, score the next. Changes `model` in full mode.
     `spent`: seconds of EVAL_MAX_SECONDS that are gone already. Returns the books and what to report of the walk."""
     lora = cfg.ttt_mode == "lora"
-    stride = min(cfg.eval_stride, cfg.ttt_lora_chunk_tokens, cfg.eval_len) if lora else cfg.eval_stride
+    stride = cfg.lora_stride if lora else cfg.eval_stride
     evaluator = Evaluator(cfg, process, compiled(model, cfg, process), stream, stride)
     walk = Walk(cfg, process, log, evaluator, spent)
     if lora:
