@@ -177,7 +177,7 @@ class Config:
     ttt_mode: str = var("auto", "auto|full|lora", "lora: adapters a document; full: all weights; auto: full where its "
                         "variables are given, else lora")
     ttt_lora_rank: int = var(128, "1..16384", "lora: rank of the adapters; by default no more than the matrices' own")
-    ttt_lora_lr: float = var(0.024, "0..10", "lora: rate, divided by the square root of the rank")
+    ttt_lora_lr: float = var(0.012, "0..10", "lora: rate, divided by the square root of the rank")
     ttt_lora_chunk_tokens: int = var(64, ">=1", "lora: targets scored, then learnt from, at a time; a window at most")
     ttt_chunk_tokens: int = var(16384, ">=1", "full: targets scored, then learnt from, at a time")
     ttt_optimizer: str = var("adamw", "adamw|sgd", "full: the optimizer")

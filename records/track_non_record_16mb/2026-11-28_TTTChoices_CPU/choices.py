@@ -37,6 +37,7 @@ class Choice:
     layers: str = "blocks"  # a pattern that the names of the adapted matrices hold
     frozen: str = "^$"  # and one of those whose adapters do not learn
     head: int = 0  # rank of an adapter on the output layer
+    rate_head: float = 1.0  # of that one, as a multiple of the others'
     rank: int = 32
     rate: float = 0.004  # second: divided by the square root of the rank
     rate_first: float = 1.0  # of the first factor, as a multiple of that
@@ -56,7 +57,7 @@ class Choice:
     in_order: bool = False  # documents begin in the order of the stream, with a share of what those that ended left
 
 
-NEW = {"form": "second", "layers": "mlp", "head": 1, "basis": "strongest", "rank": 128, "rate": 0.024, "beta1": 0.0}
+NEW = {"form": "second", "layers": "mlp", "head": 1, "basis": "strongest", "rank": 128, "rate": 0.012, "beta1": 0.0}
 # The numbers of its authors in the measures of `Choice`: alpha / rank = 1.8 is taken into the second factor's rate, and
 # the first factor's is 1 / 1.8 of that; its numbers are uniform; weight decay goes to the start and not to zero.
 PUBLISHED = {"beta1": 0.0, "rank": 80, "head": 80, "frozen": r"attn\.k", "rate": 1.44e-4, "rate_first": 0.556,
@@ -73,6 +74,8 @@ CHOICES = {
     "beta1 0, MLPs only": {"beta1": 0.0, "layers": "mlp"},
     "beta1 0, output layer too": {"beta1": 0.0, "head": 32},
     "beta1 0, MLPs and output layer": {"beta1": 0.0, "layers": "mlp", "head": 32},
+    "beta1 0, MLPs and output layer, rate 0.002": {"beta1": 0.0, "layers": "mlp", "head": 32, "rate": 0.002},
+    "beta1 0, MLPs and output layer, rate 0.001": {"beta1": 0.0, "layers": "mlp", "head": 32, "rate": 0.001},
     "as published (PR 2135), but for what it hands on": PUBLISHED,
     "the same at 10 times the rate": PUBLISHED | {"rate": 1.44e-3, "decay": 0.11},
     "new": NEW,
@@ -82,25 +85,33 @@ CHOICES = {
     "new, basis orthogonal": NEW | {"basis": "orthogonal"},
     "new, a size for each number": NEW | {"size_of": "number"},
     "new, a size for each matrix": NEW | {"size_of": "matrix"},
-    "new, rate 0.012": NEW | {"rate": 0.012},
+    "new, rate 0.008": NEW | {"rate": 0.008},
     "new, rate 0.018": NEW | {"rate": 0.018},
+    "new, rate 0.018, of the output layer 0.009": NEW | {"rate": 0.018, "rate_head": 0.5},
+    "new, rate 0.018, of the output layer 0.036": NEW | {"rate": 0.018, "rate_head": 2.0},
+    "new, rate 0.024": NEW | {"rate": 0.024},
     "new, rate 0.032": NEW | {"rate": 0.032},
+    "new, rate 0.024 falling as chunk^-0.2": NEW | {"rate": 0.024, "power": 0.2},
+    "new, rate 0.032 falling as chunk^-0.2": NEW | {"rate": 0.032, "power": 0.2},
+    "new, rate 0.05 falling as chunk^-0.5": NEW | {"rate": 0.05, "power": 0.5},
+    "new, rate 0.08 falling as chunk^-0.5": NEW | {"rate": 0.08, "power": 0.5},
     "new, rank 32": NEW | {"rank": 32},
     "new, rank 64": NEW | {"rank": 64},
+    "new, rank 256": NEW | {"rank": 256},
     "new, beta1 0.9": NEW | {"beta1": 0.9},
     "new, beta2 0.9": NEW | {"beta2": 0.9},
     "new, weight decay 2": NEW | {"decay": 2.0},
-    "new, rate 0.032 falling as chunk^-0.2": NEW | {"rate": 0.032, "power": 0.2},
-    "new, rate 0.024 falling as chunk^-0.2": NEW | {"rate": 0.024, "power": 0.2},
-    "new, rate 0.05 falling as chunk^-0.5": NEW | {"rate": 0.05, "power": 0.5},
-    "new, rate 0.08 falling as chunk^-0.5": NEW | {"rate": 0.08, "power": 0.5},
-    "new, chunk 24, rate 0.016": NEW | {"chunk": 24, "rate": 0.016},
-    "new, chunk 32, rate 0.018": NEW | {"chunk": 32, "rate": 0.018},
-    "new, chunk 48, rate 0.021": NEW | {"chunk": 48, "rate": 0.021},
-    "new, chunk 128, rate 0.032": NEW | {"chunk": 128, "rate": 0.032},
+    "new, chunk 24, rate 0.0073": NEW | {"chunk": 24, "rate": 0.0073},
+    "new, chunk 32, rate 0.0085": NEW | {"chunk": 32, "rate": 0.0085},
+    "new, chunk 48, rate 0.0104": NEW | {"chunk": 48, "rate": 0.0104},
+    "new, chunk 128, rate 0.017": NEW | {"chunk": 128, "rate": 0.017},
     "new, learnt with 0 tokens before": NEW | {"context": 0},
     "new, learnt with 192 tokens before": NEW | {"context": 192},
-    "new, those learnt again at half weight": NEW | {"replay": 0.5},
+    "new, the 64 before learnt again at half weight": NEW | {"replay": 0.5},
+    "new, the 64 before learnt again": NEW | {"replay": 1.0},
+    "new, the 64 before learnt again, rate 0.009": NEW | {"replay": 1.0, "rate": 0.009},
+    "new, 192 tokens before learnt again at half weight": NEW | {"context": 192, "replay": 0.5},
+    "new, chunk 48, rate 0.0104, the 64 before learnt again": NEW | {"chunk": 48, "rate": 0.0104, "replay": 1.0},
     "new, blocks of 16 documents, nothing handed on": NEW | {"block": 16},
     "new, blocks of 16 documents, 0.3 handed on": NEW | {"block": 16, "hand_on": 0.3},
     "new, blocks of 16 documents, 0.6 handed on": NEW | {"block": 16, "hand_on": 0.6},
@@ -140,22 +151,23 @@ class Adapters:
         named = [(name, m) for name, m in model.named_modules()
                  if name.startswith("blocks.") and hasattr(m, "adapter") and re.search(choice.layers, name)]
         self.layers = [m for _, m in named]
-        matrices = [(m.weight, rank, not re.search(choice.frozen, name)) for name, m in named]
+        matrices = [(m.weight, rank, float(not re.search(choice.frozen, name))) for name, m in named]
         if choice.head:
-            matrices.append((model.tok_emb.weight, rank if choice.form == "second" else choice.head, True))
+            matrices.append((model.tok_emb.weight, rank if choice.form == "second" else choice.head,
+                             choice.rate_head))
         self.shapes, self.fixed, start, rates = [], [], [], []
-        for weight, r, learns in matrices:
+        for weight, r, rate in matrices:
             first = choice.size_first * first_factor(choice.basis, weight, r, generator)
             second = torch.zeros(weight.size(0), r)
             if self.learns_first:
                 self.shapes.append(first.shape)
                 start.append(first.flatten())
-                rates.append(torch.full((first.numel(),), choice.rate_first * learns))
+                rates.append(torch.full((first.numel(),), choice.rate_first * rate))
             else:
                 self.fixed.append(first.to(self.dtype))
             self.shapes.append(second.shape)
             start.append(second.flatten())
-            rates.append(torch.full((second.numel(),), float(learns)))
+            rates.append(torch.full((second.numel(),), rate))
         self.initial, self.rates = torch.cat(start), torch.cat(rates) / (1 if self.learns_first else rank**0.5)
 
     def reset(self, places: int):
