@@ -179,6 +179,8 @@ class Config:
     ttt_lora_rank: int = var(128, "1..16384", "lora: rank of the adapters; by default no more than the matrices' own")
     ttt_lora_lr: float = var(0.012, "0..10", "lora: rate, divided by the square root of the rank")
     ttt_lora_chunk_tokens: int = var(64, ">=1", "lora: targets scored, then learnt from, at a time; a window at most")
+    ttt_lora_documents: int = var(256, ">=1", "lora: documents side by side, over all ranks; fewer if memory lacks")
+    ttt_lora_share: float = var(0.05, "0..1", "lora: share of an ended document's adapters in the start of later ones")
     ttt_chunk_tokens: int = var(16384, ">=1", "full: targets scored, then learnt from, at a time")
     ttt_optimizer: str = var("adamw", "adamw|sgd", "full: the optimizer")
     ttt_lr: float = var(0.001, "0..10", "full: its rate")
@@ -253,7 +255,7 @@ PRESETS = {
         "train_seq_len": 256, "train_batch_tokens": 4096, "iterations": 3000, "max_wallclock_seconds": 180.0,
         "warmdown_iters": 400, "warmup_steps": 0, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 100,
         "ema_decay": 0.97, "train_log_every": 50, "val_token_limit": 131072, "quant_min_numel": 4096,
-        "calibration_tokens": 32768, "artifact_limit_bytes": 750_000,
+        "calibration_tokens": 32768, "artifact_limit_bytes": 750_000, "ttt_lora_documents": 8,
     },
 }
 
@@ -2801,21 +2803,21 @@ class Evaluator:
         for first in range(0, n, self.batch or 1):
             pick = torch.arange(first, first + self.batch, device=device)
             low, high, start = mine[:, pick.clamp(max=n - 1)]
-            self.record(low, torch.where(pick < n, high, 0), start, self.window)
+            self.record(low, torch.where(pick < n, high, 0), start)
             if tick(min(first + self.batch, n) / n):
                 return
 
     @torch.no_grad()
-    def record(self, low: Tensor, high: Tensor, start: Tensor, window: int):
-        """Score one batch of blocks: in each row targets `low` to `high` - 1, of which i is token i + 1, by the inputs
-        `start` to `start` + window - 1. Places from `high` on are computed for the shape and not recorded."""
+    def record(self, low: Tensor, high: Tensor, start: Tensor):
+        """Score one batch of blocks: in each row targets `low` to `high` - 1, of which i is token i + 1, by the window
+        of inputs from `start` on. Places from `high` on are computed for the shape and not recorded."""
         tokens, last = self.stream.tokens, self.stream.targets - 1
-        length = min(window, last + 1)  # of what there is
+        length = min(self.window, last + 1)  # of what there is
         inputs = tokens[(start[:, None] + torch.arange(length, device=low.device)).clamp(max=last)]
         targets = low[:, None] + torch.arange(self.stride, device=low.device)
         rows, scored = (targets - start[:, None]).clamp(max=length - 1), targets < high[:, None]
         targets = targets.clamp(max=last)
-        nats = self.forward(inputs, tokens[targets + 1], rows, self.cfg.eval_len)
+        nats = self.forward(inputs, tokens[targets + 1], rows, self.window)
         for book, entry in ((self.nats, nats), (self.count, scored.int())):
             book.index_add_(0, targets.flatten(), torch.where(scored, entry, 0).flatten())
         self.early += torch.where(scored, self.learnt[targets + 1], 0).sum()
@@ -3006,14 +3008,14 @@ class LoraAdapters:
 
     The first factor is fixed (https://arxiv.org/abs/2308.03303) and the same for all documents: the directions of its
     input that a matrix amplifies most, its right singular vectors (https://arxiv.org/abs/2404.02948). The second is a
-    document's own, starts at zero and learns. `ups` [places, all outputs, rank] are those of all layers, one below the
-    other, for as many documents as go through the model side by side. What is done document by document couples
-    nothing. Once made, nothing here waits for the device.
+    document's own and learns. `ups` [places, all outputs, rank] are those of all layers, one below the other, for as
+    many documents as this rank has at a time; `start` [all outputs, rank], zero at first, is what a document begins
+    with. Once made, nothing here waits for the device.
     """
 
     def __init__(self, cfg: Config, process: Process, model: GPT, places: int):
         model.requires_grad_(False)
-        self.device, self.dtype = process.device, model.dtype
+        self.cfg, self.process, self.device, self.dtype = cfg, process, process.device, model.dtype
         self.layers = [layer for block in model.blocks for layer in (block.mlp.fc, block.mlp.proj)]
         self.layers.append(model.tok_emb if model.lm_head is None else model.lm_head)
         self.rate = cfg.ttt_lora_lr / math.sqrt(cfg.lora_rank)  # all directions together move as far at any rank
@@ -3023,18 +3025,25 @@ class LoraAdapters:
         self.means = (F.one_hot(layer_of).mT / torch.tensor(self.sizes)[:, None]).to(self.device)
         spectra = (torch.linalg.svd(layer.weight, full_matrices=False) for layer in self.layers)
         self.downs = [found.Vh[: cfg.lora_rank].to(self.dtype) for found in spectra]
-        self.ups = torch.zeros(places, sum(self.sizes), cfg.lora_rank, device=self.device)
+        self.start = torch.zeros(sum(self.sizes), cfg.lora_rank, device=self.device)
+        self.ups = self.start.repeat(places, 1, 1)
         self.squares = torch.zeros(places, len(self.layers), cfg.lora_rank, device=self.device)
         self.steps = torch.zeros(places, device=self.device)
         own_kernels = process.cuda and compiles(cfg, process)
         self.update = torch.compile(descend_directions, dynamic=False) if own_kernels else descend_directions
 
+    def learn_start(self, places: np.ndarray, count: int):
+        """Move the start a share of the way to the mean of the `count` adapters whose documents have ended on all
+        ranks, those in `places` here (Reptile, https://arxiv.org/abs/1803.02999)."""
+        mean = self.process.sum_(self.ups[to_device(places, self.device)].sum(0)) / count
+        self.start.lerp_(mean, 1 - (1 - self.cfg.ttt_lora_share) ** count)
+
     def renew(self, places: np.ndarray):
-        """Fresh adapters in these places."""
-        if len(places):
-            places = to_device(places, self.device)
-            for state in (self.ups, self.squares, self.steps):
-                state.index_fill_(0, places, 0.0)
+        """Let new documents begin in these places."""
+        places = to_device(places, self.device)
+        self.ups[places] = self.start
+        for state in (self.squares, self.steps):
+            state.index_fill_(0, places, 0.0)
 
     def attach(self, places: Tensor, times: int = 1):
         """Give the layers the adapters in `places`, a row of the next batch each, the whole repeated so many times."""
@@ -3075,27 +3084,24 @@ def descend_directions(ups: Tensor, squares: Tensor, steps: Tensor, grad: Tensor
     ups.addcdiv_(grad, scale[:, layer_of], value=-rate)
 
 
-def document_groups(cfg: Config, process: Process, stream: Stream) -> list[tuple[int, int, np.ndarray]]:
-    """This rank's documents, long ones and short ones: (window, places, documents [n, 2] as first target and end,
-    longest first).
-
-    A document is the targets from its BOS to the next; what comes before the first BOS is one too. A short one, all of
-    whose blocks see its first token in half a window, gets that. `places` go through the model side by side, as many
-    as the activations of the longest window and the adapters leave room for; they are as many for both windows, so
-    that a compiled model learns in one shape.
-    """
+def split_documents(stream: Stream) -> np.ndarray:
+    """First target and end of each document, [n, 2]: its targets are those from its BOS to the next; what comes before
+    the first BOS is one too."""
     starts = np.union1d([0], torch.nonzero(stream.tokens[:-1] == BOS_ID)[:, 0].cpu().numpy())
-    documents = np.stack((starts, np.append(starts[1:], stream.targets)), axis=1)
-    documents = documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
-    window, half = cfg.eval_len, cfg.eval_len // 2
-    # A document's length must not show before its end, so its last stride lies within the half too, wherever it begins.
-    short = documents[:, 1] - documents[:, 0] <= half - cfg.lora_stride + 1
-    groups = [(size, chosen) for size, chosen in ((window, documents[~short]), (half, documents[short])) if len(chosen)]
-    room = min(tokens_per_pass(cfg, process, True), cfg.val_batch_size // process.world) // window
+    return np.stack((starts, np.append(starts[1:], stream.targets)), axis=1)
+
+
+def lora_places(cfg: Config, process: Process, documents: int) -> tuple[int, int, int]:
+    """How many of so many documents are walked side by side, on all ranks; how many places for them each rank has, and
+    how many of its places go through the model in one pass: each time as many, for a compiled model."""
     adapters = cfg.lora_rank * (cfg.num_layers * (cfg.mlp_dim + cfg.model_dim) + cfg.vocab_size)
-    room = min(room, process.memory()[0] // 8 // (16 * adapters))  # with gradients, and both in the compute type too
-    most = max(math.ceil(len(chosen) / process.world) for _, chosen in groups)
-    return [(size, max(min(room, most), 1), chosen[process.rank :: process.world]) for size, chosen in groups]
+    room = process.memory()[0] // 4 // (16 * adapters)  # with gradients, and both in the compute type too
+    together = min(cfg.ttt_lora_documents, documents, max(room, 1) * process.world)
+    tokens = min(tokens_per_pass(cfg, process, True), cfg.val_batch_size // process.world)
+    places = math.ceil(together / process.world)
+    passes = math.ceil(places / max(tokens // cfg.eval_len, 1))
+    rows = math.ceil(places / passes)
+    return together, passes * rows, rows
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -3104,49 +3110,78 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def walk_documents(walk: Walk, adapters: LoraAdapters, window: int, places: int, documents: np.ndarray, fixed: bool):
-    """Score and learn a group's documents chunk by chunk, `places` at a time; one that ends gives its place to the
-    next. `fixed`: places without a document stay in the batch, so that a compiled model sees one shape.
+def walk_lora(walk: Walk, model: GPT):
+    """Score and learn documents chunk by chunk, many side by side. They begin in the order of the stream, each where
+    one has ended, from a start to which only documents have given that ended by then: all of them stand before it."""
+    process, documents = walk.process, split_documents(walk.evaluator.stream)
+    together, places, rows = lora_places(walk.cfg, process, len(documents))
+    if together < min(walk.cfg.ttt_lora_documents, len(documents)):
+        walk.log(f"warning: the memory holds adapters of {together} documents, not of TTT_LORA_DOCUMENTS; the score "
+                 "differs from that of a machine with more")
+    adapters = LoraAdapters(walk.cfg, process, model, places)
+    walk_documents(walk, adapters, documents, together, rows, fixed=walk.evaluator.forward is not model)
+    adapters.detach()
+    counts = torch.tensor((walk.adapted, walk.chunks, walk.stopped), device=process.device)
+    walk.adapted, walk.chunks, walk.stopped = process.sum_(counts).tolist()
 
-    Which document is in which place, where it is and whether it learns is known on the host, which tells the device.
+
+def walk_documents(walk: Walk, adapters: LoraAdapters, documents: np.ndarray, together: int, rows: int, fixed: bool):
+    """Walk `documents` [n, 2], so many `together` on all ranks and so many `rows` of this one in a pass. `fixed`:
+    places without a document stay in the batch, so that a compiled model sees one shape.
+
+    Which document is in which place, where it is and whether it learns follows from the documents' lengths, so every
+    rank knows it of all places without waiting for a device, and the score does not hang on the number of ranks.
     """
-    device, chunk = walk.process.device, min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len)
-    queue = collections.deque(documents.tolist())
-    begin, end, at = np.zeros((3, places), np.int64)  # of each place's document; its next target
+    rank, world, places = walk.process.rank, walk.process.world, len(adapters.ups)
+    queue, chunk = collections.deque(documents.tolist()), min(walk.cfg.ttt_lora_chunk_tokens, walk.cfg.eval_len)
+    begin, end, at = np.zeros((3, world * places), np.int64)  # of each place's document; its next target
+    walk.total = walk.evaluator.stream.targets
+
+    def own(chosen: np.ndarray) -> np.ndarray:
+        """Those of this rank, counted from its first."""
+        return chosen[chosen % world == rank] // world
+
     while True:
-        free = np.flatnonzero(at >= end)[: len(queue)]
+        ended = np.flatnonzero((at == end) & (end > 0))
+        if queue and len(ended) and walk.cfg.ttt_lora_share:
+            adapters.learn_start(own(ended), len(ended))
+        free = np.flatnonzero(at[:together] == end[:together])[: len(queue)]
         for place in free:
             begin[place], end[place] = queue.popleft()
             at[place] = begin[place]
-        adapters.renew(free)
+        adapters.renew(own(free))
         left = end - at
         if not left.any():
             return
-        active = np.arange(places) if fixed else np.flatnonzero(left)
-        rows = to_device(np.stack((active, begin[active], at[active], end[active])), device)
-        with walk.scored(window * int(np.minimum(left, chunk).sum())):
-            score_documents(walk, adapters, window, chunk, *rows)
-        walk.chunks += int((left > 0).sum())
-        if (left > chunk).any() and walk.may_learn():
-            learn_documents(walk, adapters, chunk, *rows)
-            walk.adapted += int((left > chunk).sum())
+        mine = left[rank::world]
+        chosen = np.arange(places) if fixed else np.flatnonzero(mine)
+        state = np.stack((chosen, *(row[rank::world][chosen] for row in (begin, at, end))))
+        passes = to_device(state, walk.process.device).split(rows, 1) if len(chosen) else ()
+        with walk.scored(int(np.minimum(left, chunk).sum())):
+            for some in passes:
+                score_documents(walk, adapters, chunk, *some)
+        walk.chunks += int((mine > 0).sum())
+        if (mine > chunk).any() and walk.may_learn():
+            for some in passes:
+                learn_documents(walk, adapters, chunk, *some)
+            walk.adapted += int((mine > chunk).sum())
         if walk.log.main and walk.twentieth() > walk.paced:
             walk.line(walk.twentieth(), 20, walk.cfg.ttt_lora_lr)
         np.minimum(at + chunk, end, out=at)
 
 
-def score_documents(walk: Walk, adapters: LoraAdapters, window: int, chunk: int, places: Tensor, first: Tensor,
-                    low: Tensor, end: Tensor):
+def score_documents(walk: Walk, adapters: LoraAdapters, chunk: int, places: Tensor, first: Tensor, low: Tensor,
+                    end: Tensor):
     """Score the next `chunk` targets, from `low` on, of the documents [first, end) in `places`, a stride in each row
     of the batch; a window ends where its stride does and does not begin before the document."""
-    evaluator, stride = walk.evaluator, walk.evaluator.stride
+    evaluator, window, stride = walk.evaluator, walk.evaluator.window, walk.evaluator.stride
     offsets = torch.arange(0, chunk, stride, device=low.device)[:, None]
     strides = max(tokens_per_pass(walk.cfg, walk.process, False) // (window * len(places)), 1)
     for some in offsets.split(strides):
         adapters.attach(places, len(some))
         begins, ends = low + some, (low + (some + stride).clamp(max=chunk)).minimum(end)
         starts = (begins + stride - window).maximum(first)
-        evaluator.record(begins.flatten(), ends.flatten(), starts.flatten(), window)
+        evaluator.record(begins.flatten(), ends.flatten(), starts.flatten())
 
 
 def learn_documents(walk: Walk, adapters: LoraAdapters, chunk: int, places: Tensor, first: Tensor, low: Tensor,
@@ -3160,22 +3195,8 @@ def learn_documents(walk: Walk, adapters: LoraAdapters, chunk: int, places: Tens
     tokens = evaluator.lesson(targets + 1, learns)
     adapters.attach(places)
     inputs = evaluator.stream.tokens[inputs.clamp(max=evaluator.stream.targets)]
-    nats = evaluator.forward(inputs, tokens, targets - start, walk.cfg.eval_len)
+    nats = evaluator.forward(inputs, tokens, targets - start, evaluator.window)
     adapters.step(nats, places, learns)
-
-
-def walk_lora(walk: Walk, model: GPT):
-    """Each document from fresh adapters: score a chunk of it, learn from it, go on to its next one. Nothing carries
-    over between documents, so they share batches and are shared out over the ranks."""
-    process, groups = walk.process, document_groups(walk.cfg, walk.process, walk.evaluator.stream)
-    places = groups[0][1]  # the same for each group
-    adapters = LoraAdapters(walk.cfg, process, model, places)
-    walk.total = sum(window * int((documents[:, 1] - documents[:, 0]).sum()) for window, _, documents in groups)
-    for group in groups:
-        walk_documents(walk, adapters, *group, fixed=walk.evaluator.forward is not model)
-    adapters.detach()
-    counts = torch.tensor((walk.adapted, walk.chunks, walk.stopped), device=process.device)
-    walk.adapted, walk.chunks, walk.stopped = process.sum_(counts).tolist()
 
 
 def prime(cfg: Config, process: Process, log: Log, stream: Stream, tokenizer: Tokenizer):
@@ -3186,12 +3207,10 @@ def prime(cfg: Config, process: Process, log: Log, stream: Stream, tokenizer: To
         return
     model = GPT(cfg, process.dtype).to(process.device)
     rng, starts, n = np.random.default_rng(0), [], min(2 * cfg.ttt_chunk_tokens, stream.targets)
-    if cfg.ttt_mode == "lora":  # a whole batch of long documents, and of short ones
-        groups = document_groups(cfg, process, stream)
-        lengths = [window + 1 if window == cfg.eval_len else window - cfg.lora_stride + 1
-                   for window, places, _ in groups for _ in range(places * process.world)]
-        starts = np.cumsum([0, *lengths])
-        n, starts = int(starts[-1]), starts[:-1]
+    if cfg.ttt_mode == "lora":  # documents that learn once, in all places
+        together, *_ = lora_places(cfg, process, len(split_documents(stream)))
+        length = min(cfg.ttt_lora_chunk_tokens, cfg.eval_len) + 1
+        starts, n = np.arange(together) * length, max(together * length, min(cfg.eval_len, stream.targets))
     ids = rng.integers(BOS_ID + 1, max(cfg.vocab_size, BOS_ID + 2), n + 1)
     ids[starts] = BOS_ID
     cfg = dataclasses.replace(cfg, eval_max_seconds=0.0)

@@ -244,11 +244,11 @@ def test_the_audit_rejects_an_oracle(tiny, monkeypatch, ahead, places, shy, brok
             logits = logits.scatter_add(2, more.relu(), (more >= 0).float() * (not hidden))
             return -logits.log_softmax(-1).gather(2, targets.long()[..., None])[..., 0]
 
-    def telling(self, low, high, start, window):
-        at = start[:, None] + torch.arange(window)
+    def telling(self, low, high, start):
+        at = start[:, None] + torch.arange(self.window)
         told = self.stream.tokens[(at + ahead).clamp(max=self.stream.targets)].long()
         Told.told = torch.where(torch.isin(at % 16, torch.tensor(list(places))), told, -1)
-        record(self, low, high, start, window)
+        record(self, low, high, start)
 
     of_kind(monkeypatch, Told)
     monkeypatch.setattr(t.Evaluator, "record", telling)
@@ -267,11 +267,6 @@ def test_the_audit_rejects_what_stands_around_the_model(tiny, monkeypatch):
     assert "normalised" in failed(subject(tiny(**SMALL | PLAIN)))[0]
 
 
-def test_the_audit_rejects_adapters_that_outlive_their_document(tiny, monkeypatch):
-    monkeypatch.setattr(t.LoraAdapters, "renew", lambda self, places: None)
-    assert "causal" in failed(subject(tiny(**SMALL | LORA)))[0]
-
-
 def test_the_audit_rejects_adapters_of_the_neighbour(tiny, monkeypatch):
     attach = t.LoraAdapters.attach
 
@@ -285,15 +280,25 @@ def test_the_audit_rejects_adapters_of_the_neighbour(tiny, monkeypatch):
 
 
 def test_the_audit_rejects_adapters_warmed_against_the_order_of_the_stream(tiny, monkeypatch):
-    """Which begin with half of what others have learnt so far: documents are walked by their length."""
-    renew = t.LoraAdapters.renew
+    """Long documents are walked first, and the others begin with what those give."""
+    split = t.split_documents
 
-    def warm(self, places):
-        given = self.ups.mean(0) / 2
-        renew(self, places)
-        self.ups[places] = given
+    def by_length(stream):
+        documents = split(stream)
+        return documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
 
-    monkeypatch.setattr(t.LoraAdapters, "renew", warm)
+    monkeypatch.setattr(t, "split_documents", by_length)
+    assert "causal" in failed(subject(tiny(**SMALL | LORA)))[0]
+
+
+def test_the_audit_rejects_adapters_that_mix_while_documents_go_on(tiny, monkeypatch):
+    learn = t.learn_documents
+
+    def mixed(walk, adapters, *more):
+        learn(walk, adapters, *more)
+        adapters.ups.lerp_(adapters.ups.mean(0, keepdim=True), 0.5)
+
+    monkeypatch.setattr(t, "learn_documents", mixed)
     assert "causal" in failed(subject(tiny(**SMALL | LORA)))[0]
 
 
@@ -381,10 +386,10 @@ def test_the_audit_rejects_scores_of_other_tokens(tiny, monkeypatch):
     """Losses of likelier tokens are honest losses, and not those of the stream."""
     record = t.Evaluator.record
 
-    def easier(self, low, high, start, window):
+    def easier(self, low, high, start):
         own = self.forward
         self.forward = lambda ids, targets, *rest: own(ids, targets.where(torch.arange(16) != 5, 0), *rest)
-        record(self, low, high, start, window)
+        record(self, low, high, start)
         self.forward = own
 
     monkeypatch.setattr(t.Evaluator, "record", easier)

@@ -283,7 +283,7 @@ def test_a_walk_that_was_primed_compiles_nothing_and_waits_once_a_turn(monkeypat
     compiled_since()
     t.prime(cfg, process, Quiet(), stream, OneByte())
     forward = [graph for graph in compiled_since() if graph.co_name == "forward"]
-    assert len(forward) == 3, "two windows that are scored, and one shape that learns for both"
+    assert len(forward) == 2, "one shape that scores, and one that learns"
     turns, waits = [0], [0]
     learn, reached = t.learn_documents, t.Process.reached
 

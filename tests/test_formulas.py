@@ -721,15 +721,25 @@ def test_full_test_time_training(tiny, name, limit):
 
 
 def plain_lora_walk(w, cfg, ids, lessons):
-    """Test-time training by low-rank adapters, a document at a time, each from the start. `lessons`: of each target."""
+    """Test-time training by low-rank adapters, a document at a time; each begins in the turn in which a place gets
+    free, from what those have given that have ended by then. `lessons`: of each target."""
     output = "tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"
     names = [f"blocks.{i}.mlp.{part}.weight" for i in range(cfg.num_layers) for part in ("fc", "proj")] + [output]
     downs = {name: torch.linalg.svd(w[name], full_matrices=False).Vh[: cfg.ttt_lora_rank] for name in names}
     place = {output: "adapted output"}
     starts = [i for i in range(len(ids) - 1) if i == 0 or ids[i] == BOS]
     stride, size, nats = min(cfg.eval_stride, cfg.ttt_lora_chunk_tokens), cfg.ttt_lora_chunk_tokens, []
+    free, given = [0] * cfg.ttt_lora_documents, []  # the turns in which places get free; those of ends, and adapters
     for first, last in itertools.pairwise([*starts, len(ids) - 1]):
-        ups = {name: torch.zeros(len(w[name]), cfg.ttt_lora_rank).double().requires_grad_() for name in names}
+        ups = {name: torch.zeros(len(w[name]), cfg.ttt_lora_rank).double() for name in names}
+        turn = min(free)
+        free[free.index(turn)] = over = turn + math.ceil((last - first) / size)
+        for now in sorted({ended for ended, _ in given if ended <= turn}):
+            together = [adapters for ended, adapters in given if ended == now]
+            for name in names:
+                mean = sum(adapters[name] for adapters in together) / len(together)
+                ups[name] = mean + (1 - cfg.ttt_lora_share) ** len(together) * (ups[name] - mean)
+        ups = {name: up.detach().requires_grad_() for name, up in ups.items()}
         squares, steps = dict.fromkeys(names, 0.0), 0
         for begin in range(first, last, size):
             end = min(begin + size, last)
@@ -748,19 +758,21 @@ def plain_lora_walk(w, cfg, ids, lessons):
                 size_of_g = (squares[name] / steps).sqrt() + 1e-8
                 rate = cfg.ttt_lora_lr / cfg.ttt_lora_rank**0.5
                 ups[name] = (ups[name] - rate * g / size_of_g).detach().requires_grad_()
+        given.append((over, ups))
     return nats
 
 
 LORA = {"TTT_ENABLED": 1, "TTT_MODE": "lora", "NUM_LAYERS": 3, "SPARSE_START_LAYER": 1, "EVAL_SEQ_LEN": 96,
-        "EVAL_STRIDE": 8, "TTT_LORA_CHUNK_TOKENS": 16, "TTT_LORA_RANK": 4, "TTT_LORA_LR": 0.04}
+        "EVAL_STRIDE": 8, "TTT_LORA_CHUNK_TOKENS": 16, "TTT_LORA_RANK": 4, "TTT_LORA_LR": 0.04, "TTT_LORA_SHARE": 0.3,
+        "TTT_LORA_DOCUMENTS": 2}
 
 
 @pytest.mark.parametrize("form", [SEED, FRONTIER | {"TIE_EMBEDDINGS": 0}])
 def test_lora_test_time_training(tiny, form):
     """Text before the first document, documents of a whole number of chunks, of others and of less than one, and in
-    one a token that repeats itself; three are longer than half a window and share two places, so that the third begins
-    where another has ended."""
-    cfg, ids = tiny(**form | LORA, VAL_BATCH_SIZE=2 * 96), text(301, 6, [20, 132, 202, 207, 262])
+    one a token that repeats itself. They share two places: one document begins where another has ended, then two
+    where two have, then one."""
+    cfg, ids = tiny(**form | LORA), text(301, 6, [20, 132, 202, 207, 262])
     ids[60:92] = [7] * 32
     model, lessons = make_model(cfg, 0.2), [0] * 300
     w = {name: p.detach() for name, p in weights_of(model).items()}

@@ -109,9 +109,9 @@ def test_parts_are_measured_once_and_reported(corpus, tmp_path, forks_for_stages
     after = stages_of(tmp_path)
     assert after["step"] == before["step"] and after["export"] == before["export"]
     ttt = after["ttt"]["figures"]
-    (row,) = ttt["eight"]["groups"]
-    assert ttt["iteration_ms"]["32"]["iterations"] >= 2 and row["places"] == 128 and row["iterations"] > 1000
-    assert ttt["eight"]["seconds"] == row["iterations"] * ttt["iteration_ms"]["32"]["whole"] / 1000
+    walk, times = ttt["eight"], ttt["iteration_ms"]["32"]
+    assert times["iterations"] >= 2 and walk["together"] == 8 and walk["iterations"] > 1000
+    assert walk["seconds"] == walk["iterations"] * times["whole"] / 1000
     assert ttt["classes_ms"]["products"] > 0 and ttt["profiled_ms"] > 0
     assert {path.name for path in (tmp_path / "logs" / "measure").iterdir()} == {"measure.json", "measure.log",
                                                                               "profile.json"}
@@ -316,19 +316,16 @@ def test_kernels_are_put_down_to_their_class(tmp_path):
 
 
 def test_iterations_are_those_of_the_walk(tiny, corpus):
-    cfg = tiny(NUM_LAYERS=1, TTT_ENABLED=1, TTT_LORA_CHUNK_TOKENS=16, EVAL_STRIDE=8, VAL_BATCH_SIZE=256)
+    cfg = tiny(NUM_LAYERS=1, TTT_ENABLED=1, TTT_LORA_CHUNK_TOKENS=16, EVAL_STRIDE=8, TTT_LORA_DOCUMENTS=3)
     process = t.Process(cfg.compute_dtype)
     model = t.GPT(cfg, process.dtype).to(process.device)
     tokens = t.Tokens(corpus, "val", cfg.vocab_size)
     stream = t.open_stream(tokens, t.Tokenizer(corpus / "tokenizer.model", cfg.vocab_size), 1500, process.device)
-    groups = [measure_stages.Group(*group, 16) for group in t.document_groups(cfg, process, stream)]
+    walk = measure_stages.Walk(t.split_documents(stream), 3, cfg.eval_len, 16)
     log = t.Log(process, Path(os.devnull)).silent()
     found = measure_stages.iterations(process, lambda: t.test_time_train(cfg, process, log, model, stream))
-    assert {group.window: group.iterations() for group in groups} == {
-        window: times["iterations"] for window, times in found.items()}
-    for times in found.values():
-        assert times["score"]["n"] == times["iterations"] and times["score"]["median"] < 2 * times["whole"]
-    assert sum(group.iterations() for group in groups) > 10
+    assert 10 < walk.iterations() == found["iterations"] == found["score"]["n"]
+    assert found["score"]["median"] < 2 * found["whole"]
 
 
 def test_graphs_are_entered_with_shape_and_seconds(tiny, options, monkeypatch):

@@ -105,10 +105,11 @@ def test_lora_without_a_rate_is_each_document_by_itself(tiny):
     assert np.allclose(walk(cfg, ids)[0].nats, np.concatenate(expected), atol=1e-4)
 
 
-@pytest.mark.parametrize("places", [1, 2, 8])
-def test_documents_couple_nothing(tiny, places):
+@pytest.mark.parametrize("documents, rows", [(1, 1), (2, 2), (8, 1), (8, 2), (8, 8)])
+def test_without_a_share_documents_couple_nothing(tiny, documents, rows):
     """A document's losses are those of the document alone: gradient, its size and adapters are its own."""
-    cfg, cuts = tiny(**SMALL | MODES[0] | {"VAL_BATCH_SIZE": places * 16}), [0, 60, 61, 95, 150]
+    places = {"TTT_LORA_DOCUMENTS": documents, "VAL_BATCH_SIZE": rows * 16, "TTT_LORA_SHARE": 0}
+    cfg, cuts = tiny(**SMALL | MODES[0] | places), [0, 60, 61, 95, 150]
     ids = tokens(211, 3, cuts)
     together = walk(cfg, ids)[0].nats
     for a, b in itertools.pairwise([*cuts, 210]):
@@ -156,14 +157,13 @@ def test_the_default_rank_is_what_the_matrices_have(tiny, changes, rank):
         assert torch.allclose(down @ down.mT, torch.eye(rank), atol=1e-4)
 
 
-def test_adapters_take_an_eighth_of_the_memory_at_most(tiny, monkeypatch):
+def test_adapters_take_a_quarter_of_the_memory_at_most(tiny, monkeypatch):
     """At 16 bytes a number: those of 64 layers and 65,535 tokens at rank 1024 are 4.3 GB a document."""
-    cfg = tiny(**SMALL | {"NUM_LAYERS": 64, "MODEL_DIM": 1024, "TTT_LORA_RANK": 1024, "VOCAB_SIZE": 65535})
-    stream = stream_of(tokens(241, documents=range(0, 240, 24)))
-    for gigabytes, places in ((50, 1), (150, 4), (10**4, 10)):
+    cfg = tiny(**SMALL | {"NUM_LAYERS": 64, "MODEL_DIM": 1024, "TTT_LORA_RANK": 1024, "VOCAB_SIZE": 65535,
+                             "TTT_LORA_DOCUMENTS": 256})
+    for gigabytes, places in ((1, 1), (25, 1), (75, 4), (10**4, 10)):
         monkeypatch.setattr(Lone, "memory", lambda self, n=gigabytes: (n * 10**9, 0))
-        (window, found, documents), = t.document_groups(cfg, Lone(), stream)
-        assert (window, found, len(documents)) == (16, places, 10)
+        assert t.lora_places(cfg, Lone(), 10)[0] == places
 
 
 class Clock:
@@ -211,7 +211,7 @@ def test_priming_compiles_the_walk_on_random_tokens(tiny, monkeypatch):
     """With a forward pass that is not the bare model, the fixed shapes of compiled models are used: the losses are
     the same, priming meets every shape that the walk meets, and it sees no validation text."""
     for mode in [*MODES, MODES[0] | {"TTT_LORA_CHUNK_TOKENS": 16},
-                 MODES[0] | {"TTT_LORA_CHUNK_TOKENS": 4, "VAL_BATCH_SIZE": 32}]:  # the last learns in two windows
+                 MODES[0] | {"TTT_LORA_CHUNK_TOKENS": 4, "VAL_BATCH_SIZE": 32, "TTT_LORA_DOCUMENTS": 5}]:
         cfg, ids = tiny(**SMALL | {"VAL_BATCH_SIZE": 64} | mode), tokens(331, 7, [0, 100, 104, 112, 119, 150, 290])
         plain, shapes, seen = walk(cfg, ids)[0].nats, [], []
 
@@ -315,7 +315,8 @@ CLI = {"TTT_ENABLED": 1, "TRAIN_ENABLED": 0, "FINAL_EVAL_ENABLE": 0, "FINAL_SLID
        "TTT_CHUNK_TOKENS": 200}
 
 
-@pytest.mark.parametrize("mode", [{"TTT_MODE": "full"}, {"TTT_MODE": "lora", "TTT_LORA_LR": 0.05}])
+@pytest.mark.parametrize("mode", [{"TTT_MODE": "full"},
+                                  {"TTT_MODE": "lora", "TTT_LORA_LR": 0.05, "TTT_LORA_DOCUMENTS": 3}])
 def test_two_ranks_adapt_like_one(launch, artifact, tmp_path, mode):
     nats, runs = {}, {}
     for ranks in (1, 2):

@@ -266,7 +266,7 @@ class Watch:
         """Watch every Evaluator of the script. Its own methods are called, with what they were given."""
         record, lesson = script.Evaluator.record, script.Evaluator.lesson
 
-        def seen_record(evaluator, low: Tensor, high: Tensor, start: Tensor, window: int):
+        def seen_record(evaluator, low: Tensor, high: Tensor, *given):
             if all(evaluator is not other for other in self.walks):
                 self.walks.append(evaluator)
             own = evaluator.forward
@@ -278,7 +278,7 @@ class Watch:
 
             evaluator.forward = forward
             try:
-                return record(evaluator, low, high, start, window)
+                return record(evaluator, low, high, *given)
             finally:
                 evaluator.forward = own
 
@@ -383,7 +383,7 @@ def prepare(subject: Subject, tokens: int) -> Trial:
     chunk = min(cfg.ttt_lora_chunk_tokens, max(tokens // 16, 2 * cfg.eval_stride))
     settings = {"ttt_chunk_tokens": max(tokens // 12, cfg.eval_stride, 1), "ttt_lora_chunk_tokens": max(chunk, 1)}
     if subject.kind == "ttt" and cfg.ttt_mode == "lora":  # two places, so that documents follow each other
-        settings["val_batch_size"] = 2 * cfg.eval_len
+        settings["ttt_lora_documents"] = 2
     trial = Trial(ids, cuts, settings, rng)
     probe = sorted({cut - 1 for cut in cuts} | set(rng.integers(0, n, 4).tolist()))
     trial.honest = evaluate(subject, ids, probe, peeks=True, **settings)

@@ -5,7 +5,6 @@ ORDER is JSON: the folder of the book, a folder for temporary files, the sizes a
 needs a GPU is null elsewhere, with the reason.
 """
 
-import collections
 import contextlib
 import copy
 import dataclasses
@@ -358,57 +357,56 @@ def export(stage: Stage):
 
 
 @dataclasses.dataclass
-class Group:
-    """Documents of like length that go through the model side by side, on one of the ranks."""
-
-    window: int
-    places: int
-    documents: np.ndarray  # [n, 2], first target and end
-    chunk: int
-
-    def iterations(self) -> int:
-        """How often the group goes through the model: documents take the places in their order, each a chunk a time."""
-        ends = [0] * self.places
-        for begin, end in self.documents.tolist():
-            heapq.heappush(ends, heapq.heappop(ends) - (begin - end) // self.chunk)  # rounded up
-        return max(ends)
-
-
-@dataclasses.dataclass
 class Text:
-    """As much of a stream as the grouping of documents asks for."""
+    """As much of a stream as the search for its documents asks for."""
 
     tokens: torch.Tensor
     targets: int
 
 
-def groups_of_a_rank(cfg: t.Config, process: t.Process, ids: np.ndarray) -> list[Group]:
-    """The groups of the first of eight ranks."""
-    rank, chunk = copy.copy(process), min(cfg.ttt_lora_chunk_tokens, cfg.eval_len)
-    rank.world, rank.rank = RANKS, 0
-    text = Text(torch.from_numpy(ids.astype(np.int32)), len(ids) - 1)
-    return [Group(*group, chunk) for group in t.document_groups(cfg, rank, text)]
+@dataclasses.dataclass
+class Walk:
+    """How the documents of a stream, first target and end [n, 2], go through the model on eight ranks."""
+
+    documents: np.ndarray
+    together: int  # over all ranks
+    window: int
+    chunk: int
+
+    def iterations(self) -> int:
+        """How often each rank's places go through the model: documents take them in their order, a chunk a time."""
+        ends = [0] * self.together
+        for begin, end in self.documents.tolist():
+            heapq.heapreplace(ends, ends[0] - (begin - end) // self.chunk)  # rounded up
+        return max(ends)
 
 
-def excerpt(ids: np.ndarray, groups: list[Group], turns: int = 8) -> np.ndarray:
-    """Documents that fill each group's places for at least so many turns, of all its lengths, cut to two windows."""
-    parts = []
-    for group in groups:
-        whole = group.documents[ids[group.documents[:, 0]] == t.BOS_ID]
-        t.require(len(whole), f"no whole document of the validation text needs a window of {group.window}")
-        length = np.minimum(whole[:, 1] - whole[:, 0], 2 * group.window).mean()
-        count = group.places * math.ceil(turns * group.chunk / length)
-        parts += [ids[begin : min(end, begin + 2 * group.window)] for begin, end in
-                  whole[np.linspace(0, len(whole) - 1, count).astype(int)].tolist()]
+def walk_of_eight(cfg: t.Config, process: t.Process, ids: np.ndarray) -> Walk:
+    """The walk over a stream by eight ranks like this one."""
+    ranks = copy.copy(process)
+    ranks.world = RANKS
+    documents = t.split_documents(Text(torch.from_numpy(ids.astype(np.int32)), len(ids) - 1))
+    together, *_ = t.lora_places(cfg, ranks, len(documents))
+    return Walk(documents, together, cfg.eval_len, min(cfg.ttt_lora_chunk_tokens, cfg.eval_len))
+
+
+def excerpt(ids: np.ndarray, walk: Walk, turns: int = 8) -> np.ndarray:
+    """Documents that fill a rank's places for at least so many turns, from all over the stream, cut to two windows."""
+    whole = walk.documents[ids[walk.documents[:, 0]] == t.BOS_ID]
+    t.require(len(whole), "the validation text has no whole document")
+    length = np.minimum(whole[:, 1] - whole[:, 0], 2 * walk.window).mean()
+    count = math.ceil(walk.together / RANKS) * math.ceil(turns * walk.chunk / length)
+    parts = [ids[begin : min(end, begin + 2 * walk.window)] for begin, end in
+             whole[np.linspace(0, len(whole) - 1, count).astype(int)].tolist()]
     return np.concatenate([*parts, [t.BOS_ID]])
 
 
 class Clock:
-    """Times a walk by length of window: as a whole, or `split` into scoring and learning, for which the device is
-    waited for more often than in a run."""
+    """Times a walk: as a whole, or `split` into scoring and learning, for which the device is waited for more often
+    than in a run."""
 
     def __init__(self, process: t.Process, split: bool):
-        self.process, self.split, self.window, self.times, self.turns = process, split, 0, {}, collections.Counter()
+        self.process, self.split, self.times, self.turns = process, split, {}, 0
         self.scored, self.learn, self.walk = t.Walk.scored, t.learn_documents, t.walk_documents
 
     @contextlib.contextmanager
@@ -420,14 +418,14 @@ class Clock:
         began = time.perf_counter()
         yield
         self.process.synchronize()
-        self.times.setdefault(self.window, {}).setdefault(kind, []).append(1000 * (time.perf_counter() - began))
+        self.times.setdefault(kind, []).append(1000 * (time.perf_counter() - began))
 
     @contextlib.contextmanager
     def running(self):
         """While this holds, walks are timed."""
         @contextlib.contextmanager
         def scored(walk, work):
-            self.turns[self.window] += 1
+            self.turns += 1
             with self.timed("score"), self.scored(walk, work):
                 yield
 
@@ -435,10 +433,9 @@ class Clock:
             with self.timed("learn"):
                 return self.learn(*arguments)
 
-        def whole(walk, adapters, window, *more, **named):
-            self.window = window
+        def whole(*arguments, **named):
             with self.timed("whole"):
-                return self.walk(walk, adapters, window, *more, **named)
+                return self.walk(*arguments, **named)
 
         with mock.patch.object(t.Walk, "scored", scored), mock.patch.object(t, "learn_documents", learn), \
                 mock.patch.object(t, "walk_documents", whole):
@@ -446,15 +443,13 @@ class Clock:
 
 
 def iterations(process: t.Process, walk) -> dict:
-    """Milliseconds an iteration of walk() for each window, from two walks: all of it, then scoring and learning."""
+    """Milliseconds an iteration of walk(), from two walks: all of it, then scoring and learning."""
     whole, split = Clock(process, False), Clock(process, True)
     for clock in (whole, split):
         with clock.running():
             walk()
-    return {window: {"iterations": count, "whole": sum(whole.times[window]["whole"]) / count,
-                     **{kind: median(split.times[window][kind]) if kind in split.times[window] else None
-                        for kind in ("score", "learn")}}
-            for window, count in whole.turns.items()}
+    return {"iterations": whole.turns, "whole": sum(whole.times["whole"]) / whole.turns,
+            **{kind: median(split.times[kind]) if kind in split.times else None for kind in ("score", "learn")}}
 
 
 def profile_walk(stage: Stage, process: t.Process, walk):
@@ -462,25 +457,20 @@ def profile_walk(stage: Stage, process: t.Process, walk):
     clock = Clock(process, False)
     with clock.running():
         walk()
-    traced(stage, process, walk, sum(clock.turns.values()))
+    traced(stage, process, walk, clock.turns)
 
 
-def eight(groups: list[Group], times: dict) -> dict:
-    """What the walk of all targets takes on eight GPUs, and the arithmetic."""
-    rows = []
-    for group in groups:
-        n, ms = group.iterations(), times[group.window]["whole"]
-        rows.append({"window": group.window, "places": group.places, "documents": len(group.documents), "iterations": n,
-                     "ms": ms, "seconds": n * ms / 1000})
-    total = sum(row["seconds"] for row in rows)
-    said = " + ".join(f"{row['iterations']} x {row['ms']:.2f} ms" for row in rows)
-    return {"targets": FINEWEB, "ranks": RANKS, "groups": rows, "seconds": total,
-            "arithmetic": f"{said} = {total:.1f} s, the iterations of rank 0 of {RANKS} over documents of the lengths "
-                          "at hand, repeated up to that many targets"}
+def eight(walk: Walk, ms: float) -> dict:
+    """What the walk of all targets takes on eight GPUs at `ms` an iteration, and the arithmetic."""
+    n, seconds = walk.iterations(), walk.iterations() * ms / 1000
+    return {"targets": FINEWEB, "ranks": RANKS, "together": walk.together, "documents": len(walk.documents),
+            "iterations": n, "seconds": seconds,
+            "arithmetic": f"{n} x {ms:.2f} ms = {seconds:.1f} s, {walk.together} documents side by side on {RANKS} "
+                          "ranks, of the lengths at hand, repeated up to that many targets"}
 
 
 def ttt(stage: Stage):
-    """Test-time training with adapters, in the shapes that each of eight ranks has."""
+    """Test-time training with adapters, in the shape that each of eight ranks has."""
     parts = stage.bench(stage.configured(TTT_MODE="lora"))
     process, model = parts.process, parts.model
     t.require(parts.cfg.ttt_mode == "lora", f"TTT_MODE={parts.cfg.ttt_mode}: this stage measures lora")
@@ -490,16 +480,18 @@ def ttt(stage: Stage):
             p.add_(0.02 * torch.randn_like(p))
     tokens = t.Tokens(Path(cfg.data_path), "val", cfg.vocab_size)
     ids = np.resize(tokens.read(0, min(len(tokens), FINEWEB + 1)), FINEWEB + 1)
-    groups = groups_of_a_rank(cfg, process, ids)
-    mine = dataclasses.replace(cfg, val_batch_size=max(cfg.val_batch_size // RANKS, 1))
-    stream = t.Stream(excerpt(ids, groups), parts.tokenizer, process.device)
-    stage.figures(shape=[f"{g.places} documents of window {g.window}" for g in groups],
+    walk = walk_of_eight(cfg, process, ids)
+    mine = dataclasses.replace(cfg, val_batch_size=max(cfg.val_batch_size // RANKS, 1),
+                               ttt_lora_documents=math.ceil(walk.together / RANKS))
+    stream = t.Stream(excerpt(ids, walk), parts.tokenizer, process.device)
+    stage.figures(shape=[f"{mine.ttt_lora_documents} documents of window {walk.window}"],
                   excerpt_targets=stream.targets, split_targets=len(tokens) - 1)
     with Graphs(stage.figures).watching():
         stage.figures(prime_s=parts.timed(lambda: t.prime(mine, process, parts.log, stream, parts.tokenizer)))
         times = iterations(process, lambda: t.test_time_train(mine, process, parts.log, model, stream))
-    stage.figures(iteration_ms=times, eight=eight(groups, times), peak_memory_gib=process.memory()[1] / 2**30)
-    few = t.Stream(excerpt(ids, groups[:1], 2), parts.tokenizer, process.device)
+    stage.figures(iteration_ms={walk.window: times}, eight=eight(walk, times["whole"]),
+                  peak_memory_gib=process.memory()[1] / 2**30)
+    few = t.Stream(excerpt(ids, walk, 2), parts.tokenizer, process.device)
     profile_walk(stage, process, lambda: t.test_time_train(mine, process, parts.log, model, few))
 
 
