@@ -7,8 +7,8 @@ The script's own score_documents and learn_documents run on fake tensors. What t
 tools/step_cost.py, the adapters being inputs of the graph. An operation outside of a graph is one launch. A product
 that adds to a tensor first copies that tensor within a graph: its library does so. A launch takes the longest of its
 bytes, its operations (of attention half, the rest is masked) and --launch. FOLDER has shards fineweb_val_*.bin: the
-lengths of their documents, repeated up to the split's targets, give the iterations of the first of eight ranks. Not in
-it: what the host does meanwhile, and fresh adapters for a new document. Internals of torch 2.13, as in step_cost.py.
+lengths of their documents, repeated up to the split's targets, give the iterations of eight ranks. Not in it: what the
+host does meanwhile, and what happens between documents. Internals of torch 2.13, as in step_cost.py.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 MEMORY = 85_017_493_504  # bytes of the H100 that was measured
-NEEDED = ("load_config", "Evaluator", "LoraAdapters", "document_groups", "score_documents", "learn_documents")
+NEEDED = ("load_config", "Evaluator", "LoraAdapters", "lora_places", "score_documents", "learn_documents")
 RATES = (("bandwidth", 2.7e12, "bytes a second"), ("rate", 6e14, "operations a second of products"),
          ("attention", 3.3e14, "operations a second of attention"), ("launch", 5.0, "microseconds a launch, at least"))
 
@@ -114,23 +114,19 @@ class Device(TorchDispatchMode):
             return traced(*given)
 
 
-def adapters_of(script, model):
+def adapters_of(script, model, places: int):
     """The script's LoraAdapters, as its __init__ would make them but for their numbers."""
     adapters, cfg = object.__new__(script.LoraAdapters), model.cfg
     adapters.cfg, adapters.device, adapters.dtype = cfg, torch.device("cpu"), model.dtype
-    if hasattr(script, "adam_rows"):  # both factors learn, on each matrix of the blocks
-        adapters.layers = [m for m in model.blocks.modules() if isinstance(m, script.Linear)]
-        rank = min(cfg.ttt_lora_rank, cfg.model_dim)
-        adapters.shapes = [shape for m in adapters.layers for shape in ((rank, m.in_features), (m.out_features, rank))]
-        adapters.initial = torch.zeros(sum(map(math.prod, adapters.shapes)))
-        script.document_groups = functools.partial(script.document_groups, weights=len(adapters.initial))
-    else:  # the second does, on the MLPs and the output layer
-        adapters.layers = [layer for block in model.blocks for layer in (block.mlp.fc, block.mlp.proj)]
-        adapters.layers.append(model.tok_emb if model.lm_head is None else model.lm_head)
-        adapters.sizes, adapters.rate = [len(m.weight) for m in adapters.layers], cfg.ttt_lora_lr
-        adapters.means = torch.zeros(len(adapters.layers), sum(adapters.sizes))
-        adapters.layer_of = torch.zeros(sum(adapters.sizes), dtype=torch.int64)
-        adapters.downs = [torch.zeros(cfg.lora_rank, m.weight.size(1), dtype=model.dtype) for m in adapters.layers]
+    adapters.layers = [layer for block in model.blocks for layer in (block.mlp.fc, block.mlp.proj)]
+    adapters.layers.append(model.tok_emb if model.lm_head is None else model.lm_head)
+    adapters.sizes, adapters.rate = [len(m.weight) for m in adapters.layers], cfg.ttt_lora_lr
+    adapters.means = torch.zeros(len(adapters.layers), sum(adapters.sizes))
+    adapters.layer_of = torch.zeros(sum(adapters.sizes), dtype=torch.int64)
+    adapters.downs = [torch.zeros(cfg.lora_rank, m.weight.size(1), dtype=model.dtype) for m in adapters.layers]
+    adapters.ups = torch.zeros(places, sum(adapters.sizes), cfg.lora_rank)
+    adapters.squares = torch.zeros(places, len(adapters.layers), cfg.lora_rank)
+    adapters.steps = torch.zeros(places)
     return adapters
 
 
@@ -154,37 +150,27 @@ def forward_of(model, adapters, device: Device):
     return forward
 
 
-def iterate(script, model, adapters, process, groups: list[measure_stages.Group], device: Device):
-    """Score a chunk in each group's window, and learn from one."""
-    cfg, places, chunk = model.cfg, groups[0].places, groups[0].chunk
+def iterate(script, model, adapters, process, chunk: int, device: Device):
+    """Score a chunk of as many documents as there are adapters, and learn from it."""
+    cfg = model.cfg
     text = types.SimpleNamespace(tokens=torch.zeros(cfg.eval_len + 1, dtype=torch.int32), targets=cfg.eval_len)
-    forward, stride = forward_of(model, adapters, device), min(cfg.eval_stride, chunk)
+    forward = forward_of(model, adapters, device)
     walk = types.SimpleNamespace(cfg=cfg, process=process,
-                                 evaluator=script.Evaluator(cfg, process, forward, text, stride))
-    rows = torch.arange(places), *torch.zeros(3, places, dtype=torch.int64)  # first target, the next one, end
-    descend = script.adam_rows if hasattr(script, "adam_rows") else script.descend_directions
+                                 evaluator=script.Evaluator(cfg, process, forward, text, cfg.lora_stride))
+    rows = torch.arange(len(adapters.ups)), *torch.zeros(3, len(adapters.ups), dtype=torch.int64)  # first, next, end
 
     def update(*given):
         device.stage, tensors = "optimizer", [x for x in given if isinstance(x, torch.Tensor)]
-        device.compiled(lambda *tensors: descend(*tensors, *given[len(tensors) :]), *tensors)
+        device.compiled(lambda *tensors: script.descend_directions(*tensors, *given[len(tensors) :]), *tensors)
 
-    adapters.update = update
-    if hasattr(adapters, "reset"):  # in the script of before
-        adapters.reset(places)
-    else:
-        adapters.ups = torch.zeros(places, sum(adapters.sizes), cfg.lora_rank)
-        adapters.squares = torch.zeros(places, len(adapters.layers), cfg.lora_rank)
-        adapters.steps = torch.zeros(places)
-    device.quiet = False
-    for group in groups:
-        device.stage = f"score {group.window}"
-        script.score_documents(walk, adapters, group.window, chunk, *rows)
+    adapters.update, device.quiet, device.stage = update, False, "score"
+    script.score_documents(walk, adapters, chunk, *rows)
     device.stage = "learn"
     script.learn_documents(walk, adapters, chunk, *rows)
 
 
-def count(options: argparse.Namespace) -> tuple[list[step_cost.Kernel], list[measure_stages.Group]]:
-    """The launches of an iteration, and the documents of the first of eight ranks."""
+def count(options: argparse.Namespace) -> tuple[list[step_cost.Kernel], measure_stages.Walk]:
+    """The launches of an iteration, and the walk of eight ranks."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with step_cost.loaded(Path(options.script)) as script, mock.patch.object(measure_stages, "t", script):
         if missing := [name for name in NEEDED if not hasattr(script, name)]:
@@ -193,17 +179,17 @@ def count(options: argparse.Namespace) -> tuple[list[step_cost.Kernel], list[mea
         cfg, device, wanted = model.requires_grad_(False).cfg, Device(fake), measure_stages.FINEWEB + 1
         process = types.SimpleNamespace(cuda=True, device=torch.device("cpu"), dtype=model.dtype, world=1, rank=0,
                                         memory=lambda: (MEMORY, 0))
-        with fake:
-            adapters = adapters_of(script, model)
         try:
             tokens = script.Tokens(Path(options.data), "val", cfg.vocab_size)
         except script.UserError as problem:
             step_cost.fail(str(problem))
         ids = numpy.resize(tokens.read(0, min(len(tokens), wanted)), wanted)
-        groups = measure_stages.groups_of_a_rank(cfg, process, ids)
+        walk = measure_stages.walk_of_eight(cfg, process, ids)
+        with fake:
+            adapters = adapters_of(script, model, math.ceil(walk.together / measure_stages.RANKS))
         with step_cost.as_for_a_hopper(), fake, device:
-            iterate(script, model, adapters, process, groups, device)
-    return device.kernels, groups
+            iterate(script, model, adapters, process, walk.chunk, device)
+    return device.kernels, walk
 
 
 def milliseconds(kernel: step_cost.Kernel, options: argparse.Namespace) -> float:
@@ -227,20 +213,18 @@ def sums(kernels: list[step_cost.Kernel], options: argparse.Namespace) -> dict[s
 
 def main():
     options = read_arguments()
-    kernels, groups = count(options)
+    kernels, walk = count(options)
     found = sums(kernels, options)
-    ms = {stage: kinds["all"][-1] for stage, kinds in found.items()}
-    times = {g.window: {"whole": ms[f"score {g.window}"] + ms["learn"] + ms["optimizer"]} for g in groups}
-    walk = measure_stages.eight(groups, times)
+    times = measure_stages.eight(walk, sum(kinds["all"][-1] for kinds in found.values()))
     if options.json:
         rates = {name: getattr(options, name) for name, *_ in RATES}
-        print(json.dumps({"script": options.script, "variables": options.variables, "rates": rates, "eight": walk,
+        print(json.dumps({"script": options.script, "variables": options.variables, "rates": rates, "eight": times,
                           "columns": ["launches", "bytes", "operations", "ms"], "stages": found}))
         return
     for stage, kinds in found.items():
         for kind, (n, moved, work, took) in sorted(kinds.items(), key=lambda item: item[0] == "all"):
             print(f"{stage:11}{kind:16}{n:5} launches{moved / 1e9:8.3f} GB{work / 1e12:8.3f} TF{took:8.2f} ms")
-    print(f"an iteration of {groups[0].places} documents scores, learns and steps: {walk['arithmetic']}")
+    print(f"scoring, learning and the step, iterations by the lengths of documents: {times['arithmetic']}")
 
 
 if __name__ == "__main__":
