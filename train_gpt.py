@@ -180,7 +180,7 @@ class Config:
     ttt_lora_lr: float = var(0.012, "0..10", "lora: rate, divided by the square root of the rank")
     ttt_lora_chunk_tokens: int = var(64, ">=1", "lora: targets scored, then learnt from, at a time; a window at most")
     ttt_lora_documents: int = var(256, ">=1", "lora: documents side by side, over all ranks; fewer if memory lacks")
-    ttt_lora_share: float = var(0.05, "0..1", "lora: share of an ended document's adapters in the start of later ones")
+    ttt_lora_share: float = var(0.15, "0..1", "lora: share of an ended document's adapters in the start of later ones")
     ttt_chunk_tokens: int = var(16384, ">=1", "full: targets scored, then learnt from, at a time")
     ttt_optimizer: str = var("adamw", "adamw|sgd", "full: the optimizer")
     ttt_lr: float = var(0.001, "0..10", "full: its rate")

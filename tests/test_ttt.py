@@ -166,6 +166,14 @@ def test_adapters_take_a_quarter_of_the_memory_at_most(tiny, monkeypatch):
         assert t.lora_places(cfg, Lone(), 10)[0] == places
 
 
+def test_ranks_share_out_the_places(tiny):
+    """Over all ranks those of TTT_LORA_DOCUMENTS, and in each pass as many rows."""
+    cfg = tiny(**SMALL | {"TTT_LORA_DOCUMENTS": 20, "VAL_BATCH_SIZE": 3 * 3 * 16})
+    assert t.lora_places(cfg, Lone(), 100) == (20, 21, 7)
+    assert t.lora_places(cfg, Lone(0, 3), 100) == (20, 9, 3)
+    assert t.lora_places(cfg, Lone(0, 3), 4) == (4, 2, 2)
+
+
 class Clock:
     """Seconds of a walk that pass as the test says."""
 
