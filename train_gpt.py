@@ -3114,7 +3114,7 @@ def walk_lora(walk: Walk, model: GPT):
     """Score and learn documents chunk by chunk, many side by side. They begin in the order of the stream, each where
     one has ended, from a start to which only documents have given that ended by then: all of them stand before it."""
     process, documents = walk.process, split_documents(walk.evaluator.stream)
-    together, places, rows = lora_places(walk.cfg, process, len(documents))
+    together, places, rows = process.agree(lora_places(walk.cfg, process, len(documents)))
     if together < min(walk.cfg.ttt_lora_documents, len(documents)):
         walk.log(f"warning: the memory holds adapters of {together} documents, not of TTT_LORA_DOCUMENTS; the score "
                  "differs from that of a machine with more")
@@ -3208,7 +3208,7 @@ def prime(cfg: Config, process: Process, log: Log, stream: Stream, tokenizer: To
     model = GPT(cfg, process.dtype).to(process.device)
     rng, starts, n = np.random.default_rng(0), [], min(2 * cfg.ttt_chunk_tokens, stream.targets)
     if cfg.ttt_mode == "lora":  # documents that learn once, in all places
-        together, *_ = lora_places(cfg, process, len(split_documents(stream)))
+        together, *_ = process.agree(lora_places(cfg, process, len(split_documents(stream))))
         length = min(cfg.ttt_lora_chunk_tokens, cfg.eval_len) + 1
         starts, n = np.arange(together) * length, max(together * length, min(cfg.eval_len, stream.targets))
     ids = rng.integers(BOS_ID + 1, max(cfg.vocab_size, BOS_ID + 2), n + 1)
