@@ -212,11 +212,6 @@ class Config:
         return min(self.ttt_lora_rank, self.model_dim, self.mlp_dim, self.vocab_size)
 
     @property
-    def lora_stride(self) -> int:
-        """EVAL_STRIDE, or a chunk of TTT_MODE=lora."""
-        return min(self.eval_stride, self.ttt_lora_chunk_tokens, self.eval_len)
-
-    @property
     def export_seconds(self) -> float:
         """Guard on calibration and search, 0 for none: it is training time, so training ends that much sooner."""
         cap = self.max_wallclock_seconds * self.train_enabled
@@ -3040,10 +3035,11 @@ class LoraAdapters:
 
     def renew(self, places: np.ndarray):
         """Let new documents begin in these places."""
-        places = to_device(places, self.device)
-        self.ups[places] = self.start
-        for state in (self.squares, self.steps):
-            state.index_fill_(0, places, 0.0)
+        if len(places):
+            places = to_device(places, self.device)
+            self.ups[places] = self.start
+            for state in (self.squares, self.steps):
+                state.index_fill_(0, places, 0.0)
 
     def attach(self, places: Tensor, times: int = 1):
         """Give the layers the adapters in `places`, a row of the next batch each, the whole repeated so many times."""
@@ -3222,7 +3218,7 @@ def test_time_train(cfg: Config, process: Process, log: Log, model: GPT, stream:
     """Walk the stream once: score a chunk for good, learn from it, score the next. Changes `model` in full mode.
     `spent`: seconds of EVAL_MAX_SECONDS that are gone already. Returns the books and what to report of the walk."""
     lora = cfg.ttt_mode == "lora"
-    stride = cfg.lora_stride if lora else cfg.eval_stride
+    stride = min(cfg.eval_stride, cfg.ttt_lora_chunk_tokens, cfg.eval_len) if lora else cfg.eval_stride
     evaluator = Evaluator(cfg, process, compiled(model, cfg, process), stream, stride)
     walk = Walk(cfg, process, log, evaluator, spent)
     if lora:

@@ -166,6 +166,37 @@ def test_adapters_take_a_quarter_of_the_memory_at_most(tiny, monkeypatch):
         assert t.lora_places(cfg, Lone(), 10)[0] == places
 
 
+@pytest.mark.parametrize("documents, warned", [(2, False), (5, True)])
+def test_memory_for_fewer_documents_is_said(tiny, documents, warned, monkeypatch):
+    said, cfg = [], tiny(**SMALL | MODES[0] | {"TTT_LORA_DOCUMENTS": documents})
+
+    class Loud(Quiet):
+        def __call__(self, line):
+            said.append(line)
+
+    numbers = cfg.lora_rank * (cfg.num_layers * (cfg.mlp_dim + cfg.model_dim) + cfg.vocab_size)
+    monkeypatch.setattr(Lone, "memory", lambda self: (4 * 16 * 3 * numbers, 0))
+    t.test_time_train(cfg, Lone(), Loud(), model_of(cfg), stream_of(tokens(161, 0, [0, 20, 60, 90, 110])))
+    assert [line for line in said if "holds adapters of 3 documents" in line] == said[:warned]
+
+
+def test_progress_is_that_of_all_ranks(tiny):
+    """By which each tells how much is left to score, and whether it has time to learn."""
+    ids, parts = tokens(161, 0, [0, 20, 60, 90, 110]), []
+
+    class Loud(Quiet):
+        main = True
+
+        def metric(self, ttt_chunk, **values):
+            parts.append(ttt_chunk)
+
+    for rank in (0, 1):
+        cfg = tiny(**SMALL | MODES[0] | {"TTT_LORA_DOCUMENTS": 3, "TTT_LORA_SHARE": 0})
+        t.test_time_train(cfg, Lone(rank, 2), Loud(), model_of(cfg), stream_of(ids))
+        assert parts[-1] == 20, parts
+        parts.clear()
+
+
 def test_ranks_share_out_the_places(tiny):
     """Over all ranks those of TTT_LORA_DOCUMENTS, and in each pass as many rows."""
     cfg = tiny(**SMALL | {"TTT_LORA_DOCUMENTS": 20, "VAL_BATCH_SIZE": 3 * 3 * 16})
@@ -426,11 +457,12 @@ def test_the_mode_follows_the_variables_given():
 
 @pytest.mark.parametrize("stride, chunk, window", [(4, 4, 16), (5, 10, 16), (4, 6, 25), (16, 16, 16), (3, 7, 30)])
 def test_a_document_s_length_does_not_show_before_its_end(tiny, stride, chunk, window):
-    """Windows go by the length of a document, which is the future; losses before its end must not know it."""
-    cfg = tiny(**SMALL | MODES[0] | {"EVAL_STRIDE": stride, "TTT_LORA_CHUNK_TOKENS": chunk, "EVAL_SEQ_LEN": window})
-    ids = tokens(121, 9, [0])
+    """The order of documents goes by their lengths, which are the future; losses before an end must not know it."""
+    cfg = tiny(**SMALL | MODES[0] | {"EVAL_STRIDE": stride, "TTT_LORA_CHUNK_TOKENS": chunk, "EVAL_SEQ_LEN": window,
+                                     "TTT_LORA_DOCUMENTS": 2, "TTT_LORA_SHARE": 0.5})
+    ids = tokens(121, 9, [0, 5, 30, 45])
     long = walk(cfg, ids)[0].nats
-    for end in (6, 7, 8, 12, 13, 16, 60):
+    for end in (6, 7, 8, 12, 29, 36, 60, 95):
         cut = ids.copy()
         cut[end] = t.BOS_ID
         assert np.allclose(walk(cfg, cut)[0].nats[: end - 1], long[: end - 1], atol=1e-4), end

@@ -383,7 +383,8 @@ def prepare(subject: Subject, tokens: int) -> Trial:
     chunk = min(cfg.ttt_lora_chunk_tokens, max(tokens // 16, 2 * cfg.eval_stride))
     settings = {"ttt_chunk_tokens": max(tokens // 12, cfg.eval_stride, 1), "ttt_lora_chunk_tokens": max(chunk, 1)}
     if subject.kind == "ttt" and cfg.ttt_mode == "lora":  # two places, so that documents follow each other
-        settings["ttt_lora_documents"] = 2
+        by_number = hasattr(cfg, "ttt_lora_documents")  # scripts before it go by the batch
+        settings |= {"ttt_lora_documents": 2} if by_number else {"val_batch_size": 2 * cfg.eval_len}
     trial = Trial(ids, cuts, settings, rng)
     probe = sorted({cut - 1 for cut in cuts} | set(rng.integers(0, n, 4).tolist()))
     trial.honest = evaluate(subject, ids, probe, peeks=True, **settings)

@@ -154,9 +154,9 @@ def iterate(script, model, adapters, process, chunk: int, device: Device):
     """Score a chunk of as many documents as there are adapters, and learn from it."""
     cfg = model.cfg
     text = types.SimpleNamespace(tokens=torch.zeros(cfg.eval_len + 1, dtype=torch.int32), targets=cfg.eval_len)
-    forward = forward_of(model, adapters, device)
+    forward, stride = forward_of(model, adapters, device), min(cfg.eval_stride, chunk)
     walk = types.SimpleNamespace(cfg=cfg, process=process,
-                                 evaluator=script.Evaluator(cfg, process, forward, text, cfg.lora_stride))
+                                 evaluator=script.Evaluator(cfg, process, forward, text, stride))
     rows = torch.arange(len(adapters.ups)), *torch.zeros(3, len(adapters.ups), dtype=torch.int64)  # first, next, end
 
     def update(*given):
