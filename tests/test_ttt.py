@@ -177,7 +177,7 @@ def test_memory_for_fewer_documents_is_said(tiny, documents, warned, monkeypatch
     numbers = cfg.lora_rank * (cfg.num_layers * (cfg.mlp_dim + cfg.model_dim) + cfg.vocab_size)
     monkeypatch.setattr(Lone, "memory", lambda self: (4 * 16 * 3 * numbers, 0))
     t.test_time_train(cfg, Lone(), Loud(), model_of(cfg), stream_of(tokens(161, 0, [0, 20, 60, 90, 110])))
-    assert [line for line in said if "holds adapters of 3 documents" in line] == said[:warned]
+    assert sum("holds adapters of 3 documents" in line for line in said) == warned
 
 
 def test_progress_is_that_of_all_ranks(tiny):
