@@ -3015,9 +3015,6 @@ class LoraAdapters:
         self.layers.append(model.tok_emb if model.lm_head is None else model.lm_head)
         self.rate = cfg.ttt_lora_lr / math.sqrt(cfg.lora_rank)  # all directions together move as far at any rank
         self.sizes = [len(layer.weight) for layer in self.layers]
-        layer_of = torch.repeat_interleave(torch.tensor(self.sizes))
-        self.layer_of = layer_of.to(self.device)
-        self.means = (F.one_hot(layer_of).mT / torch.tensor(self.sizes)[:, None]).to(self.device)
         spectra = (torch.linalg.svd(layer.weight, full_matrices=False) for layer in self.layers)
         self.downs = [found.Vh[: cfg.lora_rank].to(self.dtype) for found in spectra]
         self.start = torch.zeros(sum(self.sizes), cfg.lora_rank, device=self.device)
@@ -3062,22 +3059,24 @@ class LoraAdapters:
         everyone = len(places) == len(self.ups)
         mine = whole if everyone else [state[places] for state in whole]
         with torch.no_grad():
-            self.update(*mine, grad, learns, self.means, self.layer_of, self.rate)
+            self.update(*mine, grad, learns, self.sizes, self.rate)
         if not everyone:
             for state, rows in zip(whole, mine, strict=True):
                 state.index_copy_(0, places, rows)
 
 
-def descend_directions(ups: Tensor, squares: Tensor, steps: Tensor, grad: Tensor, learns: Tensor, means: Tensor,
-                       layer_of: Tensor, rate: float):
+def descend_directions(ups: Tensor, squares: Tensor, steps: Tensor, grad: Tensor, learns: Tensor, sizes: list[int],
+                       rate: float):
     """A step against `grad`, in place: what a layer learns from one direction of its input is divided by the root mean
     square of that direction's gradients so far. A row that does not learn has no gradient. ups and grad [rows,
-    outputs, rank], squares [rows, layers, rank], steps and learns [rows]; `means` [layers, outputs] takes the mean over
-    the outputs of each layer, and `layer_of` [outputs] says which that is."""
+    outputs, rank], of layers with so many outputs each (`sizes`); squares [rows, layers, rank]; steps and learns
+    [rows]."""
+    grads = grad.split(sizes, 1)
     steps.add_(learns)
-    squares.add_(means @ grad.square())
-    scale = (squares / steps.clamp(min=1.0)[:, None, None]).sqrt().add_(1e-8)
-    ups.addcdiv_(grad, scale[:, layer_of], value=-rate)
+    squares.add_(torch.stack([part.square().mean(1) for part in grads], 1))
+    scales = (squares / steps.clamp(min=1.0)[:, None, None]).sqrt() + 1e-8
+    for up, part, scale in zip(ups.split(sizes, 1), grads, scales.unbind(1), strict=True):
+        up.addcdiv_(part, scale[:, None], value=-rate)
 
 
 def split_documents(stream: Stream) -> np.ndarray:

@@ -121,8 +121,6 @@ def adapters_of(script, model, places: int):
     adapters.layers = [layer for block in model.blocks for layer in (block.mlp.fc, block.mlp.proj)]
     adapters.layers.append(model.tok_emb if model.lm_head is None else model.lm_head)
     adapters.sizes, adapters.rate = [len(m.weight) for m in adapters.layers], cfg.ttt_lora_lr
-    adapters.means = torch.zeros(len(adapters.layers), sum(adapters.sizes))
-    adapters.layer_of = torch.zeros(sum(adapters.sizes), dtype=torch.int64)
     adapters.downs = [torch.zeros(cfg.lora_rank, m.weight.size(1), dtype=model.dtype) for m in adapters.layers]
     adapters.ups = torch.zeros(places, sum(adapters.sizes), cfg.lora_rank)
     adapters.squares = torch.zeros(places, len(adapters.layers), cfg.lora_rank)
