@@ -2900,10 +2900,10 @@ class Walk:
 
     @contextlib.contextmanager
     def scored(self, work: int):
-        """A piece of scoring of `work` units. On a GPU its pace is taken once a twentieth of the walk, since to wait
-        each time would leave the device idle, and not of the first piece, which pays for what happens once."""
+        """A piece of scoring of `work` units, whose pace is taken, but for the first, which pays for what happens once;
+        on a GPU once a twentieth of the walk, since to wait each time would leave the device idle."""
         part = self.twentieth()
-        timed = not self.process.cuda or part > self.paced
+        timed = self.work > 0 and (not self.process.cuda or part > self.paced)
         began = self.now(timed)
         yield
         self.work += work
@@ -3110,6 +3110,7 @@ def walk_lora(walk: Walk, model: GPT):
     one has ended, from a start to which only documents have given that ended by then: all of them stand before it."""
     process, documents = walk.process, split_documents(walk.evaluator.stream)
     together, places, rows = process.agree(lora_places(walk.cfg, process, len(documents)))
+    walk.log(f"documents: {len(documents)}, {together} of them side by side")
     if together < min(walk.cfg.ttt_lora_documents, len(documents)):
         walk.log(f"warning: the memory holds adapters of {together} documents, not of TTT_LORA_DOCUMENTS; the score "
                  "differs from that of a machine with more")
@@ -3757,6 +3758,8 @@ def judge(cfg: Config, process: Process, log: Log, summary: dict, inputs: Inputs
         (not scores, "no final evaluation ran"),
         (cap and spent > 1.01 * cap, f"training and export took {spent:.1f} s, MAX_WALLCLOCK_SECONDS={cap:g}"),
         (lag, lag),
+        ((summary["eval"]["ttt"] or {}).get("stopped_by_budget"),
+         f"EVAL_MAX_SECONDS={cfg.eval_max_seconds:g} ended learning early: a faster machine would score otherwise"),
         (not inputs.stream.complete, f"partial split: its first {inputs.stream.targets} targets"),
         (not data.startswith("fineweb10B"), f"not the challenge's data: {data}"),
         (summary["resumes"], f"resumed {len(summary['resumes'])} times"),

@@ -229,7 +229,7 @@ def test_the_budget_stops_learning_never_scoring(tiny, mode, limit, monkeypatch)
     assert score.faults == [] and score.tokens == 400
     assert details["stopped_by_budget"] == (limit < 7)
     if limit == 1:
-        assert details["adapted_chunks"] <= 1 and 3.99 < clock.now < 5.5
+        assert details["adapted_chunks"] <= 2 and 3.99 < clock.now < 5.5
     elif limit < 7:
         assert 1 < details["adapted_chunks"] < details["chunks"] - 2 and clock.now <= limit
     else:
@@ -316,11 +316,12 @@ def test_a_gpu_is_waited_for_once_a_twentieth_of_the_walk(tiny, monkeypatch):
     assert len(turns) > 80 and 2 <= len(waits) <= 2 * 21, (len(turns), len(waits))
 
 
-def test_a_slow_first_piece_on_a_gpu_does_not_end_learning(tiny, monkeypatch):
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_slow_first_piece_does_not_end_learning(tiny, monkeypatch, cuda):
     """What happens once, as loading kernels, must not be taken for the pace of the walk."""
     cfg = tiny(EVAL_MAX_SECONDS=99, USE_COMPILE=0, **SMALL | MODES[0] | {"VAL_BATCH_SIZE": 32})
     process, forward, first, clock = Lone(), t.GPT.forward, [50.0], Clock(monkeypatch)
-    process.cuda = True
+    process.cuda = cuda
 
     def ticking(self, ids, *rest, **more):
         clock.now += 0.01 + (first.pop() if first else 0.0)
@@ -400,7 +401,7 @@ def test_a_budget_too_small_to_score_is_said(launch, artifact):
     s = run.summary
     assert run.code == 1 and not s["valid"] and s["eval"]["ttt"]["tokens"] == 1001, run.err + run.out
     assert "EVAL_MAX_SECONDS=0.01" in s["reasons"][0] and s["eval"]["ttt"]["adapted_chunks"] == 0
-    assert "adaptation stops" in run.out
+    assert "adaptation stops" in run.out and "note: EVAL_MAX_SECONDS=0.01 ended learning early" in run.out
 
 
 def test_the_published_values_run_as_given(launch, artifact):
@@ -457,7 +458,7 @@ def test_the_mode_follows_the_variables_given():
 
 @pytest.mark.parametrize("stride, chunk, window", [(4, 4, 16), (5, 10, 16), (4, 6, 25), (16, 16, 16), (3, 7, 30)])
 def test_a_document_s_length_does_not_show_before_its_end(tiny, stride, chunk, window):
-    """The order of documents goes by their lengths, which are the future; losses before an end must not know it."""
+    """Which document is where goes by their lengths, which are the future; losses before an end must not know it."""
     cfg = tiny(**SMALL | MODES[0] | {"EVAL_STRIDE": stride, "TTT_LORA_CHUNK_TOKENS": chunk, "EVAL_SEQ_LEN": window,
                                      "TTT_LORA_DOCUMENTS": 2, "TTT_LORA_SHARE": 0.5})
     ids = tokens(121, 9, [0, 5, 30, 45])

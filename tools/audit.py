@@ -398,18 +398,24 @@ def causal(subject: Subject, trial: Trial) -> tuple[bool, str]:
         again = evaluate(subject, ids, **trial.settings | {"val_batch_size": subject.cfg.eval_len})
         noise = float(np.abs(again.score.nats - honest.score.nats).max())
         tolerance = min(1e-3, 1e-5 + 4 * noise)
-    for cut in trial.cuts:  # tokens before position `cut` stay, and so must the losses of targets 0 to cut-2
+    trials = [(cut, honest, trial.settings) for cut in trial.cuts]
+    if "ttt_lora_documents" in trial.settings:  # as many side by side as in the run, too
+        settings = trial.settings | {"ttt_lora_documents": subject.cfg.ttt_lora_documents}
+        beside = evaluate(subject, ids, [cut - 1 for cut in trial.cuts], **settings)
+        trials += [(cut, beside, settings) for cut in trial.cuts[::2]]
+    for cut, honest, settings in trials:  # tokens before position `cut` stay: the losses of targets 0 to cut-2 must too
         after = trial.rng.integers(0, subject.cfg.vocab_size, len(ids) - cut).astype(ids.dtype)
-        other = evaluate(subject, np.append(ids[:cut], after), [cut - 1], **trial.settings)
+        other = evaluate(subject, np.append(ids[:cut], after), [cut - 1], **settings)
         gaps = np.abs(other.score.nats - honest.score.nats)[: cut - 1]
         unknown = torch.full((subject.cfg.vocab_size,), torch.nan)  # where the place was not scored
         here, there = (watch.distributions.get(cut - 1, unknown).neg().exp() for watch in (honest, other))
         worst = max(worst, float(np.nan_to_num(np.append(gaps, (here - there).abs()), nan=np.inf).max()))
         learnt.append(int((other.learnt[:cut] > 0).sum()))
-    ok = worst <= tolerance and honest.peek <= max(tolerance, 1e-5) and noise <= 1e-3
+    peek = trial.honest.peek
+    ok = worst <= tolerance and peek <= max(tolerance, 1e-5) and noise <= 1e-3
     return ok, (f"cuts at {trial.cuts} of {honest.n}: what comes before differs by {worst:.3g}, allowed "
                 f"{tolerance:.3g} (a re-run: {noise:.3g}); other inputs after a place change its loss by "
-                f"{honest.peek:.3g}; tokens learnt from before the cuts: {learnt}")
+                f"{peek:.3g}; tokens learnt from before the cuts: {learnt}")
 
 
 def is_what_ran(subject: Subject, tokens: int) -> tuple[bool, str]:

@@ -312,6 +312,8 @@ def run(options):
     names = {f.name for f in script.VARIABLES}
     base = script.Config(**{k: v for k, v in header["config"].items() if k in names})
     process, weights = script.Process("auto"), {name: s.tensor() for name, s in stored.items()}
+    if not os.environ.get("DATA_PATH"):
+        sys.exit("error: DATA_PATH is not set; give the folder of the shards and their tokenizer.model")
     data = Path(os.environ["DATA_PATH"])
     tokenizer = script.Tokenizer(data / "tokenizer.model", base.vocab_size)
     tokens = script.Tokens(data, "val", base.vocab_size)
