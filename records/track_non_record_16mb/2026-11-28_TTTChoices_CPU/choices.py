@@ -118,6 +118,8 @@ CHOICES = {
     "new, in the order of the stream, nothing handed on": NEW | {"in_order": True},
     "new, in the order of the stream, 0.05 handed on": NEW | {"in_order": True, "hand_on": 0.05},
     "new, in the order of the stream, 0.15 handed on": NEW | {"in_order": True, "hand_on": 0.15},
+    "new, in the order of the stream, 0.15 handed on, gradients not clipped":
+        NEW | {"in_order": True, "hand_on": 0.15, "clip": 0.0},
     "new, in the order of the stream, 0.3 handed on": NEW | {"in_order": True, "hand_on": 0.3},
 }
 
