@@ -167,7 +167,7 @@ def test_adapters_take_a_quarter_of_the_memory_at_most(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("documents, warned", [(2, False), (5, True)])
-def test_memory_for_fewer_documents_is_said(tiny, documents, warned, monkeypatch):
+def test_how_many_documents_are_side_by_side_is_said(tiny, documents, warned, monkeypatch):
     said, cfg = [], tiny(**SMALL | MODES[0] | {"TTT_LORA_DOCUMENTS": documents})
 
     class Loud(Quiet):
@@ -178,6 +178,7 @@ def test_memory_for_fewer_documents_is_said(tiny, documents, warned, monkeypatch
     monkeypatch.setattr(Lone, "memory", lambda self: (4 * 16 * 3 * numbers, 0))
     t.test_time_train(cfg, Lone(), Loud(), model_of(cfg), stream_of(tokens(161, 0, [0, 20, 60, 90, 110])))
     assert sum("holds adapters of 3 documents" in line for line in said) == warned
+    assert f"documents: 5, {min(documents, 3)} of them side by side" in said
 
 
 def test_progress_is_that_of_all_ranks(tiny):
