@@ -99,14 +99,18 @@ class Config:
     num_heads: int = var(8, "1..1024", "query heads")
     num_kv_heads: int = var(4, "1..1024", "key and value heads, shared by groups of query heads")
     mlp_mult: float = var(3.0, "0.01..64", "MLP hidden width as a multiple of MODEL_DIM")
+    num_loops: int = var(0, "0..16", "times that layers LOOP_START to LOOP_END are run again in a pass; 0 off")
+    loop_start: int = var(3, "0..255", "first of them, from 0")
+    loop_end: int = var(5, "0..255", "last of them")
+    parallel_residual_start: int = var(-1, "-1..255", "from this layer on attention and MLP see the same input; -1 off")
+    skip_gates_enabled: bool = var(False, "0|1", "1: the U-Net mixes by learned shares instead of adding")
+    smear_gate_enabled: bool = var(True, "0|1", "1: each token's embedding is mixed with the one before")
     train_seq_len: int = var(2048, "1..1048576", "tokens a training sequence")
     tie_embeddings: bool = var(True, "0|1", "1: the output layer is the token embedding")
     rope_base: float = var(10000.0, ">=1", "RoPE base up to length 1024; grows with longer sequences")
     rope_dims: int = var(16, ">=0", "dimensions of a head that RoPE turns, even; 0 all")
     qk_gain_init: float = var(1.5, ">=0", "initial gain on normalised queries, one a head")
     mlp_slope: float = var(0.0, "0..1", "slope below 0 of what the MLP squares; 0: squared ReLU")
-    ve_last_n: int = var(0, "0..256", "last layers whose values are given an embedding of the token; 0 off")
-    ve_dim: int = var(64, "1..16384", "width of that embedding")
     logit_softcap: float = var(30.0, "0.1..75", "logits are squashed into +-this by tanh")
     ln_scale: bool = var(True, "0|1", "1: the inputs of layer i are divided by sqrt(i+1)")
     xsa_last_n: int = var(0, ">=0", "exclusive self-attention on the last N layers; 0 off")
@@ -125,7 +129,10 @@ class Config:
     micro_batch_seqs: int = var(0, ">=0", "sequences a forward pass of one rank; 0: from the device's memory")
     iterations: int = var(9000, ">=1", "steps at most")
     max_wallclock_seconds: float = var(596.0, ">=0", "training seconds at most; 0 no cap")
-    warmdown_iters: int = var(3000, ">=0", "last steps before ITERATIONS or the cap, with rates that fall to 0")
+    warmdown_iters: int = var(3000, ">=0", "last steps before ITERATIONS or the cap, with rates that fall to MIN_LR")
+    warmdown_frac: float = var(0.0, "0..1", "the same as a share of the steps or of the cap; 0: by WARMDOWN_ITERS")
+    min_lr: float = var(0.0, "0..1", "rates do not fall below this share of their full values")
+    enable_looping_at: float = var(0.35, "0..<1", "share of training from which on layers are looped")
     warmup_steps: int = var(20, ">=0", "steps that prime compilation on random tokens and are undone")
     val_loss_every: int = var(0, ">=0", "steps between validations of the raw weights, off the clock; 0 off")
     use_compile: str = var("auto", "auto|0|1", "torch.compile; auto: on CUDA")
@@ -141,9 +148,10 @@ class Config:
     muon_momentum_warmup_start: float = var(0.92, "0..<1", "Muon's momentum at step 0")
     muon_momentum_warmup_steps: int = var(1500, ">=0", "steps of that warm-up")
     muon_backend_steps: int = var(5, "1..100", "Newton-Schulz iterations")
-    muon_beta2: float = var(0.0, "0..<1", "memory of the row sizes by which Muon's updates are divided; 0 off")
+    muon_row_normalize: bool = var(False, "0|1", "1: rows are brought to one length before they are orthogonalised")
     muon_wd: float = var(0.04, "0..10", "Muon's decoupled weight decay")
-    adam_wd: float = var(0.04, "0..10", "AdamW's weight decay")
+    embed_wd: float = var(0.04, "0..10", "AdamW's weight decay of embeddings")
+    adam_wd: float = var(0.04, "0..10", "AdamW's weight decay of vectors, scalars and the sidecar's kernel")
     beta1: float = var(0.9, "0..<1", "Adam's first beta")
     beta2: float = var(0.95, "0..<1", "Adam's second beta")
     adam_eps: float = var(1e-8, ">0", "Adam's epsilon")
@@ -160,7 +168,7 @@ class Config:
     quant_bits_attn: float = var(6.0, "0..12", "nominal bits of attention matrices, where a search starts: one more "
                                  "halves the steps, and the coder makes other bits of it; rowmax: 2..8")
     quant_bits_mlp: float = var(6.0, "0..12", "the same for MLP matrices")
-    quant_bits_embed: float = var(8.0, "0..12", "for token and value embeddings and an untied output layer")
+    quant_bits_embed: float = var(8.0, "0..12", "for the token embedding and an untied output layer")
     quant_bits_bigram: float = var(8.0, "0..12", "for the bigram embedding and its projection")
     quant_bits_sidecar: float = var(6.0, "0..12", "for the sidecar")
     quant_min_numel: int = var(65536, ">=0", "tensors up to this many elements are kept in fp16")
@@ -225,6 +233,12 @@ class Config:
         return self.max_wallclock_seconds - self.export_seconds
 
     @property
+    def layer_order(self) -> tuple[int, ...]:
+        """The layers as a looped pass runs them, LOOP_START to LOOP_END once and NUM_LOOPS times more."""
+        layers, after = tuple(range(self.num_layers)), self.loop_end + 1
+        return layers[:after] + layers[self.loop_start : after] * self.num_loops + layers[after:]
+
+    @property
     def sparse_sites(self) -> tuple[int, ...]:
         """Layers followed by the shared sidecar."""
         end = self.num_layers if self.sparse_end_layer < 0 else min(self.sparse_end_layer + 1, self.num_layers)
@@ -241,9 +255,12 @@ class Config:
 
 PRESETS = {
     "seed": {"export_fill": False},  # the defaults above are the published ones, but for QUANT, which is better
-    "frontier": {  # what won against it at CPU size, see records/ablations; nothing of it was measured at full size
-        "mlp_slope": 0.5, "logit_softcap": 15.0, "ve_last_n": 4, "sparse_hidden_dim": 0, "muon_beta2": 0.95,
-        "warmdown_iters": 4500, "quant_min_numel": 32768,
+    "frontier": {  # what was published to help at full size on 8 x H100: README.md says where, value by value
+        "vocab_size": 8192, "mlp_mult": 4.0, "mlp_slope": 0.3, "qk_gain_init": 5.0, "xsa_last_n": 11, "num_loops": 2,
+        "parallel_residual_start": 7, "skip_gates_enabled": True, "smear_gate_enabled": False, "bigram_vocab_size": 0,
+        "sparse_hidden_dim": 0, "iterations": 20000, "warmdown_frac": 0.85, "min_lr": 0.1, "matrix_lr": 0.026,
+        "muon_momentum": 0.97, "muon_row_normalize": True, "muon_wd": 0.095, "tied_embed_lr": 0.03, "embed_wd": 0.085,
+        "scalar_lr": 0.02, "adam_wd": 0.02, "beta2": 0.99, "ema_decay": 0.9965,
     },
     "demo": {  # a few minutes on two CPU cores, on the embedded corpus; as many bytes a parameter as the seed has
         "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "sparse_start_layer": 2,
@@ -257,19 +274,20 @@ PRESETS = {
 NOMINAL_BITS = {"balanced": (0.0, 12.0), "rowmax": (2.0, 8.0)}  # the least and the most that a rule takes
 # What other scripts of this field know and this one does not: harmless when off, an error when on.
 NOT_IMPLEMENTED = ("SWA_ENABLED", "QAT_ENABLED", "LATE_QAT", "MTP_NUM_HEADS", "LAWA_ENABLED", "DTG_ENABLED",
-                   "VE_ENABLED", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM", "NUM_LOOPS", "PARALLEL_START_LAYER",
-                   "SKIP_GATES", "SKIP_GATES_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED", "MIN_LR",
-                   "SPARSE_ATTN_GATE_ENABLED", "MUON_ROW_NORMALIZE", "EMBEDDING_DIM", "CASEOPS_ENABLED", "COMPRESSOR",
-                   "LQER_ENABLED", "EMBED_BITS", "MATRIX_BITS", "EMBED_CLIP_SIGMAS", "MATRIX_CLIP_SIGMAS",
-                   "PHASED_TTT_NUM_PHASES", "DROPOUT")
+                   "VE_ENABLED", "VE_LAYERS", "GATED_ATTENTION", "VALUE_RESIDUAL", "TRIGRAM", "PARALLEL_START_LAYER",
+                   "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED", "SPARSE_ATTN_GATE_ENABLED", "ASYM_LOGIT_RESCALE",
+                   "EMBEDDING_DIM", "CASEOPS_ENABLED", "COMPRESSOR", "LQER_ENABLED", "EMBED_BITS", "MATRIX_BITS",
+                   "EMBED_CLIP_SIGMAS", "MATRIX_CLIP_SIGMAS", "PHASED_TTT_NUM_PHASES", "TRAIN_SEQ_SCHEDULE", "DROPOUT")
 # What this script knew once, and what took its place.
 REMOVED = {
     "AUDIT": "audit from outside: AUDIT=1 ./run.sh, or ./run.sh audit LOG_DIR/RUN_ID after a run",
     "AUDIT_TOKENS": "audit from outside: ./run.sh audit --tokens N LOG_DIR/RUN_ID",
+    "MUON_BETA2": "nothing at full size speaks for it; MUON_ROW_NORMALIZE=1 is what published runs do with rows",
     "NAN_POLICY": "a step that is not finite ends the run; start another with lower rates",
     "SAVE_FLOAT": "CKPT_EVERY_SECONDS=1e9 keeps the last checkpoint; TRAIN_ENABLED=0 MODEL_PATH=RUN exports it",
     "SHUFFLE": "sequences are taken in the order of the shards, as published runs do",
     "STRICT_ENV": "ENV_EXTRA names the variables that may look like ours",
+    "VE_LAST_N": "value embeddings: the published runs with a vocabulary of 8192 have none",
 }
 # What other scripts call it; with or without the _.
 CALLED_ELSEWHERE = {
@@ -303,7 +321,7 @@ CALLED_ELSEWHERE = {
 BARE_ELSEWHERE = ("DATA", "ENV", "HEAD", "KEEP", "LOG", "MAX", "MODEL", "NUM", "RUN", "USE")
 # A name with a prefix of the first group was meant for us; one of the second never was, or is a setting of the above.
 FAMILIES = ("ADAM_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "RESUME_", "ROPE_",
-            "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_")
+            "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "XSA_")
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH", "PET_", "CUDA_", "NVIDIA_", "NCCL_",
            "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MODULE", "MATCHED_", "SWA_",
            "QAT_", "MTP_", "LAWA_", "DTG_", "NUM_THREADS")
@@ -423,6 +441,9 @@ def load_config(environ, ranks: int = 1) -> tuple[Config, list[str], list[str]]:
         cfg = dataclasses.replace(cfg, ttt_mode="full" if cfg.explicit & TTT_FULL else "lora")
     idle = cfg.explicit & (TTT_LORA if cfg.ttt_mode == "full" else TTT_FULL)
     warnings = [f"{name.upper()}: no effect with TTT_MODE={cfg.ttt_mode}" for name in sorted(idle) if cfg.ttt_enabled]
+    if preset == "frontier" and cfg.vocab_size != PRESETS["frontier"]["vocab_size"]:
+        warnings.append(f"VOCAB_SIZE={cfg.vocab_size}: good for trying PRESET=frontier on the shards at hand, not for "
+                        "a score; its values were published with 8192 pieces, which won about 0.02 BPB over 1024")
     if cfg.resume and not cfg.run_id:
         problems.append("RESUME=1: needs the RUN_ID of the run to go on with, or to start")
     brought = cfg.resume or (not cfg.train_enabled and cfg.model_path)  # the run or the artifact brings the rest
@@ -445,6 +466,8 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
         (each % 2 == 0, "model_dim", f"must give each head an even width for RoPE, not {each}"),
         (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= each, "rope_dims", f"must be even and at most a head's {each}"),
         (cfg.bigram_vocab_size != 1, "bigram_vocab_size", "must be 0 (off) or at least 2"),
+        (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < cfg.num_layers, "num_loops",
+         f"needs LOOP_START={cfg.loop_start} <= LOOP_END={cfg.loop_end} < NUM_LAYERS={cfg.num_layers}"),
         (cfg.mlp_dim > 0, "mlp_mult", f"leaves no hidden unit at MODEL_DIM={dim}"),
         (not slides or cfg.eval_stride <= cfg.eval_len, "eval_stride", f"must not exceed the window's {cfg.eval_len}"),
         (not ttt or cfg.eval_stride > 0, "eval_stride", "TTT_ENABLED=1 scores in windows; give a stride"),
@@ -925,13 +948,18 @@ class Tokens:
         self.shards = [open_shard(p) for p in self.paths]
         self.ends = np.cumsum([len(s) for s in self.shards])
         at_once = None if len(self) <= 2**28 else 2**20
-        for index, shard in enumerate(self.shards):
-            self._check(index, shard[:at_once])
+        highest = max(self._check(index, shard[:at_once]) for index, shard in enumerate(self.shards))
+        require(highest >= vocab_size // 2 or len(self) < 2**16, f"DATA_PATH={folder}: its {split} split has no token "
+                f"id above {highest}, so no tokenizer of VOCAB_SIZE={vocab_size} has cut it; ./run.sh data --variant "
+                f"sp{vocab_size} fetches FineWeb's shards of that size, where they are published")
 
-    def _check(self, index: int, tokens: np.ndarray):
-        if int(tokens.max()) >= self.vocab_size:
-            raise UserError(f"{self.paths[index]}: holds token id {int(tokens.max())}, beyond VOCAB_SIZE="
-                            f"{self.vocab_size}; the data and the tokenizer do not belong together")
+    def _check(self, index: int, tokens: np.ndarray) -> int:
+        """The highest token id."""
+        highest = int(tokens.max())
+        if highest >= self.vocab_size:
+            raise UserError(f"{self.paths[index]}: holds token id {highest}, beyond VOCAB_SIZE={self.vocab_size}; the "
+                            "data and the tokenizer do not belong together")
+        return highest
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -968,7 +996,8 @@ class Tokenizer:
             size = sp.vocab_size()
         require(size, f"{where}: not a SentencePiece model; give the .model file of the data")
         require(size == vocab_size,
-                f"{where}: it has {size} pieces where VOCAB_SIZE={vocab_size}; set VOCAB_SIZE={size}")
+                f"{where}: it has {size} pieces where VOCAB_SIZE={vocab_size}; set VOCAB_SIZE={size}, or fetch data of "
+                f"{vocab_size} pieces with ./run.sh data --variant sp{vocab_size}")
         require(sp.bos_id() == BOS_ID, f"{where}: its BOS id is not {BOS_ID}, as shards need; make data and tokenizer "
                 "with data/prepare.py")
         pieces = [sp.id_to_piece(i) for i in range(size)]
@@ -1181,13 +1210,11 @@ class Attention(nn.Module):
         self.half = (cfg.rope_dims or self.head_dim) // 2
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
 
-    def forward(self, x: Tensor, factors: Tensor, gain_in: float, gain_out: Tensor,
-                extra: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, factors: Tensor, gain_in: float, gain_out: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, C], causal; queries and keys are normalised, then turned by RoPE."""
         b, t, c = x.shape
         y = side_by_side(x, (self.q, self.k, self.v), gain_in).view(b, t, -1, self.head_dim)
         q, k, v = y.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        v = v if extra is None else v + extra.view(v.shape)
         q, k = norm(q, self.q_gain[:, None]), norm(k)
         y = attend(rotate(q, factors, self.half), rotate(k, factors, self.half), v)
         if self.exclusive:  # XSA: take out what the token's own value says
@@ -1295,12 +1322,14 @@ class Block(nn.Module):
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(cfg.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.tensor(([1.0] * cfg.model_dim, [0.0] * cfg.model_dim)))
         self.input_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
+        self.parallel = 0 <= cfg.parallel_residual_start <= layer  # as GPT-J has it: both read what comes in
 
-    def forward(self, x: Tensor, factors: Tensor, extra: Tensor | None, gain: Tensor) -> Tensor:
+    def forward(self, x: Tensor, factors: Tensor, gain: Tensor) -> Tensor:
         """The stream after the block, times `gain` [C]."""
         normed, x = StreamNorm.apply(x)
-        x = x + self.attn(normed, factors, self.input_scale, self.attn_scale[:, None], extra)
-        normed, x = StreamNorm.apply(x)
+        x = x + self.attn(normed, factors, self.input_scale, self.attn_scale[:, None])
+        if not self.parallel:
+            normed, x = StreamNorm.apply(x)
         added = self.mlp(normed, self.input_scale, (gain * self.mlp_scale)[:, None])
         return torch.addcmul(added, gain.to(x.dtype), x)
 
@@ -1396,23 +1425,21 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.cfg, self.dtype, self.skips = cfg, dtype, cfg.num_layers // 2
+        self.cfg, self.dtype = cfg, dtype
+        self.order = cfg.layer_order  # the layers that a pass runs; training begins with each once
         self.watch_output = None  # set by `Calibration`, which hooks the other layers
         self.tok_emb = Embedding(cfg.vocab_size, cfg.model_dim)
         self.bigram = Bigram(cfg) if cfg.bigram_vocab_size else None
-        self.smear = nn.Parameter(torch.zeros(cfg.model_dim))
+        self.smear = nn.Parameter(torch.zeros(cfg.model_dim)) if cfg.smear_gate_enabled else None
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
-        self.skip_weights = nn.Parameter(torch.ones(self.skips, cfg.model_dim))
-        self.value_emb = Embedding(cfg.vocab_size, cfg.ve_dim) if cfg.ve_last_n else None
-        self.late = cfg.num_layers - min(cfg.ve_last_n, cfg.num_layers)  # the first layer that is given them
-        if cfg.ve_last_n:  # ResFormer's idea (https://arxiv.org/abs/2410.17897), from the token and not from a layer
-            self.value_proj = Linear(cfg.ve_dim, cfg.model_dim // cfg.num_heads * cfg.num_kv_heads)
-            self.value_scale = nn.Parameter(torch.full((cfg.num_layers - self.late,), 0.1))
+        skips = len(self.order) // 2, cfg.model_dim
+        self.skip_weights = nn.Parameter(torch.ones(skips))
+        self.skip_gates = nn.Parameter(torch.zeros(skips)) if cfg.skip_gates_enabled else None
         if cfg.sparse_sites:
             self.sidecar = Sidecar(cfg)
             self.sidecar_scale = nn.Parameter(torch.zeros(len(cfg.sparse_sites), cfg.model_dim))
         self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size)
-        if not self.smear.is_meta:
+        if not self.skip_weights.is_meta:
             self._initialise()
 
     @torch.no_grad()
@@ -1433,7 +1460,7 @@ class GPT(nn.Module):
 
     def role(self, name: str) -> str:
         """How a parameter is trained: matrix (Muon), embed, head or vector (AdamW)."""
-        if name in ("tok_emb.weight", "bigram.embed.weight", "value_emb.weight"):
+        if name in ("tok_emb.weight", "bigram.embed.weight"):
             return "embed"
         if name == "lm_head.weight":
             return "head"
@@ -1443,7 +1470,7 @@ class GPT(nn.Module):
         """RoPE's factors [3, length, 1, D] of each number of a head, of the one ROPE_DIMS/2 places after it and of the
         one as many before it (https://arxiv.org/abs/2104.09864). Beyond 1024 tokens the base grows with the window
         (NTK-aware scaling), which is `length` unless given."""
-        attn, base, device = self.blocks[0].attn, self.cfg.rope_base, self.smear.device
+        attn, base, device = self.blocks[0].attn, self.cfg.rope_base, self.skip_weights.device
         half, dims, span = attn.half, 2 * attn.half, max(window or length, 1024)
         if dims > 2:
             base *= (span / 1024) ** (dims / (dims - 2))
@@ -1470,23 +1497,26 @@ class GPT(nn.Module):
         if self.bigram is not None:
             x = x + self.bigram(ids, starts, self.dtype)
         x = norm(x)
-        x0 = Smear.apply(x, torch.sigmoid(self.smear.to(x.dtype)), keep)
-        values = self.value_proj(self.value_emb(ids).to(x.dtype)) if self.value_emb is not None else None
+        x0 = x if self.smear is None else Smear.apply(x, torch.sigmoid(self.smear.to(x.dtype)), keep)
         factors = self.rope(ids.size(1), window) if factors is None else factors
         # A block begins with x_lambda * x + x0_lambda * x0. The branch that ends the one before gets x_lambda by way of
         # its weights, so that x itself is never written; only what the U-Net hands on has to be.
-        ones = torch.ones_like(self.smear)
-        lambdas = [*(block.resid_mix for block in self.blocks), (ones, None)]
+        ones = torch.ones(cfg.model_dim, device=x.device)
+        lambdas = [*(self.blocks[layer].resid_mix for layer in self.order), (ones, None)]
         x = (lambdas[0][0] + lambdas[0][1]).to(x.dtype) * x0
-        stack = []  # U-Net: the first half of the layers hands its outputs to the second, last to first
-        for i, block in enumerate(self.blocks):
-            x_lambda, x0_lambda = lambdas[i + 1]
-            hands_on, has_site = i < self.skips, i in cfg.sparse_sites
+        skips, stack = len(self.order) // 2, []  # U-Net: the first half hands its outputs to the second, last to first
+        for place, layer in enumerate(self.order):
+            x_lambda, x0_lambda = lambdas[place + 1]
+            hands_on, has_site, skip = place < skips, layer in cfg.sparse_sites, place + 1 - skips
+            if 0 <= skip < skips:
+                skip_lambda = x_lambda * self.skip_weights[skip]
+                if self.skip_gates is not None:
+                    share = torch.sigmoid(self.skip_gates[skip])
+                    x_lambda, skip_lambda = share * x_lambda, (1 - share) * skip_lambda
             last_branch = ones if hands_on else x_lambda
-            extra = self.value_scale[i - self.late].to(x.dtype) * values if i >= self.late else None
-            x = block(x, factors, extra, ones if has_site else last_branch)
+            x = self.blocks[layer](x, factors, ones if has_site else last_branch)
             if has_site:
-                site = cfg.sparse_sites.index(i)
+                site = cfg.sparse_sites.index(layer)
                 normed, x = StreamNorm.apply(x)
                 added = self.sidecar(normed, site, keep, (last_branch * self.sidecar_scale[site])[:, None])
                 x = torch.addcmul(added, last_branch.to(x.dtype), x)
@@ -1495,9 +1525,8 @@ class GPT(nn.Module):
                 x = x_lambda.to(x.dtype) * x
             if x0_lambda is not None:
                 x = torch.addcmul(x, x0_lambda.to(x.dtype), x0)
-            if i + 1 >= self.skips and stack:
-                weight = x_lambda * self.skip_weights[i + 1 - self.skips]
-                x = torch.addcmul(x, weight.to(x.dtype), stack.pop())
+            if 0 <= skip < skips:
+                x = torch.addcmul(x, skip_lambda.to(x.dtype), stack.pop())
         if rows is not None:
             x = x.gather(1, rows[:, :, None].expand(-1, -1, x.size(-1)))
         x = norm(x)
@@ -1522,19 +1551,25 @@ def model_size(cfg: Config) -> int:
 
 
 def activation_bytes(cfg: Config, process: Process) -> int:
-    """Estimated bytes that a token keeps for the backward pass: 16 C + 2 H numbers a layer and 10 V bytes for its
-    logits, compiled; else about twice as many, for nothing is made anew."""
+    """Estimated bytes of memory that a token takes in training: 12 C + 2 H numbers in each layer that is run, as many
+    again where the backward pass is at work, and 8 V bytes for its logits, compiled; else about twice as many."""
     number = process.dtype.itemsize * (1 if compiles(cfg, process) else 2)
-    return number * cfg.num_layers * (16 * cfg.model_dim + 2 * cfg.mlp_dim) + 10 * cfg.vocab_size
+    return number * (len(cfg.layer_order) + 1) * (12 * cfg.model_dim + 2 * cfg.mlp_dim) + 8 * cfg.vocab_size
 
 
 def tokens_per_pass(cfg: Config, process: Process, training: bool) -> int:
-    """Tokens that one forward pass of a rank should hold: activations may take half of what torch, the weights and the
-    optimizers leave of the device's memory, and evaluation, which keeps none, takes four times as many. On a CPU more
-    than a few thousand only leave the caches."""
+    """Tokens that one forward pass of a rank should hold: activations may take two thirds of what torch, the weights
+    and the optimizers leave of the device's memory, and evaluation, which keeps none, takes three times as many. On a
+    CPU more than a few thousand only leave the caches."""
     left = max(process.memory()[0] - 2**29 - 40 * model_size(cfg), 0)
-    room = left // 2 // activation_bytes(cfg, process) * (1 if training else 4)
+    room = 2 * left // 3 // activation_bytes(cfg, process) * (1 if training else 3)
     return room if process.cuda else min(room, 4096 if training else 8192)
+
+
+def micro_batch(cfg: Config, process: Process, share: int) -> int:
+    """Sequences of one forward pass, of a rank's `share` of a step, which they divide."""
+    most = cfg.micro_batch_seqs or max(tokens_per_pass(cfg, process, True) // cfg.train_seq_len, 1)
+    return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
 
 
 def compiles(cfg: Config, process: Process) -> bool:
@@ -1683,25 +1718,19 @@ def descend(weights: Tensor, average: Tensor | None, update: Tensor, rate: Tenso
         average.lerp_(weights, ema)
 
 
-def newton_schulz(g: Tensor, steps: int) -> Tensor:
+def newton_schulz(g: Tensor, steps: int, even_rows: bool = False) -> Tensor:
     """Push the singular values of each matrix of g [n, rows, cols] towards 1 by a quintic iteration; they land
-    within about 0.7 to 1.2. (Muon, https://kellerjordan.github.io/posts/muon/)"""
+    within about 0.7 to 1.2. (Muon, https://kellerjordan.github.io/posts/muon/) `even_rows`: of g with rows of one
+    length. (MuonEq-R, https://arxiv.org/abs/2603.28254)"""
     a, b, c = 3.4445, -4.7750, 2.0315
+    if even_rows:
+        g = g / (torch.linalg.vector_norm(g, dim=-1, keepdim=True) + 1e-7)
     x = g.mT if g.size(-2) > g.size(-1) else g
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
     return x.mT if g.size(-2) > g.size(-1) else x
-
-
-def even_rows(x: Tensor, sizes: Tensor, weight: float) -> Tensor:
-    """Divide the rows of each matrix of x [n, rows, cols] by the root of their running mean square `sizes`, [n, rows,
-    1], into which this one enters with `weight`; the matrix keeps its norm. (https://arxiv.org/abs/2510.05491)"""
-    sizes.lerp_(x.float().square().mean(-1, keepdim=True), weight)
-    y = x / (sizes.sqrt() + 1e-8).to(x.dtype)
-    length, other = (torch.linalg.vector_norm(z, dim=(-2, -1), keepdim=True) for z in (x, y))
-    return y * (length / (other + 1e-7))
 
 
 class Muon:
@@ -1714,24 +1743,20 @@ class Muon:
     def __init__(self, cfg: Config, flat: FlatWeights, process: Process):
         self.cfg, self.flat, self.process = cfg, flat, process
         own_kernels = process.cuda and compiles(cfg, process)
-        self.nesterov, self.orthogonalise, self.even_rows, self.descend = (
+        self.nesterov, self.orthogonalise, self.descend = (
             torch.compile(function, dynamic=False) if own_kernels else function
-            for function in (nesterov, newton_schulz, even_rows, descend))
+            for function in (nesterov, newton_schulz, descend))
         self.updates = torch.zeros_like(flat.rows, dtype=process.dtype)
-        self.heights = [sum(shape[0] for _, of, shape, _ in flat.spans if of == run) for run in range(process.world)]
-        self.batches, row = [], 0  # (shape, where in this rank's run, its rows), as slices
+        self.batches = []  # (shape, where in this rank's run)
         mine = [(shape, begin - flat.borders[run]) for _, run, shape, begin in flat.spans if run == process.rank]
         for shape, group in itertools.groupby(mine, lambda span: span[0]):
             begins = [begin for _, begin in group]
-            rows = slice(row, row + len(begins) * shape[0])
-            self.batches.append((shape, slice(begins[0], begins[-1] + shape.numel()), rows))
-            row = rows.stop
+            self.batches.append((shape, slice(begins[0], begins[-1] + shape.numel())))
         self.reset()
 
     def reset(self):
         """Fresh state of this rank's run, as before the first step, as long as the longest rank's."""
         self.momentum_buffer = torch.zeros_like(self.flat.rows[0])
-        self.row_sizes = self.flat.weights.new_zeros(max(self.heights) if self.cfg.muon_beta2 else 0)
 
     def momentum(self, step: int) -> float:
         """Grows linearly over MUON_MOMENTUM_WARMUP_STEPS."""
@@ -1745,11 +1770,9 @@ class Muon:
         cfg, rank = self.cfg, self.process.rank
         momentum, update = self.flat.weights.new_full((), self.momentum(step)), self.updates[rank]
         self.nesterov(self.flat.rows[rank], self.momentum_buffer, update, momentum, factor)
-        for shape, part, rows in self.batches:
+        for shape, part in self.batches:
             batch = update[part].view(-1, *shape)
-            turned = self.orthogonalise(batch, cfg.muon_backend_steps)
-            if cfg.muon_beta2:
-                turned = self.even_rows(turned, self.row_sizes[rows].view(-1, shape[0], 1), 1 - cfg.muon_beta2)
+            turned = self.orthogonalise(batch, cfg.muon_backend_steps, cfg.muon_row_normalize)
             torch.mul(turned, max(1.0, shape[0] / shape[1]) ** 0.5, out=batch)
         return self.process.begin_gather_(self.updates)
 
@@ -1760,27 +1783,19 @@ class Muon:
             weights, of_run = self.flat.weights[begin:end], None if average is None else average[begin:end]
             self.descend(weights, of_run, update[: end - begin], rate, cfg.muon_wd, 1 - cfg.ema_decay)
 
-    def whole(self, own: Tensor, lengths) -> Tensor:
-        """One after another what the ranks have in `own`, each as many elements as `lengths` says."""
-        rows = own.new_zeros(self.process.world, len(own))
-        rows[self.process.rank] = own
-        self.process.begin_gather_(rows)()
-        return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
-
     def tensors(self) -> dict[str, Tensor]:
         """The state, whole on every rank."""
-        runs = (end - begin for begin, end in itertools.pairwise(self.flat.borders))
-        return {"momentum": self.whole(self.momentum_buffer, runs),
-                "row_sizes": self.whole(self.row_sizes, self.heights)}
+        rows = torch.zeros_like(self.flat.rows)
+        rows[self.process.rank] = self.momentum_buffer
+        self.process.begin_gather_(rows)()
+        runs = zip(rows, itertools.pairwise(self.flat.borders), strict=True)
+        return {"momentum": torch.cat([row[: end - begin] for row, (begin, end) in runs])}
 
     def restore(self, tensors: dict[str, Tensor]):
         """Put back what `tensors` gave, on any number of ranks."""
         rank = self.process.rank
         begin, end = self.flat.borders[rank : rank + 2]
         self.momentum_buffer[: end - begin].copy_(tensors["momentum"][begin:end])
-        if self.cfg.muon_beta2:
-            rows, height = tensors["row_sizes"][sum(self.heights[:rank]) :], self.heights[rank]
-            self.row_sizes[:height].copy_(rows[:height])
 
 
 class Optimizers:
@@ -1797,7 +1812,7 @@ class Optimizers:
         cfg, flat, groups = self.cfg, self.flat, []
         self.muon.reset()
         embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
-        for role, lr, decay in (("embed", embed_lr, cfg.adam_wd), ("head", cfg.head_lr, 0.0),
+        for role, lr, decay in (("embed", embed_lr, cfg.embed_wd), ("head", cfg.head_lr, 0.0),
                                 ("vector", cfg.scalar_lr, cfg.adam_wd)):
             part, before = flat.extent(role), flat.borders[-1]
             weights = nn.Parameter(flat.weights[part])
@@ -1915,32 +1930,48 @@ def check_settings(settings: dict):
         check_value(field, settings[field.name])
 
 
-def rate_factor(cfg: Config, step: int, seconds: float) -> float:
-    """Learning rates at a step, as a share of their full values: 1, then a linear warmdown to 0.
+def share_done(cfg: Config, step: int, seconds: float) -> float:
+    """The share of training that is done, by the steps or by the wall-clock cap, whichever is further."""
+    by_clock = seconds / cfg.training_seconds if cfg.training_seconds else 0.0
+    return max(step / cfg.iterations, by_clock)
 
-    The end is the step ITERATIONS or the wall-clock cap, whichever comes first at the speed measured so far.
+
+def rate_factor(cfg: Config, step: int, seconds: float) -> float:
+    """Learning rates at a step, as a share of their full values: 1, then a linear warmdown to 0, but not below MIN_LR.
+
+    The end is the step ITERATIONS or the wall-clock cap, whichever comes first: WARMDOWN_ITERS before it at the speed
+    measured so far, or the last WARMDOWN_FRAC of training.
     """
-    if cfg.warmdown_iters == 0:
-        return 1.0
-    left = cfg.iterations - step
-    if cfg.training_seconds and seconds > 0:
-        left = min(left, (cfg.training_seconds - seconds) * step / seconds)
-    return min(max(left, 0.0) / cfg.warmdown_iters, 1.0)
+    if cfg.warmdown_frac:
+        factor = (1 - share_done(cfg, step, seconds)) / cfg.warmdown_frac
+    elif cfg.warmdown_iters:
+        left = cfg.iterations - step
+        if cfg.training_seconds and seconds > 0:
+            left = min(left, (cfg.training_seconds - seconds) * step / seconds)
+        factor = left / cfg.warmdown_iters
+    else:
+        factor = 1.0
+    return min(max(factor, cfg.min_lr), 1.0)
 
 
 class Trainer:
     """One rank's training: its share of each batch, the step and the clock."""
 
     def __init__(self, cfg: Config, process: Process, model: GPT):
-        self.cfg, self.process, self.started = cfg, process, 0.0
+        self.cfg, self.process, self.model, self.started = cfg, process, model, 0.0
         self._marks, self.fault = collections.deque(), ""  # steps not waited for; what was not finite, and where
         self.raw_bpb = None  # of the weights that are not averaged, when last validated
         self.told = 0  # 200ths of training that were done at the last line about a step
         self.flat, self.forward = FlatWeights(model, process.device, process.world), compiled(model, cfg, process)
         self.optimizers = Optimizers(cfg, self.flat, process)
         self.share = cfg.train_batch_tokens // cfg.train_seq_len // process.world
-        most = cfg.micro_batch_seqs or max(tokens_per_pass(cfg, process, True) // cfg.train_seq_len, 1)
-        self.micro = max(n for n in range(1, self.share + 1) if self.share % n == 0 and n <= most)
+        self.micro = micro_batch(cfg, process, self.share)
+
+    def loop(self, share: float) -> bool:
+        """Run the model with its loops once this share of training is done. Returns whether that is new."""
+        order = self.cfg.layer_order if share >= self.cfg.enable_looping_at else tuple(range(self.cfg.num_layers))
+        changed, self.model.order = order != self.model.order, order
+        return changed
 
     def step(self, tokens: Tensor, step: int, factor: float):
         """One update from this rank's tokens [sequences, seq_len + 1]; leaves the mean loss in `flat.loss`. `fault`
@@ -1968,9 +1999,12 @@ class Trainer:
     def warm_up(self):
         """Prime compilation on random tokens at rate 0, which leaves the weights as they are; start the clock."""
         generator = torch.Generator().manual_seed(0)
-        for _ in range(self.cfg.warmup_steps):
-            tokens = torch.randint(self.cfg.vocab_size, (self.share, self.cfg.train_seq_len + 1), generator=generator)
-            self.step(tokens.to(self.process.device, torch.int32), 0, 0.0)
+        for share in (1.0, 0.0) if self.cfg.num_loops else (0.0,):  # both orders of the layers
+            self.loop(share)
+            for _ in range(self.cfg.warmup_steps):
+                shape = self.share, self.cfg.train_seq_len + 1
+                tokens = torch.randint(self.cfg.vocab_size, shape, generator=generator)
+                self.step(tokens.to(self.process.device, torch.int32), 0, 0.0)
         self.synchronize()
         self.optimizers.reset()
         self.started = time.perf_counter()
@@ -2069,7 +2103,9 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
                     continue
             if stop:
                 break
-            factor = rate_factor(cfg, step, seconds)
+            factor, share = rate_factor(cfg, step, seconds), share_done(cfg, step, seconds)
+            if trainer.loop(share) and step > first:
+                log(f"layer_loop:enabled step:{step} frac:{share:.3f} order:{' '.join(map(str, trainer.model.order))}")
             trainer.step(loader.next(), step, factor)
             step, (seconds, caught) = step + 1, trainer.heard()
             report_step(trainer, log, step, step - first, seconds, factor)
@@ -2102,9 +2138,7 @@ def report_step(trainer: Trainer, log: Log, step: int, steps: int, seconds: floa
     """Log a step: the first 10 of this launch, those due, and the last; also one in each 200th of training, which the
     console does not show. `steps`: of this launch so far."""
     cfg = trainer.cfg
-    speed, done = step * cfg.train_batch_tokens / seconds, step / cfg.iterations
-    if cfg.training_seconds:
-        done = max(done, seconds / cfg.training_seconds)
+    speed, done = step * cfg.train_batch_tokens / seconds, share_done(cfg, step, seconds)
     every, share = cfg.train_log_every, round(200 * done)
     due = every and (steps <= 10 or step % every == 0 or done >= 1)
     if due or (every and share > trainer.told):
@@ -2351,7 +2385,7 @@ def read_header(blob: bytes) -> tuple[dict, int]:
 def check_header(header: dict, size: int) -> dict:
     """A header's configuration, checked like environment variables, and its tensors against it. Raises ValueError and
     what else a forged header can cause. `size`: the file's; beyond 64 M elements each must take a bit of it."""
-    config = {f.name: check_value(f, header["config"][f.name]) for f in MODEL_FIELDS}
+    config = {f.name: check_value(f, header["config"].get(f.name, f.default)) for f in MODEL_FIELDS}
     cfg = Config(train_enabled=False, model_path="-", ttt_enabled=False, final_sliding_eval_enable=False, **config)
     if lines := conflicts(cfg, 1):
         raise ValueError(lines[0])
@@ -2428,7 +2462,7 @@ def unpack(blob: bytes, source: str) -> tuple[dict, dict[str, Stored]]:
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
             zstandard.ZstdError) as error:  # whatever a forged header can cause
         problem = f"its parts do not agree ({type(error).__name__}: {error})"[:400]
-        raise UserError(one_line(f"{source}: {problem}; export it again")) from None
+        raise UserError(one_line(f"{source}: {problem}; export it again, or use its own script")) from None
 
 
 def is_quantised(name: str, shape, min_numel: int) -> bool:
@@ -3416,7 +3450,8 @@ def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict)
     path, cfg = find_tokenizer(cfg, folder), dataclasses.replace(cfg, data_path=str(folder))
     tokenizer, (cut_with, of_a_byte, doubts) = Tokenizer(path, cfg.vocab_size), read_manifest(folder)
     require(cut_with in (None, hashlib.sha256(path.read_bytes()).hexdigest()), f"TOKENIZER_PATH={path}: not the "
-            f"tokenizer that cut the data, by {folder / 'manifest.json'}; give that one")
+            f"tokenizer that cut the data, by {folder / 'manifest.json'}; give that one, or other data: ./run.sh data "
+            f"--variant sp{cfg.vocab_size} fetches FineWeb's")
     train = None
     if cfg.train_enabled or (weights is not None and cfg.export_enabled):
         train = Tokens(folder, "train", cfg.vocab_size)
@@ -3456,13 +3491,16 @@ def check_machine(cfg: Config, process: Process, past: Past | None):
             f"{need / 1e6:,.1f} MB, {here} has {free / 1e6:,.1f}; make room, or set LOG_DIR to another disk")
 
 
-def time_step(cfg: Config, process: Process, tokens: Tokens, ranks: int) -> tuple[float, str]:
-    """Seconds of a training step on one of `ranks`, and how they were found: the faster of two steps on what a forward
-    pass takes of a rank's sequences, for all of them. What ranks send and spare each other is left out."""
+def time_steps(cfg: Config, process: Process, tokens: Tokens, ranks: int) -> tuple[int, str]:
+    """How many steps a training on `ranks` will do, and what they take: for each order of the layers the faster of two
+    steps on what a forward pass takes of a rank's sequences, for all of them. What ranks send and spare each other is
+    left out."""
     cfg = dataclasses.replace(cfg, train_batch_tokens=cfg.train_batch_tokens // ranks * process.world)
     trainer = Trainer(cfg, process, GPT(cfg, process.dtype).to(process.device))
-    batch, found = Loader(cfg, tokens, process).next()[: trainer.micro], []
-    for step in range(2):  # the first one compiles
+    batch, found = Loader(cfg, tokens, process).next()[: trainer.micro], {}
+    orders = (0.0, 1.0) if cfg.num_loops else (1.0,)
+    for share, step in itertools.product(orders, range(2)):  # the first of two compiles
+        trainer.loop(share)
         process.synchronize()
         began = time.perf_counter()
         trainer.flat.gather_gradients(trainer.forward, batch, trainer.micro, trainer.share * process.world)
@@ -3470,8 +3508,16 @@ def time_step(cfg: Config, process: Process, tokens: Tokens, ranks: int) -> tupl
         updating = time.perf_counter()
         trainer.optimizers.step(step, 1.0)
         process.synchronize()
-        found.append((updating - began) * trainer.share / trainer.micro + time.perf_counter() - updating)
-    return min(found), f"timed on {trainer.micro} of a rank's {trainer.share} sequences"
+        seconds = (updating - began) * trainer.share / trainer.micro + time.perf_counter() - updating
+        found[share] = min(seconds, found.get(share, math.inf))
+    before, after = found.get(0.0, found[1.0]), found[1.0]
+    count, said = cfg.iterations, f"{1000 * after:,.1f} ms each"
+    if cfg.training_seconds:
+        steps_a_second = cfg.enable_looping_at / before + (1 - cfg.enable_looping_at) / after
+        count = min(count, math.ceil(cfg.training_seconds * steps_a_second))
+    if cfg.num_loops:
+        said += f", before the loops {1000 * before:,.1f}"
+    return count, f"{said}, timed on {trainer.micro} of a rank's {trainer.share} sequences"
 
 
 def check(cfg: Config, process: Process, inputs: Inputs, ranks: int, times: bool = False) -> str:
@@ -3484,7 +3530,9 @@ def check(cfg: Config, process: Process, inputs: Inputs, ranks: int, times: bool
     for name, shape in shapes_of(cfg).items():
         counts[group_of(name) if is_quantised(name, shape, cfg.quant_min_numel) else "fp16"] += math.prod(shape)
     bits = {g: max(getattr(cfg, f"quant_bits_{g}") - 1.6, 0.0) for g in GROUPS} | {"fp16": 16}
-    predicted = SCRIPT.stat().st_size + int(sum(n * bits[g] / 8 for g, n in counts.items()))
+    code, parameters = SCRIPT.stat().st_size, sum(counts.values())
+    predicted = code + int(sum(n * bits[g] / 8 for g, n in counts.items()))
+    left = 8 * (cfg.artifact_limit_bytes - code) / parameters
     scored = f"windows, stride {cfg.eval_stride}"
     if cfg.ttt_enabled:
         scored = f"test-time training, {cfg.ttt_mode}, {scored}"
@@ -3495,18 +3543,21 @@ def check(cfg: Config, process: Process, inputs: Inputs, ranks: int, times: bool
         f"tokenizer:  {inputs.tokenizer_path}, {cfg.vocab_size} pieces",
         f"validation: {inputs.stream.targets:,} targets, {inputs.stream.bytes:,} bytes of {cfg.data_path}",
         f"evaluation: {scored}, {f'within {cfg.eval_max_seconds:g} s' if cfg.eval_max_seconds else 'no time limit'}",
-        f"parameters: {sum(counts.values()):,} ({', '.join(f'{n:,} {kind}' for kind, n in counts.items() if n)})",
+        f"parameters: {parameters:,} ({', '.join(f'{n:,} {kind}' for kind, n in counts.items() if n)})",
         f"artifact:   about {predicted:,} bytes with code before the search, which keeps it within "
-        f"{cfg.artifact_limit_bytes:,}"]
+        f"{cfg.artifact_limit_bytes:,}: that leaves {left:.2f} bits a parameter"]
     if cfg.train_enabled:
-        steps, cap = f"{cfg.iterations:,} of {cfg.train_batch_tokens:,} tokens", cfg.training_seconds
+        share, cap = cfg.train_batch_tokens // cfg.train_seq_len // ranks, cfg.training_seconds
+        micro, steps = micro_batch(cfg, process, share), f"{cfg.iterations:,} of {cfg.train_batch_tokens:,} tokens"
         if times:
-            seconds, how = time_step(cfg, process, inputs.train, ranks)
-            count = min(cfg.iterations, math.ceil(cap / seconds)) if cap else cfg.iterations
-            steps = f"about {count:,} of at most {steps}: {1000 * seconds:,.1f} ms each, {how}"
+            count, said = time_steps(cfg, process, inputs.train, ranks)
+            steps = f"about {count:,} of at most {steps}: {said}"
         elif cap:
             steps = f"at most {steps}; how many {cap:g} s allow is unknown, --check --time measures it"
-        lines += [f"training:   {len(inputs.train):,} tokens in {len(inputs.train.paths)} shards",
+        activations = micro * cfg.train_seq_len * activation_bytes(cfg, process)
+        lines += [f"memory:     about {40 * model_size(cfg) / 2**30:.1f} GiB for weights and optimizers, "
+                  f"{activations / 2**30:.1f} for {micro} of a rank's {share} sequences at a time",
+                  f"training:   {len(inputs.train):,} tokens in {len(inputs.train.paths)} shards",
                   f"steps:      {steps}"]
     return "\n".join(lines)
 

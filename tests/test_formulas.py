@@ -126,9 +126,21 @@ def rope(x, dims, base, window):
     return torch.stack(columns, 2)
 
 
-def plain_logits(w, cfg, ids, window=0, seen=None):
-    """Logits [positions, vocabulary] of one sequence of token ids. To the list `seen` is added what goes into each
-    matrix and what comes out of it before any gain, (name, x, y), and for an embedding (name, ids, rows)."""
+def layers_of(cfg, loops):
+    """The layers in the order of a pass that runs LOOP_START to LOOP_END so many times more."""
+    order = []
+    for layer in range(cfg.num_layers):
+        order.append(layer)
+        if layer == cfg.loop_end:
+            for _ in range(loops):
+                order.extend(range(cfg.loop_start, cfg.loop_end + 1))
+    return order
+
+
+def plain_logits(w, cfg, ids, window=0, seen=None, loops=None):
+    """Logits [positions, vocabulary] of one sequence of token ids, with NUM_LOOPS unless told. To the list `seen` is
+    added what goes into each matrix and what comes out of it before any gain, (name, x, y), and for an embedding (name,
+    ids, rows)."""
     ids, n = [int(i) for i in ids], len(ids)
     width = cfg.model_dim // cfg.num_heads
     opens = [i == 0 or (cfg.bos_mask and ids[i] == BOS) for i in range(n)]
@@ -156,22 +168,25 @@ def plain_logits(w, cfg, ids, window=0, seen=None):
         buckets = [last if opens[i] else (int32(36313 * ids[i]) ^ int32(27191 * ids[i - 1])) % last for i in range(n)]
         x = x + matrix("bigram.proj.weight", look_up("bigram.embed.weight", buckets)) * w["bigram.scale"]
     x = rms_norm(x)
-    g = 1 / (1 + torch.exp(-w["smear"]))
-    x = (1 - g) * x + g * before(x)
-    x0, stack, half = x, [], cfg.num_layers // 2
-    if cfg.ve_last_n:
-        extra = matrix("value_proj.weight", look_up("value_emb.weight", ids))
+    if cfg.smear_gate_enabled:
+        g = 1 / (1 + torch.exp(-w["smear"]))
+        x = (1 - g) * x + g * before(x)
+    order = layers_of(cfg, cfg.num_loops if loops is None else loops)
+    x0, stack, half = x, [], len(order) // 2
 
-    for layer in range(cfg.num_layers):
+    for place, layer in enumerate(order):
         name, scale = f"blocks.{layer}.", 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
-        if half <= layer < 2 * half:
-            x = x + w["skip_weights"][layer - half] * stack.pop()
+        if half <= place < 2 * half:
+            skipped = w["skip_weights"][place - half] * stack.pop()
+            if cfg.skip_gates_enabled:
+                g = 1 / (1 + torch.exp(-w["skip_gates"][place - half]))
+                x = g * x + (1 - g) * skipped
+            else:
+                x = x + skipped
         x = w[name + "resid_mix"][0] * x + w[name + "resid_mix"][1] * x0
 
-        h = rms_norm(x)
+        came_in = h = rms_norm(x)
         q, k, v = (matrix(f"{name}attn.{part}.weight", h) * scale for part in "qkv")
-        if layer >= cfg.num_layers - cfg.ve_last_n:
-            v = v + w["value_scale"][layer - (cfg.num_layers - cfg.ve_last_n)] * extra
         q, k, v = q.view(n, -1, width), k.view(n, -1, width), v.view(n, -1, width)
         q, k = (rope(rms_norm(z), cfg.rope_dims or width, cfg.rope_base, window or n) for z in (q, k))
         heads, later = [], torch.ones(n, n).triu(1).bool()
@@ -185,7 +200,8 @@ def plain_logits(w, cfg, ids, window=0, seen=None):
             heads.append(y)
         x = x + matrix(name + "attn.proj.weight", torch.cat(heads, 1)) * w[name + "attn_scale"]
 
-        h = matrix(name + "mlp.fc.weight", rms_norm(x)) * scale
+        parallel = cfg.parallel_residual_start >= 0 and layer >= cfg.parallel_residual_start
+        h = matrix(name + "mlp.fc.weight", came_in if parallel else rms_norm(x)) * scale
         h = torch.where(h > 0, h, cfg.mlp_slope * h) ** 2
         x = x + matrix(name + "mlp.proj.weight", h) * w[name + "mlp_scale"]
 
@@ -196,7 +212,7 @@ def plain_logits(w, cfg, ids, window=0, seen=None):
             value = matrix("sidecar.value.weight", h)
             value = kernel[:, 2] * value + kernel[:, 1] * before(value) + kernel[:, 0] * before(before(value))
             x = x + matrix("sidecar.proj.weight", gate * value) * w["sidecar_scale"][site]
-        if layer < half:
+        if place < half:
             stack.append(x)
 
     output = "tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"
@@ -204,9 +220,9 @@ def plain_logits(w, cfg, ids, window=0, seen=None):
     return cfg.logit_softcap * torch.tanh(z / cfg.logit_softcap)
 
 
-def plain_nats(w, cfg, ids, targets, window=0, seen=None):
+def plain_nats(w, cfg, ids, targets, window=0, seen=None, loops=None):
     """Nats of each target of one sequence."""
-    logits = plain_logits(w, cfg, ids, window, seen)
+    logits = plain_logits(w, cfg, ids, window, seen, loops)
     targets = torch.as_tensor(targets).long()
     return logits.exp().sum(1).log() - logits.gather(1, targets[:, None])[:, 0]
 
@@ -225,15 +241,19 @@ def text(n, seed=0, documents=(), vocab=400):
 
 
 SEED = {"PRESET": "seed", "NUM_LAYERS": 5, "SPARSE_START_LAYER": 2, "LOGIT_SOFTCAP": 5}
-FRONTIER = {"PRESET": "frontier", "NUM_LAYERS": 4, "SPARSE_HIDDEN_DIM": 0, "VE_LAST_N": 3, "VE_DIM": 8,
-            "LOGIT_SOFTCAP": 3}
+FRONTIER = {"PRESET": "frontier", "NUM_LAYERS": 4, "LOOP_START": 1, "LOOP_END": 2, "PARALLEL_RESIDUAL_START": 2,
+            "BIGRAM_VOCAB_SIZE": 0, "SPARSE_HIDDEN_DIM": 0, "LOGIT_SOFTCAP": 3, "QK_GAIN_INIT": 2}
 FORMS = {
     "published": SEED,
     "published, without masks at BOS": SEED | {"BOS_MASK": 0, "NUM_LAYERS": 4},
     "without LN scale, all dims turned": SEED | {"LN_SCALE": 0, "ROPE_DIMS": 0, "NUM_LAYERS": 6},
     "XSA, untied": SEED | {"XSA_LAST_N": 3, "TIE_EMBEDDINGS": 0, "SPARSE_EVERY": 2},
     "frontier": FRONTIER,
-    "frontier, XSA, no bigram": FRONTIER | {"BOS_MASK": 0, "XSA_LAST_N": 2, "BIGRAM_VOCAB_SIZE": 0},
+    "frontier, with what it leaves out": FRONTIER | {"BOS_MASK": 0, "XSA_LAST_N": 2, "BIGRAM_VOCAB_SIZE": 64,
+                                                     "SMEAR_GATE_ENABLED": 1, "SKIP_GATES_ENABLED": 0},
+    "a loop over layers with the sidecar, none in parallel": SEED | {"NUM_LOOPS": 1, "LOOP_START": 2, "LOOP_END": 4},
+    "one layer three times": SEED | {"NUM_LAYERS": 1, "NUM_LOOPS": 2, "LOOP_START": 0, "LOOP_END": 0,
+                                     "SKIP_GATES_ENABLED": 1, "SPARSE_START_LAYER": 0},
     "ids that overflow the hash": SEED | {"VOCAB_SIZE": 65535, "MODEL_DIM": 8, "BIGRAM_DIM": 4, "NUM_HEADS": 2,
                                           "NUM_KV_HEADS": 1},
 }
@@ -323,7 +343,7 @@ class PlainTraining:
     """Muon, AdamW, the clip and the moving average, a parameter at a time. `w` has the weights by name."""
 
     def __init__(self, cfg, w):
-        self.cfg, self.w, self.buffer, self.sizes = cfg, w, {}, {}
+        self.cfg, self.w, self.buffer = cfg, w, {}
         self.average = {name: x.detach().clone() for name, x in w.items()}
         self.adam = PlainAdam(cfg.beta1, cfg.beta2, cfg.adam_eps)
 
@@ -333,7 +353,7 @@ class PlainTraining:
 
     def embedding_rate(self, name):
         cfg = self.cfg
-        if name in ("tok_emb.weight", "bigram.embed.weight", "value_emb.weight"):
+        if name in ("tok_emb.weight", "bigram.embed.weight"):
             return cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
         return cfg.head_lr if name == "lm_head.weight" else None
 
@@ -347,15 +367,13 @@ class PlainTraining:
             if not self.is_matrix(name):
                 lr = self.embedding_rate(name)
                 others[name], rates[name] = g, factor * (cfg.scalar_lr if lr is None else lr)
-                decays[name] = 0.0 if name == "lm_head.weight" else cfg.adam_wd
+                decays[name] = cfg.adam_wd if lr is None else 0.0 if name == "lm_head.weight" else cfg.embed_wd
                 continue
             self.buffer[name] = momentum * self.buffer.get(name, 0) + g
-            update = newton_schulz(g + momentum * self.buffer[name], cfg.muon_backend_steps)
-            if cfg.muon_beta2:
-                size = update.square().mean(1)
-                self.sizes[name] = cfg.muon_beta2 * self.sizes.get(name, 0) + (1 - cfg.muon_beta2) * size
-                even = torch.stack([row / s.sqrt() for row, s in zip(update, self.sizes[name], strict=True)])
-                update = even * update.norm() / even.norm()
+            update = g + momentum * self.buffer[name]
+            if cfg.muon_row_normalize:
+                update = torch.stack([row / row.norm() for row in update])
+            update = newton_schulz(update, cfg.muon_backend_steps)
             update = update * math.sqrt(max(1, g.size(0) / g.size(1)))
             self.w[name] = (self.w[name] * (1 - rate * cfg.muon_wd) - rate * update).detach().requires_grad_()
         self.adam.step(self.w, others, rates, decays)
@@ -364,11 +382,12 @@ class PlainTraining:
 
 
 TRAINED = {"MUON_MOMENTUM_WARMUP_START": 0.5, "MUON_MOMENTUM": 0.9, "MUON_MOMENTUM_WARMUP_STEPS": 4, "MUON_WD": 0.7,
-           "ADAM_WD": 0.4, "EMA_DECAY": 0.8, "BETA1": 0.8, "BETA2": 0.9, "MLP_MULT": 3, "MATRIX_LR": 0.03}
+           "ADAM_WD": 0.4, "EMBED_WD": 0.6, "EMA_DECAY": 0.8, "BETA1": 0.8, "BETA2": 0.9, "MLP_MULT": 3,
+           "MATRIX_LR": 0.03}
 RULES = {
     "gradients far above and far below the limit": (SEED | TRAINED, 0.3, (30, 0.01, 0.2, 3, 0.02, 100, 0.05)),
     "no limit": (SEED | TRAINED, 0, (30, 0.01, 0.2, 3, 0.02, 100, 0.05)),
-    "frontier, even rows": (FRONTIER | TRAINED | {"MUON_BETA2": 0.7}, 0.3, (2, 0.1, 0.05, 1, 0.2, 3, 0.1)),
+    "frontier, even rows": (FRONTIER | TRAINED, 0.3, (2, 0.1, 0.05, 1, 0.2, 3, 0.1)),
     "untied": (SEED | TRAINED | {"TIE_EMBEDDINGS": 0, "EMBED_LR": 0.1, "HEAD_LR": 0.02}, 0.3,
                (2, 0.1, 0.05, 1, 0.2, 3, 0.1)),
 }
@@ -399,7 +418,7 @@ def test_seven_steps_of_given_gradients(tiny, rule):
     assert (True, True) in seen and (True, False) in seen, "tall and wide matrices"
 
 
-@pytest.mark.parametrize("variables", [SEED, FRONTIER | {"MUON_BETA2": 0.9}])
+@pytest.mark.parametrize("variables", [SEED, FRONTIER])
 def test_training_steps_from_tokens(tiny, variables):
     """The loss over five steps: the mean over all tokens, its gradients, the step, over three micro-batches."""
     cfg = tiny(**variables | TRAINED | {"NUM_LAYERS": 3}, TRAIN_BATCH_TOKENS=60, TRAIN_SEQ_LEN=20, MICRO_BATCH_SEQS=1,
@@ -433,6 +452,38 @@ def test_warmdown_by_steps_and_by_time(tiny):
         for step in range(1, min(50, int(60 / a_step))):
             left = min(50 - step, 60 / a_step - step)
             assert ask_factor(cfg, step, step * a_step) == pytest.approx(min(left / 20, 1.0))
+
+
+def test_warmdown_by_shares_and_its_floor(tiny):
+    """WARMDOWN_FRAC is of steps or seconds, whichever end comes first, and wins over WARMDOWN_ITERS."""
+    cfg = tiny(ITERATIONS=40, WARMDOWN_ITERS=20, WARMDOWN_FRAC=0.75, MIN_LR=0.1, MAX_WALLCLOCK_SECONDS=100,
+               EXPORT_ENABLED=0)
+    for a_step in (0.5, 2.0, 4.0):  # seconds; at 4.0 the clock ends it after 25 steps
+        for step in range(min(40, int(100 / a_step)) + 1):
+            left = 1 - max(step / 40, step * a_step / 100)
+            assert ask_factor(cfg, step, step * a_step) == pytest.approx(max(min(left / 0.75, 1), 0.1))
+    cfg = tiny(ITERATIONS=40, WARMDOWN_ITERS=20, MIN_LR=0.3)
+    found = [ask_factor(cfg, step, 1.0) for step in (0, 30, 33, 34, 40, 45)]
+    assert found == pytest.approx([1, 0.5, 0.35, 0.3, 0.3, 0.3])
+    assert ask_factor(tiny(WARMDOWN_ITERS=0, MIN_LR=0.3), 12, 1.0) == 1
+
+
+def test_layers_are_looped_from_a_share_of_training_on(tiny):
+    """Each layer once until then, all its passes from then on; what is not run learns nothing, but decays."""
+    cfg = tiny(**FRONTIER | TRAINED, TRAIN_BATCH_TOKENS=60, TRAIN_SEQ_LEN=20, GRAD_CLIP_NORM=1, ENABLE_LOOPING_AT=0.5)
+    model = make_model(cfg, 0.2)
+    trainer, plain, news = make_trainer(cfg, model), PlainTraining(cfg, weights_of(model)), []
+    assert model.order == (0, 1, 2, 1, 2, 1, 2, 3) and len(model.skip_weights) == 4, "a model is looped unless told"
+    for step in range(4):
+        news.append(trainer.loop(step / 4))
+        tokens = torch.tensor([text(21, 10 * step + i, [3 * i]) for i in range(3)], dtype=torch.int32)
+        loss = train_step(trainer, tokens, step, 1.0)
+        each = [plain_nats(plain.w, cfg, ids[:-1], ids[1:], loops=0 if step < 2 else 2).mean() for ids in tokens]
+        expected = torch.stack(each).mean()
+        assert loss == pytest.approx(expected.item(), abs=1e-4), step
+        gradients = torch.autograd.grad(expected, list(plain.w.values()), materialize_grads=True)
+        plain.step(dict(zip(plain.w, gradients, strict=True)), step, 1.0)
+    assert news == [True, False, True, False]
 
 
 # ---- rounding ----

@@ -269,7 +269,8 @@ def test_initialisation(tiny):
     assert model.sidecar_scale.abs().max() == 0 and model.sidecar.site.abs().max() == 0
 
 
-FRONTIER = {"MLP_SLOPE": 0.5, "VE_LAST_N": 2, "VE_DIM": 8, "MUON_BETA2": 0.9}
+FRONTIER = {"MLP_SLOPE": 0.3, "NUM_LOOPS": 2, "LOOP_START": 1, "LOOP_END": 1, "PARALLEL_RESIDUAL_START": 1,
+            "SKIP_GATES_ENABLED": 1, "SMEAR_GATE_ENABLED": 0, "BIGRAM_VOCAB_SIZE": 0, "MUON_ROW_NORMALIZE": 1}
 
 
 @pytest.mark.parametrize("variables", [{}, {"NUM_LAYERS": 2, "XSA_LAST_N": 1, "TIE_EMBEDDINGS": 0} | FRONTIER])
@@ -499,12 +500,26 @@ def test_kernels_of_a_step_are_compiled_once(tiny, monkeypatch):
             counts.append(len(graphs))
         results.append(torch.cat([flat.weights, optimizers.average]))
     shapes = {p.shape for name, p in model.named_parameters() if model.role(name) == "matrix"}
-    assert counts == [2 + 2 * len(shapes)] * 4
+    assert counts == [2 + len(shapes)] * 4
     assert torch.allclose(*results, atol=1e-5)
 
 
+def test_both_orders_of_the_layers_are_primed_before_the_clock(tiny):
+    """As a compiled model must be; training then begins with each layer once, and weights that have not moved."""
+    cfg, seen = tiny(**FRONTIER | {"WARMUP_STEPS": 2, "ENABLE_LOOPING_AT": 0.5}), []
+    trainer = t.Trainer(cfg, Lone(), model_of(cfg))
+    before, forward = trainer.flat.weights.clone(), trainer.forward
+    trainer.forward = lambda *given: seen.append(trainer.model.order) or forward(*given)
+    trainer.warm_up()
+    assert seen == 2 * [(0, 1, 1, 1, 2)] + 2 * [(0, 1, 2)] and trainer.model.order == (0, 1, 2)
+    assert torch.equal(trainer.flat.weights, before)
+    fresh = t.Trainer(cfg, Lone(), model_of(cfg)).tensors()
+    for name, x in trainer.tensors().items():
+        assert name == "random" or torch.equal(x, fresh[name]), name
+
+
 def test_optimizer_state_goes_on_where_it_was(tiny):
-    """Also what MUON_BETA2 remembers: two steps and two more are four."""
+    """Two steps and two more are four."""
     cfg, tokens = tiny(**FRONTIER), torch.randint(2, 400, (8, 33), dtype=torch.int32)
     whole, first, second = (t.Trainer(cfg, Lone(), model_of(cfg)) for _ in range(3))
     for step in range(4):

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def make(pieces: int | str) -> Path:
     """Make the corpus, and say so. Returns its folder; ends the process where it cannot be made."""
-    print("no FineWeb shards here (./run.sh data fetches them): using the embedded corpus", flush=True)
+    print(f"no FineWeb shards here (./run.sh data --variant sp{pieces} fetches them, where they are published): using "
+          "the embedded corpus", flush=True)
     command = [sys.executable, str(ROOT / "data" / "prepare.py"), "embedded", "--vocab-size", str(pieces)]
     if code := subprocess.run(command).returncode:
         sys.exit(code)
