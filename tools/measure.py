@@ -17,8 +17,9 @@ killed while it compiled has less to do the next time. Nothing is fetched: torch
 must be importable; pytest for the tests, matplotlib for the report's plot.
 
 Data and variables are those of train_gpt.py (DATA_PATH, MODEL_DIM, ...) and win over a stage's own, but for those that
-the stage is about (PRESET in frontier and presets). Scripts of this field divide a step into 8 passes on one GPU:
-TRAIN_BATCH_TOKENS=786432 MICRO_BATCH_SEQS=48 gives each pass what one of eight GPUs has, for ours too.
+the stage is about (PRESET in frontier and presets). All stages take one vocabulary, of 1024 pieces unless VOCAB_SIZE is
+given: VOCAB_SIZE=8192 is what PRESET=frontier was made for. Scripts of this field divide a step into 8 passes on one
+GPU: TRAIN_BATCH_TOKENS=786432 MICRO_BATCH_SEQS=48 gives each pass what one of eight GPUs has, for ours too.
 
 The plan, with seconds for one H100 whose cache is empty; those of step, export, ttt and audit are what they took there
 and some to spare, the others are guessed:
@@ -288,7 +289,7 @@ def has_gpu() -> bool:
 def find_data():
     """Data for the stages, which run in other folders: DATA_PATH, else FineWeb's shards, else the embedded corpus, here
     or in the project, as train_gpt.py seeks them."""
-    named, vocabulary = os.environ.get("DATA_PATH"), os.environ.get("VOCAB_SIZE", "1024")
+    named, vocabulary = os.environ.get("DATA_PATH"), os.environ.setdefault("VOCAB_SIZE", "1024")
     places = [Path("data").absolute(), ROOT / "data"]
     folders = [place / "datasets" / f"{kind}_sp{vocabulary}" for kind in ("fineweb10B", "embedded") for place in places]
     folder = Path(named) if named else next((f for f in folders if f.is_dir()), None)

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,14 +31,20 @@ SETTINGS = [*(("rowmax", bits) for bits in (4, 4.5, 5, 5.5, 6, 6.5)), *(("gptq",
 DEVIATIONS = {False: 12.85, True: 20.0}  # that the values of a matrix or of an embedding reach under "std"
 
 
-def by_rows(w: torch.Tensor, rule: str, bits: float, embedding: bool, sensitivity: t.Sensitivity) -> list[t.Stored]:
-    """Round matrices of one shape, [n, rows, cols], with a step a row and error feedback."""
+def in_steps(w: torch.Tensor, most: torch.Tensor, bits: float, sensitivity: t.Sensitivity) -> list[t.Stored]:
+    """Round matrices of one shape, [n, rows, cols], with error feedback and a step a row by which `bits` reach `most`
+    [n, rows]."""
     top, low, high = 2 ** (bits - 1) - 1, max(-math.ceil(2 ** (bits - 1)), -127), math.ceil(2 ** (bits - 1)) - 1
-    most = w.abs().amax(2) if rule == "gptq" else DEVIATIONS[embedding] * w.std(2)
     steps = (most / top).clamp(2**-24, 65504).half()  # for fp16
     values = sensitivity.feed_back(w / steps.float()[:, :, None], torch.ones_like(w[:, 0]), low, high)
     return [t.Stored("rows", bits, v.to(torch.int8).cpu().numpy(), s.cpu().numpy())
             for v, s in zip(values, steps, strict=True)]
+
+
+def by_rows(w: torch.Tensor, rule: str, bits: float, embedding: bool, sensitivity: t.Sensitivity) -> list[t.Stored]:
+    """Round matrices of one shape, [n, rows, cols], by the rules gptq and std."""
+    most = w.abs().amax(2) if rule == "gptq" else DEVIATIONS[embedding] * w.std(2)
+    return in_steps(w, most, bits, sensitivity)
 
 
 def rounded(exporter: t.Exporter, rule: str, bits: float) -> dict[str, t.Stored]:
@@ -56,8 +63,9 @@ def rounded(exporter: t.Exporter, rule: str, bits: float) -> dict[str, t.Stored]
     return found
 
 
-def measure(path: str, tokens: int, settings: list) -> list[dict]:
-    """A row for each setting. Raises the script's UserError for what cannot be read."""
+def opened(path: str, tokens: int) -> tuple[t.Config, t.Exporter, Callable]:
+    """A run's settings, an exporter that has calibrated on its averaged weights, and score(tensors), with these
+    in place of its own. Raises the script's UserError for what cannot be read."""
     cfg, problems, _ = t.load_config(os.environ | {"TRAIN_ENABLED": "0", "MODEL_PATH": path, "TTT_ENABLED": "0",
                                                    "FINAL_SLIDING_EVAL_ENABLE": "0", "VAL_TOKEN_LIMIT": str(tokens),
                                                    "EXPORT_ENABLED": "1"})
@@ -69,18 +77,23 @@ def measure(path: str, tokens: int, settings: list) -> list[dict]:
     model, trained = (t.train_and_average(cfg, process, log, {}, inputs, None) for _ in range(2))
     text, size = t.calibration_text(cfg, process, inputs.train)
     exporter = t.Exporter(cfg, log, trained, text, size, 1 << 60, 0.0)
-    small_too = exporter.rounded(0.0)
 
-    def score() -> float:
-        return t.evaluate(cfg, process, log, model, inputs.stream, cfg.eval_len, "score").result().val_loss
+    def score(stored: dict[str, t.Stored]) -> t.Score:
+        model.load_state_dict(exporter.weights | {name: entry.tensor() for name, entry in stored.items()})
+        return t.evaluate(cfg, process, log, model, inputs.stream, cfg.eval_len, "score").result()
 
-    whole, rows = score(), []
+    return cfg, exporter, score
+
+
+def measure(path: str, tokens: int, settings: list) -> list[dict]:
+    """A row for each setting."""
+    cfg, exporter, score = opened(path, tokens)
+    small_too, whole, rows = exporter.rounded(0.0), score({}).val_loss, []
     for rule, bits in settings:
         stored = small_too | rounded(exporter, rule, bits)
         blob = t.pack(cfg, stored)
-        model.load_state_dict({name: entry.tensor() for name, entry in stored.items()})
         row = {"run": Path(path).name, "rule": rule, "bits": bits, "bytes": len(blob),
-               "loss_float": whole, "loss_added": score() - whole}
+               "loss_float": whole, "loss_added": score(stored).val_loss - whole}
         print(f"{row['run']}: {rule:8} {bits:3g} nominal bits: {len(blob):9,} bytes, loss {row['loss_added']:+.5f}",
               flush=True)
         rows.append(row)

@@ -8,13 +8,15 @@
 
 The model's forward and backward pass (bf16, one micro-batch) is traced with fake tensors and lowered by Inductor to
 Triton kernels as for a device of 132 multiprocessors; nothing is run or allocated. Printed: fused kernels and the bytes
-that they read and write, matrix products with their operations, attention, and milliseconds at the stated rates: an
-estimate of the order of things, exact in the counts. Inductor does not count the operations of attention, so the table
-has 0 for them; --json has those of its products by their shapes, of which the causal mask leaves half. Not in it:
-optimizers, communication, launches, and RoPE's tables, which train_gpt.py makes outside the graph that it compiles;
-here too they are inputs of the graph. Nor do reductions over rows join those over columns, as on a real GPU they may.
+that they read and write, matrix products with their operations, attention, what is kept for the backward pass, and
+milliseconds at the stated rates: an estimate of the order of things, exact in the counts. Inductor does not count the
+operations of attention, so the table has 0 for them; --json has those of its products by their shapes, of which the
+causal mask leaves half. Not in it: optimizers, communication, launches, and RoPE's tables, which train_gpt.py makes
+outside the graph that it compiles; here too they are inputs of the graph. Nor do reductions over rows join those over
+columns, as on a real GPU they may.
 
-VARIABLE=VALUE sets a variable of train_gpt.py, under PRESET=seed; the environment's variables have no say.
+VARIABLE=VALUE sets a variable of train_gpt.py, under PRESET=seed or the PRESET given; the environment's variables have
+no say. With NUM_LOOPS the pass is one with its loops: count NUM_LOOPS=0 too, for the part of training before them.
 Another script (--script), which has Hyperparameters in place of load_config and imports FlashAttention, is counted in
 the same way, under bf16 autocast as it runs, its variables from the environment and its RoPE within the graph.
 It relies on the script's names GPT, GPT.rope, load_config, attend and fuses, and on internals of torch 2.13; on a real
@@ -281,10 +283,18 @@ def trace(model, length: int, tokens: int, ours: bool, fake) -> dict[str, tuple]
     return graphs
 
 
+def kept_bytes(forward) -> int:
+    """Bytes that the forward pass's graph keeps for the backward pass, without weights and other inputs."""
+    outputs = forward.graph.find_nodes(op="output")[0].args[0][1:]  # the loss is the first
+    tensors = {node: node.meta["val"] for node in outputs if node is not None and node.op != "placeholder"}
+    return sum(x.numel() * x.element_size() for x in tensors.values() if hasattr(x, "numel"))
+
+
 def elements(accesses: list, whole: int) -> int:
     """Numbers of a buffer of `whole` that a kernel's accesses touch together. Where several touch a part each, what
     they touch in the first two steps of their outer loops stands for all."""
     import sympy
+    from torch.utils._sympy.functions import Identity
 
     def alone(access) -> int:
         indirect = access.index.free_symbols - set(access.var_names)  # a place that another buffer holds
@@ -298,7 +308,8 @@ def elements(accesses: list, whole: int) -> int:
     touched, functions = set(), {"ModularIndexing": lambda x, by, n: x // by % n}
     for access, var in zip(accesses, outer, strict=True):
         sizes = [2 if v == var else n for v, n in access.ranges.items()]
-        place = sympy.lambdify(list(access.ranges), access.index, [functions, "numpy"])
+        index = access.index.replace(Identity, lambda x: x)
+        place = sympy.lambdify(list(access.ranges), index, [functions, "numpy"])
         touched.update(place(*numpy.indices(sizes)).flatten().tolist())
     return len(touched) * steps.pop() // 2
 
@@ -364,9 +375,10 @@ def lower(stage: str, module, inputs, fake, with_code: bool) -> tuple[list[Kerne
 
 
 def count(script: str, tokens: int, variables: dict[str, str],
-          with_code: bool = False) -> tuple[list[Kernel], dict[str, str]]:
-    """All kernels of a forward and a backward pass, and each pass's code where wanted."""
-    kernels, code = [], {}
+          with_code: bool = False) -> tuple[list[Kernel], int, dict[str, str]]:
+    """All kernels of a forward and a backward pass, the bytes that one keeps for the other, and each pass's code where
+    wanted."""
+    kernels, kept, code = [], 0, {}
     try:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -374,7 +386,9 @@ def count(script: str, tokens: int, variables: dict[str, str],
         with loaded(Path(script)) as module:
             model, length = fake_model(module, variables, script, tokens, fake)
             with as_for_a_hopper():  # late: its imports take seconds, and what is wrong is said by now
-                for stage, graph in trace(model, length, tokens, hasattr(module, "load_config"), fake).items():
+                graphs = trace(model, length, tokens, hasattr(module, "load_config"), fake)
+                kept = kept_bytes(graphs["forward"][0])
+                for stage, graph in graphs.items():
                     found, code[stage] = lower(stage, *graph, fake, with_code)
                     kernels += found
     except Exception as problem:
@@ -383,7 +397,7 @@ def count(script: str, tokens: int, variables: dict[str, str],
             raise
         fail(f"torch {version}: {type(problem).__name__}: {problem}; this count relies on internals of torch {TORCH}, "
              "so install that (requirements.txt)")
-    return kernels, code
+    return kernels, kept, code
 
 
 # ---- the figures -----------------------------------------------------------------------------------------------------
@@ -400,7 +414,7 @@ def estimates(kernels: list[Kernel], options: argparse.Namespace) -> dict[str, f
     return {"fused_ms": 1000 * moved / options.bandwidth, "products_ms": 1000 * work / options.rate}
 
 
-def table(kernels: list[Kernel], options: argparse.Namespace) -> str:
+def table(kernels: list[Kernel], kept: int, options: argparse.Namespace) -> str:
     """The sums by kind, the largest fused kernels, and the totals as a line of JSON."""
     sums = collections.defaultdict(lambda: [0, 0, 0])
     for k in kernels:
@@ -417,13 +431,14 @@ def table(kernels: list[Kernel], options: argparse.Namespace) -> str:
     totals = {"tokens": options.tokens, "variables": options.variables, "fused_kernels": len(fused),
               "fused_gb": round(sum(k.moved for k in fused) / 1e9, 2), "fused_ms": round(times["fused_ms"], 1),
               "products_tf": round(sum(k.work for k in kernels) / 1e12, 2),
-              "products_ms": round(times["products_ms"], 1)}
+              "products_ms": round(times["products_ms"], 1), "kept_gb": round(kept / 1e9, 2)}
     return "\n".join([*lines, json.dumps(totals)])
 
 
-def figures(kernels: list[Kernel], options: argparse.Namespace) -> dict:
-    """The exact figures: kernels, bytes and operations of each pass by group, and the estimates."""
-    result = {"tokens": options.tokens, "variables": options.variables}
+def figures(kernels: list[Kernel], kept: int, options: argparse.Namespace) -> dict:
+    """The exact figures: kernels, bytes and operations of each pass by group, what is kept between them, and the
+    estimates."""
+    result = {"tokens": options.tokens, "variables": options.variables, "kept_bytes": kept}
     for stage in ("forward", "backward"):
         result[stage] = {}
         for group in ("fused", "products", "attention", "other"):
@@ -450,10 +465,10 @@ def main(argv: list[str] | None = None):
     options = read_arguments(argv)
     if options.code:
         write_code(options.code, {})  # what is wrong is said before the minutes that the count takes
-    kernels, code = count(options.script, options.tokens, options.variables, bool(options.code))
+    kernels, kept, code = count(options.script, options.tokens, options.variables, bool(options.code))
     if options.code:
         write_code(options.code, code)
-    print(json.dumps(figures(kernels, options)) if options.json else table(kernels, options))
+    print(json.dumps(figures(kernels, kept, options)) if options.json else table(kernels, kept, options))
 
 
 if __name__ == "__main__":
