@@ -167,6 +167,7 @@ case $job in
   test)
     need "$here/tests/requirements.txt" pytest xdist huggingface_hub
     (need "$here/tests/requirements.txt" triton) || echo "warning: no Triton, so the MLP's kernel is not tested" >&2
+    (need "$here/tools/requirements.txt" brotli) || echo "warning: no brotli, so tools/equal_bytes.py is not tested" >&2
     need "$here/tools/requirements.txt" matplotlib scipy
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     cd "$here" && exec "$py" -m pytest -q -n auto --maxprocesses 4 "$@" tests ;;

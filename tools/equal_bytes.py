@@ -95,13 +95,13 @@ def compare(path: str, bits: float, tokens: int) -> list[dict]:
     return rows
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--bits", type=float, default=3.5, help="bits a parameter (%(default)s)")
     parser.add_argument("--tokens", type=int, default=262144, help="validation targets (%(default)s)")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     try:
         rows = compare(options.run, options.bits, options.tokens)
     except t.UserError as error:
@@ -113,4 +113,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,12 @@ from pathlib import Path
 
 NAME, CUT = "measure.json", "not finished"
 FOLDER_VARIABLE = "MEASURE_OUT"  # tells the plugin where the book is
+FINEWEB = {1024: 62_021_632, 8192: 40_540_160}  # targets of the challenge's validation split, by vocabulary
+
+
+def fineweb(vocabulary: int) -> int:
+    """Targets of the challenge's validation split; of a vocabulary that is not known those of the smallest."""
+    return FINEWEB.get(vocabulary, FINEWEB[1024])
 
 
 class BookError(Exception):

@@ -19,7 +19,7 @@ from record_text import paragraph, table  # noqa: E402
 from train_gpt import Config, UserError, one_line  # noqa: E402
 
 PROFILE, COUNTS, NOTES = KEPT = "profile.json", "counts.json", "notes.md"  # beside the book, where they are
-RANKS, FINEWEB, STEP_TOKENS = 8, 62_021_632, 786_432
+RANKS, STEP_TOKENS = 8, 786_432
 LINK = 450e9  # bytes/s that NVLink 4 is said to move one way, of an H100; not measured here
 UNITS = {"_gb_per_s": " GB/s", "_per_s": "/s", "_ms": " ms", "_s": " s", "_percent": "%", "_gib": " GiB",
          "_tflops": " TFLOP/s", "_bytes": " bytes"}  # the first that a figure's name ends in
@@ -201,13 +201,13 @@ def training(step: dict, export: dict) -> list[str]:
     return said
 
 
-def evaluation(run: dict, ttt: dict) -> list[str]:
+def evaluation(run: dict, ttt: dict, vocabulary: int) -> list[str]:
     """Seconds of the evaluation behind val_bpb, and of the one in sliding windows."""
     said, sliding = [], (run.get("eval") or {}).get("sliding")
     if sliding:
-        seconds, n = sliding["seconds"], sliding["tokens"]
+        seconds, n, whole = sliding["seconds"], sliding["tokens"], book_of.fineweb(vocabulary)
         said.append(f"- Sliding windows: {seconds:.2f} s for {n:,} targets on one GPU, compilation included; "
-                    f"{seconds:.2f} s x {FINEWEB:,} / {n:,} / {RANKS} = {seconds * FINEWEB / n / RANKS:.1f} s, in "
+                    f"{seconds:.2f} s x {whole:,} / {n:,} / {RANKS} = {seconds * whole / n / RANKS:.1f} s, in "
                     "which compilation is counted many times over.")
     if "eight" in ttt:
         walk, first = ttt["eight"]["seconds"], ttt["prime_s"]
@@ -225,7 +225,7 @@ def estimate(stages: dict) -> list[str]:
     if not ("step_ms" in step and gpu and step.get("tokens") == TOKENS and preset == "seed"):
         return [f"None: it needs a step of PRESET=seed at {TOKENS:,} tokens on a GPU, which was not measured."]
     return ["Estimates, not measurements: of one GPU's figures, by the arithmetic shown.", "", *training(step, export),
-            *evaluation(run, ttt)]
+            *evaluation(run, ttt, entry["settings"].get("VOCAB_SIZE", 1024))]
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------

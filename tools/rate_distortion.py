@@ -34,9 +34,9 @@ DEVIATIONS = {False: 12.85, True: 20.0}  # that the values of a matrix or of an 
 def in_steps(w: torch.Tensor, most: torch.Tensor, bits: float, sensitivity: t.Sensitivity) -> list[t.Stored]:
     """Round matrices of one shape, [n, rows, cols], with error feedback and a step a row by which `bits` reach `most`
     [n, rows]."""
-    top, low, high = 2 ** (bits - 1) - 1, max(-math.ceil(2 ** (bits - 1)), -127), math.ceil(2 ** (bits - 1)) - 1
+    top, last = 2 ** (bits - 1) - 1, math.ceil(2 ** (bits - 1)) - 1
     steps = (most / top).clamp(2**-24, 65504).half()  # for fp16
-    values = sensitivity.feed_back(w / steps.float()[:, :, None], torch.ones_like(w[:, 0]), low, high)
+    values = sensitivity.feed_back(w / steps.float()[:, :, None], torch.ones_like(w[:, 0]), -last, last)
     return [t.Stored("rows", bits, v.to(torch.int8).cpu().numpy(), s.cpu().numpy())
             for v, s in zip(values, steps, strict=True)]
 

@@ -174,7 +174,8 @@ def count(options: argparse.Namespace) -> tuple[list[step_cost.Kernel], measure_
         if missing := [name for name in NEEDED if not hasattr(script, name)]:
             step_cost.fail(f"{options.script}: has no {', '.join(missing)}; give another with --script")
         model, _ = step_cost.fake_model(script, options.variables, options.script, 0, fake)
-        cfg, device, wanted = model.requires_grad_(False).cfg, Device(fake), measure_stages.FINEWEB + 1
+        cfg, device = model.requires_grad_(False).cfg, Device(fake)
+        wanted = measure_stages.measure_book.fineweb(cfg.vocab_size) + 1
         process = types.SimpleNamespace(cuda=True, device=torch.device("cpu"), dtype=model.dtype, world=1, rank=0,
                                         memory=lambda: (MEMORY, 0))
         try:
