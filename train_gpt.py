@@ -255,7 +255,7 @@ class Config:
 
 PRESETS = {
     "seed": {"export_fill": False},  # the defaults above are the published ones, but for QUANT, which is better
-    "frontier": {  # what was published to help at full size on 8 x H100: README.md says where, value by value
+    "frontier": {  # what was published to help at full size on 8 x H100: docs/frontier.md says where, value by value
         "vocab_size": 8192, "mlp_mult": 4.0, "mlp_slope": 0.3, "qk_gain_init": 5.0, "xsa_last_n": 11, "num_loops": 2,
         "parallel_residual_start": 7, "skip_gates_enabled": True, "smear_gate_enabled": False, "bigram_vocab_size": 0,
         "sparse_hidden_dim": 0, "iterations": 20000, "warmdown_frac": 0.85, "min_lr": 0.1, "matrix_lr": 0.026,

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from conftest import ROOT, TINY, clean_environment
+from test_parts import model_of
 from tooling import call, forked
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -35,6 +36,16 @@ def test_a_log_of_the_field_is_read_without_its_first_steps():
     assert bench.read_log(PUBLISHED + LEGAL) == found | {"ttt_loss": 5.2, "ttt_s": 7.5}
     assert bench.read_log("ttt:elapsed=12.5s\n" + PUBLISHED) == found | {"ttt_s": 12.5}
     assert bench.read_log("") == {}
+
+
+def test_layers_count_as_often_as_they_are_run(tiny):
+    """6 operations a weight and, for attention, 6 T C; the embedding multiplies in the output where it is tied."""
+    for variables, runs in ({}, 3 * [1]), ({"NUM_LOOPS": 2}, [1, 3, 3]), ({"TIE_EMBEDDINGS": 0}, 3 * [1]):
+        model = model_of(cfg := tiny(BIGRAM_VOCAB_SIZE=0, **variables))
+        each = sum(p.numel() for p in model.blocks[0].parameters())
+        rest = sum(p.numel() for p in model.parameters()) - 3 * each
+        rest -= 0 if cfg.tie_embeddings else model.tok_emb.weight.numel()
+        assert bench.flops_per_token(model, cfg, 100) == 6 * (rest + sum(runs) * (each + 100 * 32))
 
 
 def test_each_part_is_timed_and_recorded(run, tmp_path):

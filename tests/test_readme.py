@@ -42,8 +42,9 @@ SETTINGS = TINY | {"TTT_ENABLED": "1", "VAL_TOKEN_LIMIT": "300", "EVAL_SEQ_LEN":
 
 
 def commands() -> list[str]:
-    """The lines of the README's ```sh blocks, without comments."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    """The lines of the ```sh blocks of the README and of docs, without comments."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))]
+    blocks = re.findall(r"```sh\n(.*?)```", "".join(texts), re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
 

@@ -46,10 +46,13 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 def flops_per_token(model: t.GPT, cfg: t.Config, length: int) -> float:
     """Floating-point operations of a forward and backward pass: 6 a weight that multiplies and, for causal attention
-    of each layer, 6 T C; embeddings that are only looked up do not count, the tied one multiplies in the output."""
-    used = sum(p.numel() for name, p in model.named_parameters() if name != "bigram.embed.weight" and
-               (name != "tok_emb.weight" or cfg.tie_embeddings))
-    return 6.0 * used + 6.0 * cfg.num_layers * length * cfg.model_dim
+    of each layer, 6 T C, as often as the layer is run; embeddings that are only looked up do not count, the tied one
+    multiplies in the output."""
+    apart = ("blocks.", "bigram.embed.") + (() if cfg.tie_embeddings else ("tok_emb.",))
+    used = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(apart))
+    for layer in model.order:
+        used += sum(p.numel() for p in model.blocks[layer].parameters())
+    return 6.0 * used + 6.0 * len(model.order) * length * cfg.model_dim
 
 
 class Bench:
