@@ -2082,7 +2082,9 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
     step, kept = first, seconds
     with process.signals.hold():
         while True:  # what saves, stops and heeds a signal stands before the step
-            stop = ""
+            share, stop = share_done(cfg, step, seconds), ""
+            if trainer.loop(share) and step > first:
+                log(f"layer_loop:enabled step:{step} frac:{share:.3f} order:{' '.join(map(str, trainer.model.order))}")
             if 0 < cfg.training_seconds <= seconds:
                 stop = "wallclock_cap"
             elif step >= cfg.iterations:
@@ -2103,9 +2105,7 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
                     continue
             if stop:
                 break
-            factor, share = rate_factor(cfg, step, seconds), share_done(cfg, step, seconds)
-            if trainer.loop(share) and step > first:
-                log(f"layer_loop:enabled step:{step} frac:{share:.3f} order:{' '.join(map(str, trainer.model.order))}")
+            factor = rate_factor(cfg, step, seconds)
             trainer.step(loader.next(), step, factor)
             step, (seconds, caught) = step + 1, trainer.heard()
             report_step(trainer, log, step, step - first, seconds, factor)

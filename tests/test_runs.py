@@ -472,6 +472,8 @@ def test_a_run_of_the_frontier(launch):
     assert again.code == 0 and again.summary["config"]["num_loops"] == 2, again.err
     for key in ("sliding", "ttt"):
         assert again.summary["eval"][key]["val_loss"] == run.summary["eval"][key]["val_loss"]
+    one = launch(run_id="c", **variables | {"ITERATIONS": 1, "TTT_ENABLED": 0})  # also where no step was looped
+    assert one.code == 0 and "layer_loop:enabled step:1 frac:1.000 order:0 1 2 1 2 1 2" in one.out, one.err
 
 
 def test_wrong_shards_say_which_command_fetches_the_right_ones(launch, corpus, tmp_path):

@@ -1,10 +1,10 @@
-"""What PRESET=frontier would do on eight H100: an estimate on paper, every step of it shown. Nothing of it was measured.
+"""What PRESET=frontier would do on eight H100: an estimate on paper, each part of it shown. Nothing of it was measured.
 
     python records/track_non_record_16mb/2026-11-29_Frontier_CPU/estimate.py
 
-A training step: what tools/step_cost.py counts, before the loops (counts_before.json) and with them (counts_looped.json),
-at the rates that one H100 reached on the published model (counts_measured.json counts the script that it ran).
-BPB: a published entry of nearly the same model, and published or measured differences to it, added up.
+A training step: what tools/step_cost.py counts, before the loops (counts_before.json) and with them
+(counts_looped.json), at the rates that one H100 reached on the published model (counts_measured.json counts the script
+that it ran). BPB: a published entry of nearly the same model, and published or measured differences to it, added up.
 """
 
 import json
@@ -20,7 +20,7 @@ CODE = 222_000  # bytes of the script
 BASE = 1.0827, "PR 1493, three seeds, in sliding windows without test-time training; 4,550 steps"
 CHANGES = [
     (0.0, -0.0007, -0.0007, "slope 0.3 in place of 0.5: PR 1948, five runs of one seed, after test-time training"),
-    (0.0, -0.0010, -0.0010, "rates that end at a tenth, over 85% of training: section 8 of the field's summary, and PR 1855"),
+    (0.0, -0.0005, -0.0010, "rates that end at a tenth, over 85%: PR 1787's four changes together, 0.0017; PR 1855"),
     (+0.0002, +0.0002, 0.0, "QK gain 5 in place of 5.25: PR 1953, one run"),
     (+0.0005, -0.0010, -0.0025, "other steps in the time (below): PR 1530 gives 0.0008 for 215 steps"),
     (-0.0030, -0.0070, -0.0100, "rounding: PR 1493 loses 0.012 from float to file, ours a share of that (README.md)"),
@@ -63,15 +63,16 @@ def main():
           f"{1000 * SECONDS / n:.1f} ms each")
     print("published: 95 and 141 ms, 4,931 steps in 600 s (PR 1855); 4,550 in 588 s (PR 1493), both with "
           "FlashAttention-3")
-    print(f"bytes: (16,000,000 - {CODE:,}) x 8 / {PARAMETERS:,} = {8 * (16e6 - CODE) / PARAMETERS:.2f} bits a parameter")
+    bits = 8 * (16e6 - CODE) / PARAMETERS
+    print(f"bytes: (16,000,000 - {CODE:,}) x 8 / {PARAMETERS:,} = {bits:.2f} bits a parameter")
     value, source = BASE
     print(f"BPB: {value:.4f}, {source}")
     for least, likely, most, text in CHANGES:
         print(f"  {likely:+.4f} ({least:+.4f} to {most:+.4f}): {text}")
     least, likely, most = (value + sum(change[i] for change in CHANGES) for i in range(3))
     spread = math.sqrt(sum((change[0] - change[2]) ** 2 for change in CHANGES)) / 2
-    print(f"estimate: {likely:.4f}; {most:.4f} to {least:.4f} if all is as good or as bad as said, about +-{spread:.4f} "
-          "if that is independent")
+    print(f"estimate: {likely:.4f}; {most:.4f} to {least:.4f} if all is as good or as bad as said, about "
+          f"+-{spread:.4f} if that is independent")
     for bpb, name in ((1.0565, "PR 2135"), (1.0611, "PR 1855"), (1.0810, "PR 1493")):
         print(f"  {likely - bpb:+.4f} to {name}, {bpb:.4f}")
 
