@@ -122,21 +122,21 @@ def test_counts_follow_by_hand(monkeypatch, capsys):
 
 # Two layers of the published widths, all parts in them, as they were counted on 2026-11-28.
 COUNTED = [
-    ({"SPARSE_START_LAYER": "1"}, {"kernels": 93, "gb": 2.008}, {"kernels": 36, "operations": 527475671040}),
+    ({"SPARSE_START_LAYER": "1"}, {"kernels": 93, "gb": 2.008}, {"kernels": 36, "operations": 527475671040}, 1.79),
     ({"PRESET": "frontier", "LOOP_START": "1", "LOOP_END": "1", "PARALLEL_RESIDUAL_START": "1"},
-     {"kernels": 103, "gb": 4.766}, {"kernels": 51, "operations": 1546188226560}),
+     {"kernels": 103, "gb": 4.766}, {"kernels": 51, "operations": 1546188226560}, 1.98),
 ]
 
 
 @pytest.mark.skipif(not torch.__version__.startswith(f"{step_cost.TORCH}."), reason="counted with another torch")
-@pytest.mark.parametrize("variables, fused, products", COUNTED)
-def test_counts_do_not_rise(variables, fused, products):
+@pytest.mark.parametrize("variables, fused, products, room", COUNTED)
+def test_counts_do_not_rise(variables, fused, products, room):
     """By more than 5%; and no product is added or grows. Lower the figures when a change lowers the counts. What is
-    kept for the backward pass is within what a run reckons with, and not far below."""
+    kept for the backward pass is within what a run reckons with, `room` times as much (of eleven layers 1.45 times)."""
     kernels, kept, _ = step_cost.count(str(SCRIPT), 16384, {"NUM_LAYERS": "2"} | variables)
     cfg, _, _ = t.load_config({"PRESET": "seed", "NUM_LAYERS": "2", "USE_COMPILE": "1"} | variables)
     reckoned = 16384 * t.activation_bytes(cfg, SimpleNamespace(dtype=torch.bfloat16, cuda=True))
-    assert reckoned / 2 < kept < reckoned
+    assert reckoned / kept == pytest.approx(room, rel=0.05)
     moved = [k.moved for k in kernels if k.group == "fused"]
     assert len(moved) <= 1.05 * fused["kernels"] and sum(moved) <= 1.05e9 * fused["gb"], (len(moved), sum(moved))
     work = [k.work for k in kernels if k.group == "products"]
