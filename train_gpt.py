@@ -165,6 +165,8 @@ class Config:
     export_max_seconds: float = var(-1.0, ">=-1", "of MAX_WALLCLOCK_SECONDS, for search; 0 no limit; -1: 2%, >=10 s")
     calibration_tokens: int = var(65536, ">=1", "training tokens on which rounding is calibrated")
     quant: str = var("balanced", "balanced|rowmax", "rounding; balanced: by what errors cost, rowmax: published")
+    quant_fisher: str = var("empirical", "empirical|expected", "what errors of output rows cost: by the targets at "
+                            "hand, which tell little of rare tokens, or expected over all that the model predicts")
     quant_bits_attn: float = var(6.0, "0..12", "nominal bits of attention matrices, where a search starts: one more "
                                  "halves the steps, and the coder makes other bits of it; rowmax: 2..8")
     quant_bits_mlp: float = var(6.0, "0..12", "the same for MLP matrices")
@@ -260,7 +262,7 @@ PRESETS = {
         "parallel_residual_start": 7, "skip_gates_enabled": True, "smear_gate_enabled": False, "bigram_vocab_size": 0,
         "sparse_hidden_dim": 0, "iterations": 20000, "warmdown_frac": 0.85, "min_lr": 0.1, "matrix_lr": 0.026,
         "muon_momentum": 0.97, "muon_row_normalize": True, "muon_wd": 0.095, "tied_embed_lr": 0.03, "embed_wd": 0.085,
-        "scalar_lr": 0.02, "adam_wd": 0.02, "beta2": 0.99, "ema_decay": 0.9965,
+        "scalar_lr": 0.02, "adam_wd": 0.02, "beta2": 0.99, "ema_decay": 0.9965, "quant_fisher": "expected",
     },
     "demo": {  # a few minutes on two CPU cores, on the embedded corpus; as many bytes a parameter as the seed has
         "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "sparse_start_layer": 2,
@@ -2564,8 +2566,8 @@ class Calibration:
     the output layer. Layers that see the same input, as q, k and v do, share its H.
     """
 
-    def __init__(self, model: GPT):
-        self.model, self.tokens = model, 0
+    def __init__(self, model: GPT, fisher: str = "empirical"):
+        self.model, self.expected, self.tokens = model, fisher == "expected", 0
         self.inputs: dict[str, Tensor] = {}  # sum of x x', by the first layer that saw this input
         self.seen: dict[str, float] = {}  # what it is divided by
         self.outputs: dict[str, Tensor] = {}  # sum of (dL/dy)^2 a row, by layer
@@ -2583,17 +2585,21 @@ class Calibration:
                 handles.append(module.register_forward_hook(
                     lambda module, given, y, name=name: self.look_up(name, len(module.weight), *given, y)))
         head = "tok_emb.weight" if tied else "lm_head.weight"
-        self.model.watch_output = lambda y, x: self.product(head, y, x)
+        self.model.watch_output = functools.partial(self.predictions if self.expected else self.product, head)
         return handles
 
-    def product(self, name: str, y: Tensor, x: Tensor, gain: Tensor | float = 1.0, part: slice = slice(None)):
-        """y [B, T, rows], in this part of it, = x [B, T, cols] times the matrix of this name, its rows times `gain`."""
+    def see(self, name: str, x: Tensor):
+        """x [B, T, cols] goes into the matrix of this name, after others that may have seen it already."""
         if x is not self._latest[1]:
             self._latest = name, x
             flat = x.detach().flatten(0, 1).float()
             self.inputs[name] = self.inputs.get(name, 0.0) + flat.T @ flat
             self.seen[name] = self.seen.get(name, 1e-30) + len(flat)
         self.source[name] = self._latest[0]
+
+    def product(self, name: str, y: Tensor, x: Tensor, gain: Tensor | float = 1.0, part: slice = slice(None)):
+        """y [B, T, rows], in this part of it, = x [B, T, cols] times the matrix of this name, its rows times `gain`."""
+        self.see(name, x)
         scale = gain.detach()[:, 0] ** 2 if isinstance(gain, Tensor) else gain**2  # from y back to the bare product
 
         def gradient(g: Tensor):
@@ -2601,6 +2607,17 @@ class Calibration:
             self.outputs[name] = self.outputs.get(name, 0.0) + squares * scale
 
         y.register_hook(gradient)
+
+    def predictions(self, name: str, y: Tensor, x: Tensor):
+        """y [B, T, V], before the softcap, = x [B, T, cols] times the output matrix. Its squared gradients are expected
+        over all targets, each as probable as predicted: p (1 - p), times the softcap's slope squared. Targets at hand
+        tell less: of most tokens there are none. (The true Fisher information, https://arxiv.org/abs/1905.12558)"""
+        self.see(name, x)
+        cap = self.model.cfg.logit_softcap
+        for part in y.detach().flatten(0, 1).split(1024):
+            capped = softcapped(part, cap)
+            p, slope = capped.softmax(-1), 1 - (capped / cap).square()
+            self.outputs[name] = self.outputs.get(name, 0.0) + (p * (1 - p) * slope.square()).sum(0)
 
     def look_up(self, name: str, rows: int, ids: Tensor, y: Tensor):
         """y [B, T, cols] = the rows `ids` [B, T] of the embedding of this name."""
@@ -2674,7 +2691,7 @@ class Exporter:
 
     def calibrate(self, model: GPT, sequences: Tensor, size: int) -> dict[str, Sensitivity]:
         """What rounding each matrix costs, found in half of the guard's time."""
-        calibration = Calibration(model)
+        calibration = Calibration(model, self.cfg.quant_fisher)
         used = calibration.run(sequences, size, lambda: self.in_time(0.5))
         self.report["tokens"] = calibration.tokens
         if used < len(sequences):

@@ -72,7 +72,7 @@ def round_matrices(cfg, matrices, bits, embedding, h=None, g=None):
 
 def calibrate(model, text, size):
     """{name: (factor, order, weight)}"""
-    calibration = t.Calibration(model)
+    calibration = t.Calibration(model, model.cfg.quant_fisher)
     calibration.run(text, size, lambda: True)
     return {name: (s.factor, s.order, s.weight) for name, s in calibration.sensitivities().items()}
 
@@ -565,7 +565,21 @@ def test_rowmax_rounding_a_row_at_a_time(tiny, bits, embedding):
             assert np.allclose(stored.tensor()[i], values * float(step))
 
 
-@pytest.mark.parametrize("variables", [SEED | {"NUM_LAYERS": 4}, FRONTIER | {"TIE_EMBEDDINGS": 0}])
+def expected_squares(logits, cap):
+    """The square of the loss's gradient at each logit before the softcap, over all targets, by the probabilities that
+    the model gives them. logits [positions, vocabulary], after the softcap."""
+    total = torch.zeros_like(logits)
+    for p, z, row in zip(logits.softmax(1), logits, total, strict=True):
+        for target in range(len(p)):
+            gradient = p.clone()
+            gradient[target] -= 1
+            row += p[target] * (gradient * (1 - (z / cap) ** 2)) ** 2
+    return total
+
+
+@pytest.mark.parametrize("variables", [
+    SEED | {"NUM_LAYERS": 4}, FRONTIER | {"TIE_EMBEDDINGS": 0}, SEED | {"NUM_LAYERS": 1, "QUANT_FISHER": "expected"},
+    FRONTIER | {"QUANT_FISHER": "empirical"}])
 def test_calibration_by_hand(tiny, variables):
     """H = mean of x x' of what goes into a matrix, G = mean square of the loss's gradient at what comes out of it:
     before the gains, which belong to the matrix. An embedding only looks rows up: its G is a row's share of the
@@ -588,6 +602,10 @@ def test_calibration_by_hand(tiny, variables):
                 h, n = inputs.get(name, (0, 0))
                 inputs[name] = (h + x.detach().T @ x.detach(), n + len(x))
                 squares[name] = squares.get(name, 0) + dy.square().sum(0)
+        if cfg.quant_fisher == "expected":  # the output layer's come last
+            squares[name] -= dy.square().sum(0)
+            logits = plain_logits(w, cfg, ids[:-1]).detach()
+            squares[name] += expected_squares(logits, cfg.logit_softcap).sum(0)
     found = calibrate(model, sequences, 2)
     assert set(found) == {n for n in w if n.endswith(".weight")}
     for name, (factor, order, weight) in found.items():
