@@ -3748,7 +3748,8 @@ def calibration_text(cfg: Config, process: Process, tokens: Tokens) -> tuple[Ten
     count = min(max(cfg.calibration_tokens // length, 1), len(tokens) // length)
     starts = [i * (len(tokens) - length) // count for i in range(count)]
     text = torch.from_numpy(np.stack([tokens.read(s, length + 1) for s in starts]).astype(np.int32))
-    return text.to(process.device), max(tokens_per_pass(cfg, process, True) // length, 1)
+    size = tokens_per_pass(dataclasses.replace(cfg, use_compile="0"), process, True)  # what listens to layers is not
+    return text.to(process.device), max(size // length, 1)
 
 
 def read_back(cfg: Config, process: Process, log: Log, summary: dict, inputs: Inputs) -> GPT | None:
