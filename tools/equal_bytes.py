@@ -63,7 +63,7 @@ def bring_to(target: int, make, size_of, low: float, high: float) -> dict[str, t
     return stored
 
 
-def compare(path: str, bits: float, tokens: int) -> list[dict]:
+def compare(path: str, bits: float, tokens: int, rules: list[str]) -> list[dict]:
     """A row for each rule and coder."""
     cfg, exporter, score = opened(path, tokens)
     parameters = sum(w.numel() for w in exporter.weights.values())
@@ -76,7 +76,7 @@ def compare(path: str, bits: float, tokens: int) -> list[dict]:
     for rule in PUBLISHED:
         for coder, size_of in (("brotli", brotli_bytes), ("ours", ours)):
             kinds.append((rule, coder, lambda f, rule=rule: published(exporter, rule, f), size_of, 8.0, 0.1))
-    for rule, coder, make, size_of, low, high in kinds:
+    for rule, coder, make, size_of, low, high in (kind for kind in kinds if kind[0] in rules):
         stored = bring_to(int(bits * parameters / 8), make, size_of, low, high)
         found, groups = score(stored), {}
         for group in sorted({group for group, *_ in exporter.stacks}):
@@ -100,10 +100,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run")
     parser.add_argument("--bits", type=float, default=3.5, help="bits a parameter (%(default)s)")
     parser.add_argument("--tokens", type=int, default=262144, help="validation targets (%(default)s)")
+    parser.add_argument("--rules", nargs="+", choices=("balanced", *PUBLISHED), default=["balanced", *PUBLISHED])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     try:
-        rows = compare(options.run, options.bits, options.tokens)
+        rows = compare(options.run, options.bits, options.tokens, options.rules)
     except t.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
