@@ -165,7 +165,7 @@ class Config:
     export_max_seconds: float = var(-1.0, ">=-1", "of MAX_WALLCLOCK_SECONDS, for search; 0 no limit; -1: 2%, >=10 s")
     calibration_tokens: int = var(65536, ">=1", "training tokens on which rounding is calibrated")
     quant: str = var("balanced", "balanced|rowmax", "rounding; balanced: by what errors cost, rowmax: published")
-    quant_fisher: str = var("empirical", "empirical|expected", "what errors of output rows cost: by the targets at "
+    quant_fisher: str = var("expected", "empirical|expected", "what errors of output rows cost: by the targets at "
                             "hand, which tell little of rare tokens, or expected over all that the model predicts")
     quant_bits_attn: float = var(6.0, "0..12", "nominal bits of attention matrices, where a search starts: one more "
                                  "halves the steps, and the coder makes other bits of it; rowmax: 2..8")
@@ -256,13 +256,14 @@ class Config:
 
 
 PRESETS = {
-    "seed": {"export_fill": False},  # the defaults above are the published ones, but for QUANT, which is better
+    # The defaults above are the published ones, but for QUANT, which is better.
+    "seed": {"export_fill": False, "quant_fisher": "empirical"},  # by which it rounds as it always did
     "frontier": {  # what was published to help at full size on 8 x H100: docs/frontier.md says where, value by value
         "vocab_size": 8192, "mlp_mult": 4.0, "mlp_slope": 0.3, "qk_gain_init": 5.0, "xsa_last_n": 11, "num_loops": 2,
         "parallel_residual_start": 7, "skip_gates_enabled": True, "smear_gate_enabled": False, "bigram_vocab_size": 0,
         "sparse_hidden_dim": 0, "iterations": 20000, "warmdown_frac": 0.85, "min_lr": 0.1, "matrix_lr": 0.026,
         "muon_momentum": 0.97, "muon_row_normalize": True, "muon_wd": 0.095, "tied_embed_lr": 0.03, "embed_wd": 0.085,
-        "scalar_lr": 0.02, "adam_wd": 0.02, "beta2": 0.99, "ema_decay": 0.9965, "quant_fisher": "expected",
+        "scalar_lr": 0.02, "adam_wd": 0.02, "beta2": 0.99, "ema_decay": 0.9965,
     },
     "demo": {  # a few minutes on two CPU cores, on the embedded corpus; as many bytes a parameter as the seed has
         "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "sparse_start_layer": 2,
@@ -2566,7 +2567,7 @@ class Calibration:
     the output layer. Layers that see the same input, as q, k and v do, share its H.
     """
 
-    def __init__(self, model: GPT, fisher: str = "empirical"):
+    def __init__(self, model: GPT, fisher: str):
         self.model, self.expected, self.tokens = model, fisher == "expected", 0
         self.inputs: dict[str, Tensor] = {}  # sum of x x', by the first layer that saw this input
         self.seen: dict[str, float] = {}  # what it is divided by

@@ -140,7 +140,7 @@ def test_calibration_measures_inputs_and_gradients(tiny, monkeypatch):
     """H and G of a layer, of the tied output and of a lookup, against sums over single sequences."""
     cfg = tiny()
     model, text = model_of(cfg, noise=0.3), torch.randint(2, 400, (6, 33))
-    calibration = t.Calibration(model)
+    calibration = t.Calibration(model, "empirical")
     used = calibration.run(text, 4, lambda: True)
     found = calibration.sensitivities()
     assert used == 6 and model.watch_output is None and all(p.grad is None for p in model.parameters())
@@ -181,7 +181,7 @@ def test_calibration_measures_inputs_and_gradients(tiny, monkeypatch):
     weight = found["bigram.embed.weight"].weight
     assert torch.allclose(weight.sum(), seen["e"].grad.square().mean(2).sum() / len(x), rtol=1e-3)
     assert (weight[unused] == 0).all() and (weight > 0).sum() == cfg.bigram_vocab_size - len(unused)
-    assert len(alone) == 3 and t.Calibration(model).run(text, 4, lambda: False) == 4
+    assert len(alone) == 3 and t.Calibration(model, "expected").run(text, 4, lambda: False) == 4
     q, k, fc = (found[f"blocks.1.{name}.weight"].factor for name in ("attn.q", "attn.k", "mlp.fc"))
     assert q.data_ptr() == k.data_ptr() != fc.data_ptr(), "q and k see the same input, fc another"
 
