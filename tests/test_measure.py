@@ -139,6 +139,7 @@ def reported(tmp_path, stages: dict):
 def figures_of(corpus, tmp_path, options, monkeypatch):
     """figures_of(stage, **variables): what a stage of whole runs finds, in this process."""
     monkeypatch.setattr(bench, "subprocess", forked)
+    monkeypatch.setattr(measure_stages, "BEGAN", time.perf_counter())  # a stage is a process, which begins now
     options.script, options.against = "0", []
 
     def go(name: str, **variables) -> dict:

@@ -372,7 +372,7 @@ def test_every_variable_has_the_stage_that_reads_it():
 @pytest.mark.parametrize("arguments, variables, words", [
     ((), {}, "nothing to run"),
     (("TTT_RL=1",), {}, "TTT_RL: no such variable; did you mean TTT_LR?"),
-    (("NUM_LOOPS=1",), {}, "NUM_LOOPS: not implemented in this script"),
+    (("VE_ENABLED=1",), {}, "VE_ENABLED: not implemented in this script"),
     (("SHUFFLE=1",), {}, "SHUFFLE: sequences are taken in the order"),
     (("SEED",), {}, "'SEED': not of the form VAR=value"),
     (("SEED=1,,2",), {}, "SEED=1,,2: a value is missing"),

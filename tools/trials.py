@@ -103,8 +103,8 @@ def trials(trainer: t.Trainer, plain_adam: torch.optim.Optimizer, batched) -> di
     """For each plain form a context in which it is used; `batched`: Newton-Schulz as the trainer has it."""
     optimizers, process = trainer.optimizers, trainer.process
 
-    def each_matrix_alone(g, steps):
-        return torch.stack([batched(matrix[None], steps)[0] for matrix in g])
+    def each_matrix_alone(g, *more):
+        return torch.stack([batched(matrix[None], *more)[0] for matrix in g])
 
     forms = {"as it is": contextlib.nullcontext()}
     if process.cuda:
