@@ -100,8 +100,8 @@ class Config:
     num_kv_heads: int = var(4, "1..1024", "key and value heads, shared by groups of query heads")
     mlp_mult: float = var(3.0, "0.01..64", "MLP hidden width as a multiple of MODEL_DIM")
     num_loops: int = var(0, "0..16", "times that layers LOOP_START to LOOP_END are run again in a pass; 0 off")
-    loop_start: int = var(3, "0..255", "first of them, from 0")
-    loop_end: int = var(5, "0..255", "last of them")
+    loop_start: int = var(3, "0..255", "first layer of the loop, from 0")
+    loop_end: int = var(5, "0..255", "last layer of the loop")
     parallel_residual_start: int = var(-1, "-1..255", "from this layer on attention and MLP see the same input; -1 off")
     skip_gates_enabled: bool = var(False, "0|1", "1: the U-Net mixes by learned shares instead of adding")
     smear_gate_enabled: bool = var(True, "0|1", "1: each token's embedding is mixed with the one before")
@@ -150,7 +150,7 @@ class Config:
     muon_backend_steps: int = var(5, "1..100", "Newton-Schulz iterations")
     muon_row_normalize: bool = var(False, "0|1", "1: rows are brought to one length before they are orthogonalised")
     muon_wd: float = var(0.04, "0..10", "Muon's decoupled weight decay")
-    embed_wd: float = var(0.04, "0..10", "AdamW's weight decay of embeddings")
+    embed_wd: float = var(-1.0, "-1..10", "AdamW's weight decay of embeddings; below 0: ADAM_WD")
     adam_wd: float = var(0.04, "0..10", "AdamW's weight decay of vectors, scalars and the sidecar's kernel")
     beta1: float = var(0.9, "0..<1", "Adam's first beta")
     beta2: float = var(0.95, "0..<1", "Adam's second beta")
@@ -296,6 +296,10 @@ REMOVED = {
 CALLED_ELSEWHERE = {
     "MATRIX_LR": "LR LRATE LEARNING_RATE MAX_LR PEAK_LR BASE_LR MUON_LR",
     "MUON_WD": "WD WEIGHT_DECAY",
+    "EMBED_WD": "EMBED_DECAY EMBED_WEIGHT_DECAY",
+    "MIN_LR": "LR_MIN MIN_LR_FRAC MIN_LEARNING_RATE",
+    "WARMDOWN_FRAC": "COOLDOWN_FRAC DECAY_FRAC",
+    "NUM_LOOPS": "LOOPS N_LOOPS LOOP_COUNT",
     "MUON_MOMENTUM": "MOMENTUM",
     "GRAD_CLIP_NORM": "MAX_GRAD_NORM GRADIENT_CLIP CLIP_GRAD CLIP_GRAD_NORM",
     "ITERATIONS": "STEPS MAX_STEPS NUM_STEPS TOTAL_STEPS TRAIN_STEPS ITERS MAX_ITERS NUM_ITERS N_ITERS EPOCHS "
@@ -323,8 +327,9 @@ CALLED_ELSEWHERE = {
 # The beginnings of our names that clusters, shells and other software set.
 BARE_ELSEWHERE = ("DATA", "ENV", "HEAD", "KEEP", "LOG", "MAX", "MODEL", "NUM", "RUN", "USE")
 # A name with a prefix of the first group was meant for us; one of the second never was, or is a setting of the above.
-FAMILIES = ("ADAM_", "BIGRAM_", "CKPT_", "EMA_", "EVAL_", "EXPORT_", "FINAL_", "MUON_", "QUANT_", "RESUME_", "ROPE_",
-            "SPARSE_", "TIED_", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "XSA_")
+FAMILIES = ("ADAM_", "BIGRAM_", "CKPT_", "EMA_", "EMBED_", "EVAL_", "EXPORT_", "FINAL_", "LOOP_", "LOOPING_", "MUON_",
+            "PARALLEL_RESIDUAL_", "QUANT_", "RESUME_", "ROPE_", "SKIP_GATE", "SMEAR_", "SPARSE_", "TIED_", "TRAIN_",
+            "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "XSA_")
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH", "PET_", "CUDA_", "NVIDIA_", "NCCL_",
            "GLOO_", "OMP_", "MKL_", "KMP_", "HF_", "TRITON_", "PYTHON", "PIP_", "SLURM_", "MODULE", "MATCHED_", "SWA_",
            "QAT_", "MTP_", "LAWA_", "DTG_", "NUM_THREADS")
@@ -440,6 +445,8 @@ def load_config(environ, ranks: int = 1) -> tuple[Config, list[str], list[str]]:
     if preset == "auto":
         preset = "seed" if has_gpu() else "demo"
     cfg = Config(**{**PRESETS[preset], **values, "preset": preset, "explicit": frozenset(values)})
+    if cfg.explicit & {"warmdown_iters", "warmdown_frac"} == {"warmdown_iters"}:
+        cfg = dataclasses.replace(cfg, warmdown_frac=0.0)  # variables win over presets
     if cfg.ttt_mode == "auto":
         cfg = dataclasses.replace(cfg, ttt_mode="full" if cfg.explicit & TTT_FULL else "lora")
     idle = cfg.explicit & (TTT_LORA if cfg.ttt_mode == "full" else TTT_FULL)
@@ -470,7 +477,9 @@ def conflicts(cfg: Config, ranks: int) -> list[str]:
         (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= each, "rope_dims", f"must be even and at most a head's {each}"),
         (cfg.bigram_vocab_size != 1, "bigram_vocab_size", "must be 0 (off) or at least 2"),
         (not cfg.num_loops or cfg.loop_start <= cfg.loop_end < cfg.num_layers, "num_loops",
-         f"needs LOOP_START={cfg.loop_start} <= LOOP_END={cfg.loop_end} < NUM_LAYERS={cfg.num_layers}"),
+         f"needs LOOP_START={cfg.loop_start} <= LOOP_END={cfg.loop_end} < NUM_LAYERS={cfg.num_layers}; 0 is no loop"),
+        (not trains or not cfg.num_loops or cfg.enable_looping_at * cfg.iterations <= cfg.iterations - 1,
+         "enable_looping_at", f"leaves none of ITERATIONS={cfg.iterations} steps to train with the loops"),
         (cfg.mlp_dim > 0, "mlp_mult", f"leaves no hidden unit at MODEL_DIM={dim}"),
         (not slides or cfg.eval_stride <= cfg.eval_len, "eval_stride", f"must not exceed the window's {cfg.eval_len}"),
         (not ttt or cfg.eval_stride > 0, "eval_stride", "TTT_ENABLED=1 scores in windows; give a stride"),
@@ -902,6 +911,8 @@ def find_data(cfg: Config) -> Path:
         if folder.is_dir():
             return folder
     size = cfg.vocab_size
+    require(cfg.preset != "frontier", f"DATA_PATH is not set, and data/datasets has no fineweb10B_sp{size}, which "
+            f"PRESET=frontier is for; ./run.sh data --variant sp{size} fetches it, where that is published")
     raise UserError(f"DATA_PATH is not set, and data/datasets has neither fineweb10B_sp{size} (./run.sh data --variant "
                     f"sp{size} fetches it, where that is published) nor embedded_sp{size} (python data/prepare.py "
                     f"embedded --vocab-size {size} makes it)")
@@ -960,8 +971,8 @@ class Tokens:
         """The highest token id."""
         highest = int(tokens.max())
         if highest >= self.vocab_size:
-            raise UserError(f"{self.paths[index]}: holds token id {highest}, beyond VOCAB_SIZE={self.vocab_size}; the "
-                            "data and the tokenizer do not belong together")
+            raise UserError(f"{self.paths[index]}: holds token id {highest}, beyond VOCAB_SIZE={self.vocab_size}; its "
+                            f"tokenizer is another, ./run.sh data --variant sp{self.vocab_size} fetches FineWeb's")
         return highest
 
     def __len__(self) -> int:
@@ -1511,11 +1522,10 @@ class GPT(nn.Module):
         for place, layer in enumerate(self.order):
             x_lambda, x0_lambda = lambdas[place + 1]
             hands_on, has_site, skip = place < skips, layer in cfg.sparse_sites, place + 1 - skips
-            if 0 <= skip < skips:
-                skip_lambda = x_lambda * self.skip_weights[skip]
-                if self.skip_gates is not None:
-                    share = torch.sigmoid(self.skip_gates[skip])
-                    x_lambda, skip_lambda = share * x_lambda, (1 - share) * skip_lambda
+            skip_lambda = x_lambda
+            if 0 <= skip < skips and self.skip_gates is not None:
+                share = torch.sigmoid(self.skip_gates[skip])
+                x_lambda, skip_lambda = share * x_lambda, (1 - share) * x_lambda
             last_branch = ones if hands_on else x_lambda
             x = self.blocks[layer](x, factors, ones if has_site else last_branch)
             if has_site:
@@ -1529,7 +1539,7 @@ class GPT(nn.Module):
             if x0_lambda is not None:
                 x = torch.addcmul(x, x0_lambda.to(x.dtype), x0)
             if 0 <= skip < skips:
-                x = torch.addcmul(x, skip_lambda.to(x.dtype), stack.pop())
+                x = torch.addcmul(x, (skip_lambda * self.skip_weights[skip]).to(x.dtype), stack.pop())
         if rows is not None:
             x = x.gather(1, rows[:, :, None].expand(-1, -1, x.size(-1)))
         x = norm(x)
@@ -1815,7 +1825,8 @@ class Optimizers:
         cfg, flat, groups = self.cfg, self.flat, []
         self.muon.reset()
         embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
-        for role, lr, decay in (("embed", embed_lr, cfg.embed_wd), ("head", cfg.head_lr, 0.0),
+        embed_wd = cfg.embed_wd if cfg.embed_wd >= 0 else cfg.adam_wd
+        for role, lr, decay in (("embed", embed_lr, embed_wd), ("head", cfg.head_lr, 0.0),
                                 ("vector", cfg.scalar_lr, cfg.adam_wd)):
             part, before = flat.extent(role), flat.borders[-1]
             weights = nn.Parameter(flat.weights[part])
@@ -2002,7 +2013,8 @@ class Trainer:
     def warm_up(self):
         """Prime compilation on random tokens at rate 0, which leaves the weights as they are; start the clock."""
         generator = torch.Generator().manual_seed(0)
-        for share in (1.0, 0.0) if self.cfg.num_loops else (0.0,):  # both orders of the layers
+        loops_later = self.cfg.num_loops and self.cfg.enable_looping_at > 0
+        for share in (1.0, 0.0) if loops_later else (0.0,):  # each order of the layers
             self.loop(share)
             for _ in range(self.cfg.warmup_steps):
                 shape = self.share, self.cfg.train_seq_len + 1
@@ -3516,7 +3528,8 @@ def time_steps(cfg: Config, process: Process, tokens: Tokens, ranks: int) -> tup
     cfg = dataclasses.replace(cfg, train_batch_tokens=cfg.train_batch_tokens // ranks * process.world)
     trainer = Trainer(cfg, process, GPT(cfg, process.dtype).to(process.device))
     batch, found = Loader(cfg, tokens, process).next()[: trainer.micro], {}
-    orders = (0.0, 1.0) if cfg.num_loops else (1.0,)
+    loops_later = cfg.num_loops and cfg.enable_looping_at > 0
+    orders = (0.0, 1.0) if loops_later else (1.0,)
     for share, step in itertools.product(orders, range(2)):  # the first of two compiles
         trainer.loop(share)
         process.synchronize()
@@ -3533,7 +3546,7 @@ def time_steps(cfg: Config, process: Process, tokens: Tokens, ranks: int) -> tup
     if cfg.training_seconds:
         steps_a_second = cfg.enable_looping_at / before + (1 - cfg.enable_looping_at) / after
         count = min(count, math.ceil(cfg.training_seconds * steps_a_second))
-    if cfg.num_loops:
+    if loops_later:
         said += f", before the loops {1000 * before:,.1f}"
     return count, f"{said}, timed on {trainer.micro} of a rank's {trainer.share} sequences"
 

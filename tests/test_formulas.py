@@ -362,12 +362,12 @@ class PlainTraining:
         gradients = clipped(gradients, cfg.grad_clip_norm)
         share = min(step / cfg.muon_momentum_warmup_steps, 1)
         momentum = cfg.muon_momentum_warmup_start + share * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
-        others, rates, decays = {}, {}, {}
+        others, rates, decays, embed_wd = {}, {}, {}, cfg.adam_wd if cfg.embed_wd < 0 else cfg.embed_wd
         for name, g in gradients.items():
             if not self.is_matrix(name):
                 lr = self.embedding_rate(name)
                 others[name], rates[name] = g, factor * (cfg.scalar_lr if lr is None else lr)
-                decays[name] = cfg.adam_wd if lr is None else 0.0 if name == "lm_head.weight" else cfg.embed_wd
+                decays[name] = cfg.adam_wd if lr is None else 0.0 if name == "lm_head.weight" else embed_wd
                 continue
             self.buffer[name] = momentum * self.buffer.get(name, 0) + g
             update = g + momentum * self.buffer[name]
@@ -386,7 +386,7 @@ TRAINED = {"MUON_MOMENTUM_WARMUP_START": 0.5, "MUON_MOMENTUM": 0.9, "MUON_MOMENT
            "MATRIX_LR": 0.03}
 RULES = {
     "gradients far above and far below the limit": (SEED | TRAINED, 0.3, (30, 0.01, 0.2, 3, 0.02, 100, 0.05)),
-    "no limit": (SEED | TRAINED, 0, (30, 0.01, 0.2, 3, 0.02, 100, 0.05)),
+    "no limit, one decay for all": (SEED | TRAINED | {"EMBED_WD": -1}, 0, (30, 0.01, 0.2, 3, 0.02, 100, 0.05)),
     "frontier, even rows": (FRONTIER | TRAINED, 0.3, (2, 0.1, 0.05, 1, 0.2, 3, 0.1)),
     "untied": (SEED | TRAINED | {"TIE_EMBEDDINGS": 0, "EMBED_LR": 0.1, "HEAD_LR": 0.02}, 0.3,
                (2, 0.1, 0.05, 1, 0.2, 3, 0.1)),

@@ -437,6 +437,7 @@ def test_runs_from_a_copy_in_a_records_folder(launch, tmp_path, corpus):
     (1, {}, 12, "26,000.0 ms each"), (2, {}, 12, "14,000.0 ms each"),
     (1, {"MAX_WALLCLOCK_SECONDS": 100}, 4, "26,000.0 ms each"),
     (2, {"NUM_LOOPS": 1}, 12, "22,000.0 ms each, before the loops 14,000.0"),
+    (2, {"NUM_LOOPS": 1, "ENABLE_LOOPING_AT": 0}, 12, "22,000.0 ms each, timed"),
     # half of 1,000 s at 14 s a step, and half at 22
     (2, {"NUM_LOOPS": 1, "ENABLE_LOOPING_AT": 0.5, "MAX_WALLCLOCK_SECONDS": 1000, "ITERATIONS": 1000}, 59, "14,000.0"),
 ])
@@ -472,8 +473,8 @@ def test_a_run_of_the_frontier(launch):
     assert again.code == 0 and again.summary["config"]["num_loops"] == 2, again.err
     for key in ("sliding", "ttt"):
         assert again.summary["eval"][key]["val_loss"] == run.summary["eval"][key]["val_loss"]
-    one = launch(run_id="c", **variables | {"ITERATIONS": 1, "TTT_ENABLED": 0})  # also where no step was looped
-    assert one.code == 0 and "layer_loop:enabled step:1 frac:1.000 order:0 1 2 1 2 1 2" in one.out, one.err
+    one = launch(run_id="c", **variables | {"ITERATIONS": 1})
+    assert one.code == 2 and one.err.startswith("error: ENABLE_LOOPING_AT=0.5: leaves none of ITERATIONS=1 steps")
 
 
 def test_wrong_shards_say_which_command_fetches_the_right_ones(launch, corpus, tmp_path):
@@ -491,7 +492,9 @@ def test_wrong_shards_say_which_command_fetches_the_right_ones(launch, corpus, t
     given = {"PRESET": "frontier", "VOCAB_SIZE": 8192}
     launch(run_id="a", **given).refused("it has 400 pieces where VOCAB_SIZE=8192", fetch)
     launch(run_id="b", **given | {"DATA_PATH": longer}).refused("fineweb_8192_bpe.model: no such file", fetch)
-    launch(run_id="c", **given | {"DATA_PATH": "UNSET"}).refused("DATA_PATH is not set", fetch)
+    nothing = launch(run_id="c", **given | {"DATA_PATH": "UNSET"})
+    nothing.refused("DATA_PATH is not set", fetch)
+    assert "embedded" not in nothing.err, "which ./run.sh would make, and train eight GPUs on it"
 
 
 def test_check_predicts_and_leaves_nothing(launch, finished, tmp_path):

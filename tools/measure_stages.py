@@ -538,10 +538,11 @@ def schedule(stage: Stage, preset: str) -> dict:
     entry = measure_book.read(stage.out)["stages"].get("step", {}).get("figures") or {}
     ms = (entry.get("step_ms") or {}).get("median") or 100.0
     fit = max(int(1000 * stage.seconds / ms), 10)
-    warmdown = t.PRESETS[preset].get("warmdown_iters", t.Config.warmdown_iters)
-    own = {"WARMDOWN_ITERS": fit * warmdown // PUBLISHED_STEPS, "EMA_DECAY": max(1 - PUBLISHED_STEPS / fit / 333, 0.5),
+    own = {"EMA_DECAY": max(1 - PUBLISHED_STEPS / fit / 333, 0.5),
            "MUON_MOMENTUM_WARMUP_STEPS": fit * t.Config.muon_momentum_warmup_steps // PUBLISHED_STEPS,
            "TRAIN_LOG_EVERY": 10, "FINAL_EVAL_ENABLE": 0, "TTT_ENABLED": 0}
+    if "warmdown_frac" not in t.PRESETS[preset]:
+        own["WARMDOWN_ITERS"] = fit * t.Config.warmdown_iters // PUBLISHED_STEPS
     if "MAX_WALLCLOCK_SECONDS" not in os.environ:  # the export has its own seconds
         own |= {"MAX_WALLCLOCK_SECONDS": stage.seconds + 10, "EXPORT_MAX_SECONDS": 10}
     return own
