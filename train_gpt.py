@@ -241,6 +241,11 @@ class Config:
         return layers[:after] + layers[self.loop_start : after] * self.num_loops + layers[after:]
 
     @property
+    def loops_later(self) -> bool:
+        """Whether training begins with each layer once and loops later."""
+        return self.num_loops > 0 and self.enable_looping_at > 0
+
+    @property
     def sparse_sites(self) -> tuple[int, ...]:
         """Layers followed by the shared sidecar."""
         end = self.num_layers if self.sparse_end_layer < 0 else min(self.sparse_end_layer + 1, self.num_layers)
@@ -2013,8 +2018,7 @@ class Trainer:
     def warm_up(self):
         """Prime compilation on random tokens at rate 0, which leaves the weights as they are; start the clock."""
         generator = torch.Generator().manual_seed(0)
-        loops_later = self.cfg.num_loops and self.cfg.enable_looping_at > 0
-        for share in (1.0, 0.0) if loops_later else (0.0,):  # each order of the layers
+        for share in (1.0, 0.0) if self.cfg.loops_later else (0.0,):  # each order of the layers
             self.loop(share)
             for _ in range(self.cfg.warmup_steps):
                 shape = self.share, self.cfg.train_seq_len + 1
@@ -3528,9 +3532,7 @@ def time_steps(cfg: Config, process: Process, tokens: Tokens, ranks: int) -> tup
     cfg = dataclasses.replace(cfg, train_batch_tokens=cfg.train_batch_tokens // ranks * process.world)
     trainer = Trainer(cfg, process, GPT(cfg, process.dtype).to(process.device))
     batch, found = Loader(cfg, tokens, process).next()[: trainer.micro], {}
-    loops_later = cfg.num_loops and cfg.enable_looping_at > 0
-    orders = (0.0, 1.0) if loops_later else (1.0,)
-    for share, step in itertools.product(orders, range(2)):  # the first of two compiles
+    for share, step in itertools.product((0.0, 1.0) if cfg.loops_later else (1.0,), range(2)):  # the first compiles
         trainer.loop(share)
         process.synchronize()
         began = time.perf_counter()
@@ -3546,7 +3548,7 @@ def time_steps(cfg: Config, process: Process, tokens: Tokens, ranks: int) -> tup
     if cfg.training_seconds:
         steps_a_second = cfg.enable_looping_at / before + (1 - cfg.enable_looping_at) / after
         count = min(count, math.ceil(cfg.training_seconds * steps_a_second))
-    if loops_later:
+    if cfg.loops_later:
         said += f", before the loops {1000 * before:,.1f}"
     return count, f"{said}, timed on {trainer.micro} of a rank's {trainer.share} sequences"
 

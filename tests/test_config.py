@@ -124,6 +124,22 @@ def test_every_beginning_of_a_variable_stops_a_run_or_is_known_elsewhere():
         assert [train_gpt.meant(name) for name in others] == [our] * len(others)
 
 
+def test_a_warmdown_in_steps_wins_over_the_presets_share():
+    """As a variable does over a preset; where both are given the share wins, as --help says."""
+    for given, expected in (({}, 0.85), ({"WARMDOWN_ITERS": "9"}, 0.0),
+                            ({"WARMDOWN_ITERS": "9", "WARMDOWN_FRAC": "0.5"}, 0.5)):
+        assert train_gpt.load_config({"PRESET": "frontier"} | given)[0].warmdown_frac == expected
+
+
+@pytest.mark.parametrize("name, our", [
+    ("LOOP_AT", "one of LOOP_*"), ("LOOP_COUNT", "NUM_LOOPS"), ("MIN_LEARNING_RATE", "MIN_LR"),
+    ("COOLDOWN_FRAC", "WARMDOWN_FRAC"), ("EMBED_WEIGHT_DECAY", "EMBED_WD"), ("SMEAR_ENABLED", "SMEAR_GATE_ENABLED"),
+    ("PARALLEL_RESIDUAL_FROM", "PARALLEL_RESIDUAL_START"), ("SKIP_GATE", "SKIP_GATES_ENABLED")])
+def test_other_names_of_the_frontiers_switches(name, our):
+    (line,) = problems(**{name: "1"})
+    assert line.startswith(f"{name}: no such variable; did you mean {our}?"), line
+
+
 def test_rates_above_10_are_refused():
     rates = [f.name.upper() for f in train_gpt.VARIABLES if f.name.endswith(("_lr", "_wd", "_lr_min"))]
     rates = [name for name in rates if name not in ("MIN_LR", "EMBED_WD")]  # a share, and one that may be -1

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,6 +135,16 @@ def test_the_tool_that_compares_rules_has_gptq(rule, embedding):
     step = torch.from_numpy(fed.rows).float()[:, None]
     plain = t.Stored("rows", 6, (w / step).round().numpy().astype(np.int8), fed.rows)
     assert output_error(w, fed, x) < 0.7 * output_error(w, plain, x)
+
+
+def test_calibration_takes_what_fits_without_a_compiler(tiny, corpus):
+    """What listens to layers runs uncompiled, also where training is compiled."""
+    cpu, memory = torch.device("cpu"), (600 << 20, 0)
+    process = SimpleNamespace(cuda=True, device=cpu, dtype=torch.bfloat16, memory=lambda: memory)
+    tokens = t.Tokens(corpus, "train", 400)
+    cfgs = [tiny(USE_COMPILE=compiled, TRAIN_SEQ_LEN=512, TRAIN_BATCH_TOKENS=512) for compiled in (0, 1)]
+    sizes = [t.calibration_text(cfg, process, tokens)[1] for cfg in cfgs]
+    assert sizes[0] == sizes[1] > 1 and t.tokens_per_pass(cfgs[1], process, True) // 512 > 1.5 * sizes[1]
 
 
 def test_calibration_measures_inputs_and_gradients(tiny, monkeypatch):

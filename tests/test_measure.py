@@ -163,6 +163,13 @@ def test_whole_runs(figures_of, options):
         assert "final_int6_sliding_window" in options.said
 
 
+def test_the_schedule_keeps_a_presets_share_of_warmdown(tmp_path):
+    """Steps of warmdown would win over it."""
+    stage = SimpleNamespace(out=tmp_path, seconds=60.0)
+    assert measure_stages.schedule(stage, "seed")["WARMDOWN_ITERS"] > 0
+    assert "WARMDOWN_ITERS" not in measure_stages.schedule(stage, "frontier")
+
+
 def test_an_audited_run(figures_of):
     figures = figures_of("audit")
     assert figures["audit_ok"] and figures["audit"]["causal"]["ok"] and figures["valid"]
