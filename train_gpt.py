@@ -1451,9 +1451,9 @@ class GPT(nn.Module):
         self.bigram = Bigram(cfg) if cfg.bigram_vocab_size else None
         self.smear = nn.Parameter(torch.zeros(cfg.model_dim)) if cfg.smear_gate_enabled else None
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
-        skips = len(self.order) // 2, cfg.model_dim
-        self.skip_weights = nn.Parameter(torch.ones(skips))
-        self.skip_gates = nn.Parameter(torch.zeros(skips)) if cfg.skip_gates_enabled else None
+        shape = len(self.order) // 2, cfg.model_dim  # a row for each output that the U-Net hands on
+        self.skip_weights = nn.Parameter(torch.ones(shape))
+        self.skip_gates = nn.Parameter(torch.zeros(shape)) if cfg.skip_gates_enabled else None
         if cfg.sparse_sites:
             self.sidecar = Sidecar(cfg)
             self.sidecar_scale = nn.Parameter(torch.zeros(len(cfg.sparse_sites), cfg.model_dim))
