@@ -13,6 +13,7 @@ Exit codes: 0 a finished run; 1 a finished run that failed a check, such as the 
 """
 
 import argparse
+import base64
 import bisect
 import collections
 import contextlib
@@ -25,8 +26,10 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
+import lzma
 import math
 import os
 import platform
@@ -38,10 +41,12 @@ import signal
 import struct
 import sys
 import time
+import tokenize
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 SCRIPT = Path(__file__).resolve()
 SIGNALS = [signal.SIGINT, signal.SIGTERM]  # that end a run, once it has saved
@@ -161,6 +166,8 @@ class Config:
 
     export_enabled: bool = var(True, "0|1", "0: evaluate the averaged weights without an artifact", "Export")
     artifact_limit_bytes: int = var(16_000_000, ">=1", "code + model bytes at most")
+    code_bytes: str = var("packed", "packed|raw", "what counts as code: packed, this script compressed, as the run "
+                          "leaves it to be submitted; raw, its file as it is")
     export_fill: bool = var(True, "0|1", "1: finer steps, in the room that the limit leaves")
     export_max_seconds: float = var(-1.0, ">=-1", "of MAX_WALLCLOCK_SECONDS, for search; 0 no limit; -1: 2%, >=10 s")
     calibration_tokens: int = var(65536, ">=1", "training tokens on which rounding is calibrated")
@@ -891,6 +898,77 @@ class Log:
         if self.main and done > 0 and now - self._progress_at >= 20:
             self._progress_at = now
             self._print(f"{text}: {done:.0%} after {seconds:.0f} s, about {seconds / done - seconds:.0f} s left")
+
+
+# ==== Code: the script in the fewest bytes that still run, as what is submitted counts them ===========================
+
+PACKED_NAME = "train_gpt.packed.py"
+# With its lines in linecache, tracebacks show them, and Triton finds the source of its kernels.
+UNPACKER = """import base64,linecache,lzma
+PACKED="%s"
+UNPACKED=lzma.decompress(base64.b85decode(PACKED)).decode()
+linecache.cache[__file__]=len(UNPACKED),None,UNPACKED.splitlines(True),__file__
+exec(compile(UNPACKED,__file__,"exec"))
+"""
+
+
+class Script(NamedTuple):
+    """What runs: its text, and the file that counts as its bytes."""
+
+    source: bytes
+    counted: bytes
+
+
+def read_script(cfg: Config, kept: Path | None) -> Script:
+    """The script that runs. One that was started packed counts as its file is. Else it is packed, unless `kept`, of the
+    run that goes on, is that already: another machine's lzma may give other bytes."""
+    file, unpacked = SCRIPT.read_bytes(), globals().get("UNPACKED")  # by UNPACKER
+    if unpacked is not None:
+        return Script(unpacked.encode(), file)
+    if cfg.code_bytes == "raw":
+        return Script(file, file)
+    if kept and kept.is_file() and unpack_script(kept.read_bytes()) == lean(file.decode()).encode():
+        return Script(file, kept.read_bytes())
+    return Script(file, pack_script(file))
+
+
+def pack_script(source: bytes) -> bytes:
+    """A script that does the same, in fewer bytes."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}]  # for text: no words of 4 bytes
+    data = lzma.compress(lean(source.decode()).encode(), check=lzma.CHECK_CRC32, filters=filters)
+    return (UNPACKER % base64.b85encode(data).decode()).encode()
+
+
+def unpack_script(packed: bytes) -> bytes:
+    """The source that a packed script runs; empty for another file."""
+    with contextlib.suppress(ValueError, IndexError, lzma.LZMAError):
+        return lzma.decompress(base64.b85decode(packed.split(b'"')[1]))
+    return b""
+
+
+def lean(source: str) -> str:
+    """A script without what does not run: comments, empty lines, docstrings but for the head's, which --help shows. A
+    level of indentation becomes one space, a docstring 0. It is cut by tokens, so all else stays to the letter."""
+    row_starts = list(itertools.accumulate(map(len, source.splitlines(True)), initial=0))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    kept, done, last_row, level, inside = [], 0, 0, 0, False  # done: up to where; inside: of a statement
+    for (kind, _, start, end, _), (after, *_) in itertools.pairwise(tokens):
+        if kind in (tokenize.INDENT, tokenize.DEDENT):
+            level += 1 if kind == tokenize.INDENT else -1
+            continue
+        row, idle = row_starts[start[0] - 1], kind in (tokenize.COMMENT, tokenize.NL)
+        if start[0] > last_row:  # the first token of its row
+            kept += [source[done:row], "" if idle else " " * level]
+            done = row_starts[start[0]] if idle else row + start[1]
+        elif kind == tokenize.COMMENT:
+            kept.append(source[done : row + start[1]].rstrip())
+            done = row + end[1]
+        if kind == tokenize.STRING and level and not inside and after in (tokenize.NEWLINE, tokenize.COMMENT):
+            kept.append("0")
+            done = row_starts[end[0] - 1] + end[1]
+        inside = inside if idle else kind != tokenize.NEWLINE
+        last_row = end[0]
+    return "".join(kept) + source[done:]
 
 
 # ==== Data: shards of tokens, the bytes that each target stands for, batches ==========================================
@@ -3420,6 +3498,7 @@ def continued(cfg: Config, past: Past | None, ranks: int) -> Config:
 class Inputs:
     """What a run reads, opened and checked."""
 
+    script: Script
     tokenizer_path: Path
     tokenizer: Tokenizer
     train: Tokens | None
@@ -3466,7 +3545,8 @@ def read_manifest(folder: Path) -> tuple[str | None, float | None, list[str]]:
     return cut_with, of_a_byte, doubts
 
 
-def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict) -> tuple[Config, Inputs]:
+def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict,
+                script: Script) -> tuple[Config, Inputs]:
     """Open MODEL_PATH, whose model comes with its settings, the tokenizer and the data. UserError for the first that is
     missing or does not fit; the data must be that of a checkpoint."""
     blob = weights = None
@@ -3496,10 +3576,10 @@ def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict)
         require(count == before, f"DATA_PATH={folder}: {count} training tokens where the run to go on with had {before}"
                 "; give the same data")
     stream = open_stream(Tokens(folder, "val", cfg.vocab_size), tokenizer, cfg.val_token_limit, process.device)
-    return cfg, Inputs(path, tokenizer, train, stream, of_a_byte, doubts, blob, weights)
+    return cfg, Inputs(script, path, tokenizer, train, stream, of_a_byte, doubts, blob, weights)
 
 
-def check_machine(cfg: Config, process: Process, past: Past | None):
+def check_machine(cfg: Config, process: Process, past: Past | None, script: Script):
     """UserError where a run would end for want of room on the disk or a place to write to."""
     folder, dump = Path(cfg.log_dir, cfg.run_id).absolute(), Path(cfg.nll_dump).absolute()
     taken = cfg.run_id and not past and os.path.lexists(folder)
@@ -3511,11 +3591,11 @@ def check_machine(cfg: Config, process: Process, past: Past | None):
     replaceable = dump.is_file() or not dump.exists()  # a device or a folder is not
     require(not cfg.nll_dump or replaceable and dump.parent.is_dir() and os.access(dump.parent, os.W_OK),
             f"NLL_DUMP={cfg.nll_dump}: not a file in a folder that can be written to")
-    code, limit = SCRIPT.stat().st_size, cfg.artifact_limit_bytes
+    code, limit = len(script.counted), cfg.artifact_limit_bytes
     require(not (cfg.train_enabled and cfg.export_enabled) or code < limit,
             f"ARTIFACT_LIMIT_BYTES={limit}: the code alone has {code} bytes; raise the limit")
     elements = model_size(cfg)
-    need = code + 2**20  # the log, which holds the script
+    need = len(script.source) + code + 2**20  # the log, which holds the script, and what is counted of it
     if cfg.train_enabled:
         need += 16 * elements * (cfg.keep_ckpts + 1 if cfg.ckpt_every_seconds else 1)
     if cfg.export_enabled:
@@ -3563,7 +3643,7 @@ def check(cfg: Config, process: Process, inputs: Inputs, ranks: int, times: bool
     for name, shape in shapes_of(cfg).items():
         counts[group_of(name) if is_quantised(name, shape, cfg.quant_min_numel) else "fp16"] += math.prod(shape)
     bits = {g: max(getattr(cfg, f"quant_bits_{g}") - 1.6, 0.0) for g in GROUPS} | {"fp16": 16}
-    code, parameters = SCRIPT.stat().st_size, sum(counts.values())
+    code, parameters = len(inputs.script.counted), sum(counts.values())
     predicted = code + int(sum(n * bits[g] / 8 for g, n in counts.items()))
     left = 8 * (cfg.artifact_limit_bytes - code) / parameters
     scored = f"windows, stride {cfg.eval_stride}"
@@ -3577,7 +3657,7 @@ def check(cfg: Config, process: Process, inputs: Inputs, ranks: int, times: bool
         f"validation: {inputs.stream.targets:,} targets, {inputs.stream.bytes:,} bytes of {cfg.data_path}",
         f"evaluation: {scored}, {f'within {cfg.eval_max_seconds:g} s' if cfg.eval_max_seconds else 'no time limit'}",
         f"parameters: {parameters:,} ({', '.join(f'{n:,} {kind}' for kind, n in counts.items() if n)})",
-        f"artifact:   about {predicted:,} bytes with code before the search, which keeps it within "
+        f"artifact:   about {predicted:,} bytes, {code:,} of them code, before the search, which keeps it within "
         f"{cfg.artifact_limit_bytes:,}: that leaves {left:.2f} bits a parameter"]
     if cfg.train_enabled:
         share, cap = cfg.train_batch_tokens // cfg.train_seq_len // ranks, cfg.training_seconds
@@ -3609,20 +3689,23 @@ def open_log(cfg: Config, process: Process, inputs: Inputs, past: Past | None) -
     name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"_seed{cfg.seed}"
     if not cfg.run_id and Path(cfg.log_dir, name).exists():  # another run began in the same second
         name += f"_{os.getpid()}"
-    folder = Path(cfg.log_dir, process.agree(name))
+    folder, (source, counted) = Path(cfg.log_dir, process.agree(name)), inputs.script
 
     def make():
         if past is None:
             folder.mkdir(parents=True)
             lock(folder)
+        if cfg.code_bytes == "packed":
+            write_atomically(folder / PACKED_NAME, counted)
 
     process.together(make, main=True)
-    log, code = Log(process, folder), SCRIPT.read_bytes()
+    log = Log(process, folder)
     versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
     if past:
         for note in (*past.notes, *past.changes, *(past.resumes[-1:] if past.settings else ())):
             log(note)
-    log(code.decode() + "=" * 100, console=False)
+    log(source.decode() + "=" * 100, console=False)
+    log(f"code counted: {len(counted)} bytes, sha256 {hashlib.sha256(counted).hexdigest()}", console=False)
     log(f"python {platform.python_version()} {versions}\nhardware {process.hardware()}", console=False)
     log(f"config {json.dumps(cfg.settings())}", console=False)
     log(f"preset:{cfg.preset} seed:{cfg.seed} overrides:{json.dumps(cfg.overrides())}")
@@ -3740,7 +3823,7 @@ def export(cfg: Config, process: Process, log: Log, summary: dict, model: GPT, i
         seconds = summary["seconds"]
         text, size = calibration_text(cfg, process, inputs.train)
         with timed(seconds, "search"):
-            room = cfg.artifact_limit_bytes - SCRIPT.stat().st_size
+            room = cfg.artifact_limit_bytes - len(inputs.script.counted)
             exporter = Exporter(cfg, log, model, text, size, room, cfg.export_seconds)
             blob = exporter.search()
         if cfg.export_seconds:
@@ -3783,15 +3866,17 @@ def read_back(cfg: Config, process: Process, log: Log, summary: dict, inputs: In
             limit = Config.artifact_limit_bytes  # another run made it, maybe with another preset
         weights = {name: s.tensor() for name, s in unpack(blob, path)[1].items()}
         model = build_model(cfg, weights, process)
-    code = SCRIPT.stat().st_size
+    source, code = map(len, inputs.script)
     total = len(blob) + code
-    log(f"Code size: {code} bytes\nSerialized model int6+zstd: {len(blob)} bytes")
+    log(f"Code size: {code} bytes" if source == code else f"Code size (uncompressed): {source} bytes\n"
+        f"Code size (compressed): {code} bytes")
+    log(f"Serialized model int6+zstd: {len(blob)} bytes")
     log(f"Total submission size int6+zstd: {total} bytes")
     if total > limit:
         summary["reasons"].append(f"artifact over the limit: {total} > {limit} bytes")
         log(f"over the limit by {total - limit} bytes; all files are kept, the score is not valid")
-    summary["artifact"] = {"path": path, "bytes_model": len(blob), "bytes_code": code, "bytes_total": total,
-                           "limit": limit, "sha256": hashlib.sha256(blob).hexdigest()}
+    summary["artifact"] = {"path": path, "bytes_model": len(blob), "bytes_code": code, "bytes_source": source,
+                           "bytes_total": total, "limit": limit, "sha256": hashlib.sha256(blob).hexdigest()}
     write_summary(process, log.folder, summary)
     if process.main and not cfg.ckpt_every_seconds:  # nothing needs them any more
         shutil.rmtree(log.folder / "checkpoints", ignore_errors=True)
@@ -3922,10 +4007,12 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
     if cfg.resume:
         cfg = process.together(lambda: continued(cfg, past, process.world))
         process.compute_in(cfg.compute_dtype)
-    cfg, inputs = process.together(lambda: open_inputs(cfg, process, past, seconds))
+    kept = Path(cfg.log_dir, cfg.run_id, PACKED_NAME) if past else None
+    script = process.agree(process.together(lambda: read_script(cfg, kept), main=True))
+    cfg, inputs = process.together(lambda: open_inputs(cfg, process, past, seconds, script))
     if cfg.eval_max_seconds < 0:
         cfg = dataclasses.replace(cfg, eval_max_seconds=600.0 if process.cuda else 0.0)
-    process.together(lambda: check_machine(cfg, process, past))
+    process.together(lambda: check_machine(cfg, process, past, script))
     if options.check:
         said = process.together(lambda: check(cfg, process, inputs, options.ranks, options.time))
         if process.main:

@@ -28,6 +28,7 @@ TINY = {
     "ITERATIONS": "12", "MAX_WALLCLOCK_SECONDS": "0", "WARMDOWN_ITERS": "4", "QUANT_MIN_NUMEL": "100",
     "VAL_TOKEN_LIMIT": "1001", "EVAL_STRIDE": "8", "COMPUTE_DTYPE": "fp32", "EMA_DECAY": "0.5",
     "TTT_ENABLED": "0", "EXPORT_FILL": "0", "CALIBRATION_TOKENS": "2048",
+    "CODE_BYTES": "raw",  # packing is a third of a second of each of many launches
 }
 
 
@@ -168,7 +169,7 @@ def finished(tmp_path_factory, corpus) -> Launch:
     """A whole run with every stage, for tests that only look at it or score its artifact. Its losses: nats.npy."""
     home = tmp_path_factory.mktemp("finished")
     run = Launch(home, corpus, RUN_ID="finished", ITERATIONS=40, TRAIN_LOG_EVERY=10, VAL_LOSS_EVERY=20, TTT_ENABLED=1,
-                 NLL_DUMP=home / "nats.npy").end()
+                 NLL_DUMP=home / "nats.npy", CODE_BYTES="packed").end()
     assert run.code == 0, run.err
     run.nats = home / "nats.npy"
     return run

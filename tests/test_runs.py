@@ -33,12 +33,12 @@ def test_a_run_and_its_record(finished):
     s, log = finished.summary, (finished.folder / "train.log").read_text()
     assert sorted(p.name for p in finished.folder.iterdir()) == [
         "excerpt.npy", "final_model.int6.ptz", "metrics.jsonl", "summary.json", "sums.npy",
-        "train.log"]
+        "train.log", "train_gpt.packed.py"]
     losses = train_losses(finished.out)
     assert losses[0] > 5.5 and losses[-1] < losses[0] - 0.5, "the loss must fall"
     for pattern in (
         r"model_params:\d+", r"step:10/40 train_loss:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
-        r"step:40/40 val_loss:\d\.\d{4} val_bpb:\d\.\d{4} train_time", r"Code size: \d+ bytes",
+        r"step:40/40 val_loss:\d\.\d{4} val_bpb:\d\.\d{4} train_time", r"Code size \(compressed\): \d+ bytes",
         r"Total submission size int6\+zstd: \d+ bytes", r"final_int6_roundtrip val_loss:\d\.\d{4} val_bpb:\d\.\d{4}",
         r"final_int6_roundtrip_exact val_loss:\d\.\d{8} val_bpb:\d\.\d{8}", r"final_float_exact val_loss",
         r"final_int6_sliding_window val_loss:.* stride:8 eval_time:\d+ms", r"final_int6_sliding_window_exact val_loss",
@@ -47,10 +47,11 @@ def test_a_run_and_its_record(finished):
     ):
         assert re.search("^" + pattern, log, re.M), pattern
     assert SCRIPT.read_text() in log and "torch" in log and '"num_layers": 3' in log
-    artifact = finished.folder / "final_model.int6.ptz"
+    artifact, packed = finished.folder / "final_model.int6.ptz", finished.folder / "train_gpt.packed.py"
     assert s["artifact"] == {
-        "path": str(artifact), "bytes_model": artifact.stat().st_size, "bytes_code": SCRIPT.stat().st_size,
-        "bytes_total": artifact.stat().st_size + SCRIPT.stat().st_size, "limit": 750_000,
+        "path": str(artifact), "bytes_model": artifact.stat().st_size, "bytes_code": packed.stat().st_size,
+        "bytes_source": SCRIPT.stat().st_size,
+        "bytes_total": artifact.stat().st_size + packed.stat().st_size, "limit": 750_000,
         "sha256": hashlib.sha256(artifact.read_bytes()).hexdigest()}
     assert s["finished"] is s["valid"] is True and s["reasons"] == [] == s["resumes"]
     caveats = [c.split(":")[0].split(";")[0] for c in s["caveats"]]
@@ -215,7 +216,7 @@ def test_switches(launch, finished, tmp_path):
 def test_a_check_that_failed_is_a_reason_and_exit_code_1(launch, finished):
     score = {"TRAIN_ENABLED": 0, "MODEL_PATH": finished.folder / "final_model.int6.ptz"}
     run = launch(run_id="large", ARTIFACT_LIMIT_BYTES=1000, FINAL_EVAL_ENABLE=0, **score)
-    total = finished.summary["artifact"]["bytes_total"]
+    total = finished.summary["artifact"]["bytes_model"] + SCRIPT.stat().st_size
     assert run.code == 1 and run.summary["reasons"] == [f"artifact over the limit: {total} > 1000 bytes"]
     assert run.summary["valid"] is False and run.summary["finished"] and "valid: NO, artifact over" in run.out
     run = launch(run_id="late", EVAL_MAX_SECONDS=0.001, FINAL_EVAL_ENABLE=0, **score)
@@ -498,7 +499,7 @@ def test_wrong_shards_say_which_command_fetches_the_right_ones(launch, corpus, t
 
 
 def test_check_predicts_and_leaves_nothing(launch, finished, tmp_path):
-    run = launch(options=["--check", "--ranks", "4"], MAX_WALLCLOCK_SECONDS=1, ITERATIONS=1000)
+    run = launch(options=["--check", "--ranks", "4"], MAX_WALLCLOCK_SECONDS=1, ITERATIONS=1000, CODE_BYTES="packed")
     assert run.code == 0, run.err
     assert "steps:      at most 1,000 of 256 tokens; how many 0.75 s allow is unknown, --check --time" in run.out
     timed = launch(options=["--check", "--ranks", "2", "--time"], MAX_WALLCLOCK_SECONDS=1000, MICRO_BATCH_SEQS=1).out
@@ -514,8 +515,8 @@ def test_check_predicts_and_leaves_nothing(launch, finished, tmp_path):
     launch(options=["--check", "--ranks", "3"]).refused("WORLD_SIZE=3")
     assert int(re.search(r"model_params:(\d+)", finished.out).group(1)) == int(
         re.search(r"parameters: ([\d,]+)", run.out).group(1).replace(",", ""))
-    assert predicted == pytest.approx(finished.summary["artifact"]["bytes_total"], rel=0.15)
-    limit, code = (finished.summary["artifact"][key] for key in ("limit", "bytes_code"))
+    limit, code, model = (finished.summary["artifact"][key] for key in ("limit", "bytes_code", "bytes_model"))
+    assert predicted == pytest.approx(code + model, abs=0.5 * model) and f" bytes, {code:,} of them code" in run.out
     count = int(re.search(r"model_params:(\d+)", finished.out).group(1))
     assert f"{limit:,}: that leaves {8 * (limit - code) / count:.2f} bits a parameter" in run.out
     memory = r"^memory: +about 0.0 GiB for weights and optimizers, 0.0 for 2 of a rank's 2 sequences"

@@ -122,7 +122,8 @@ def find_script(folder: Path, size: int) -> tuple[bytes, Path]:
     counts, else the one of the record's folder that the run lies in."""
     log = folder / "train.log"
     text = log.read_bytes() if log.is_file() else b""
-    beside = [path / "train_gpt.py" for path in (folder, *folder.resolve().parents)]
+    beside = [path / name for path in (folder, *folder.resolve().parents) for name in ("train_gpt_readable.py",
+                                                                                      "train_gpt.py")]
     if ends := [m.start() for m in CODE_END.finditer(text)]:
         code, before = text[max(ends[-1] - size, 0) : ends[-1]], text[: max(ends[-1] - size, 0)]
         require(len(code) == size and before[-1:] in (b"", b"\n"), f"{log}: the script in it is not of the {size} "
@@ -178,7 +179,8 @@ def find_artifact(folder: Path, told: dict) -> Path:
 def open_run(folder: Path) -> Subject:
     """Find and check all that belongs to a run, but for its data."""
     summary = read_summary(folder)
-    code, place = find_script(folder, summary["artifact"]["bytes_code"])
+    told = summary["artifact"]
+    code, place = find_script(folder, told.get("bytes_source", told["bytes_code"]))
     script = load(code, place)
     check_names(folder, script)
     path = find_artifact(folder, summary["artifact"])

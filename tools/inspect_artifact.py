@@ -89,7 +89,7 @@ def code_and_limit(path: str) -> tuple[int, int]:
         told = json.loads(Path(path).with_name("summary.json").read_bytes())["artifact"]
         if told["sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest():
             return int(told["bytes_code"]), int(told["limit"])
-    return t.SCRIPT.stat().st_size, t.Config.artifact_limit_bytes
+    return len(t.read_script(t.Config(), None).counted), t.Config.artifact_limit_bytes
 
 
 def table(path: str) -> str:

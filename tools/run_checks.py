@@ -131,7 +131,11 @@ def check_log(run: Run):
     if not gone:
         agree(run, "the size", run.total_bytes, run.code_bytes + run.model_bytes, 0, "its total", "code and model")
     if run.code and run.code_bytes is not None:
-        agree(run, "the size of the script", len(run.code), run.code_bytes, 0, "the copy in train.log", "its line")
+        agree(run, "the size of the script", len(run.code), run.source_bytes or run.code_bytes, 0,
+              "the copy in train.log", "its line")
+    if run.counted and run.code_bytes is not None:
+        agree(run, "the size of the code that counts", run.counted[0], run.code_bytes, 0, "its own line",
+              "the line 'Code size'")
     if run.end:
         agree(run, "the last step", run.end[0], run.steps, 0, "its table", "the lines of training")
     if run.stop:
@@ -193,7 +197,7 @@ def check_summary(run: Run):
                       (f"bytes of {key}", run.bytes, theirs["bytes"], 0)]
     if run.score:
         pairs.append(("val_bpb", run.score.val_bpb, s["val_bpb"], 5.01e-9))
-    for name in ("code", "model", "total"):
+    for name in ("code", "source", "model", "total") if run.source_bytes else ("code", "model", "total"):
         pairs.append((f"bytes_{name}", getattr(run, f"{name}_bytes"), (s["artifact"] or {}).get(f"bytes_{name}"), 0))
     if s["train"]:
         batch = s["config"]["train_batch_tokens"]

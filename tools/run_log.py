@@ -88,7 +88,8 @@ class Run:
     epochs: int = 0  # of test-time training over the whole split before it was scored, as the seed did
     own: dict[str, Score] = field(default_factory=dict)  # by SCORES
     rows: dict[str, tuple] = field(default_factory=dict)  # the same in the table at its end: loss, BPB, targets
-    code_bytes: int | None = None
+    code_bytes: int | None = None  # that count
+    source_bytes: int | None = None  # of the script, where what counts is another file
     model_bytes: int | None = None
     total_bytes: int | None = None
     audits: dict[str, bool] = field(default_factory=dict)  # its checks, by audit.json; of older scripts by their lines
@@ -105,6 +106,7 @@ class Run:
     dropped: bool = False  # steps of its training that were not finite
     counted: bool = False  # its parameters were counted in its artifact
     script: tuple[int, str] | None = None  # bytes and sha256 of the script that lies beside a record's log
+    counted: tuple[int, str] | None = None  # the same of the file that counts as code
     makers: "list[Run]" = field(default_factory=list)  # whose artifact, then whose float weights it took
 
     @property
@@ -239,7 +241,9 @@ FORMS = {
     "epoch": rf"ttt_epoch:(\d+)/(\d+) loss:{N}(?: lr:{N})? time:{N}s",
     "exact": r"(\w+)_exact val_loss:(-?\d+\.\d{8}|nan|-?inf) val_bpb:(-?\d+\.\d{8}|nan|-?inf)",
     "score": rf"(DIAGNOSTIC post_ema|\w+) val_loss:{N} val_bpb:{N} (?:.*?stride:(\d+) )?(?:.* )?eval_time:(\d+)ms",
-    "code": r"Code size: (\d+) bytes",
+    "code": r"Code size(?: \(compressed\))?: (\d+) bytes",
+    "source": r"Code size \(uncompressed\): (\d+) bytes",
+    "counted": r"code counted: (\d+) bytes, sha256 ([0-9a-f]{64})",
     "model": r"Serialized model int6\+\w+: (\d+) bytes",
     "total": r"Total submission size int6\+\w+: (\d+) bytes",
     "stop": r"stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/(\d+)",
@@ -256,7 +260,7 @@ FORMS = {
     "resumed": r"resumed from step (\d+) in .*",
     "again": r"resumed from .*",
     "dropped": r".*; the step is dropped, \d+ in a row",
-    "script": r"script train_gpt\.py bytes:(\d+) sha256:([0-9a-f]{64})",
+    "script": r"script train_gpt(?:_readable)?\.py bytes:(\d+) sha256:([0-9a-f]{64})",
     "trained": r"trained: ([\d,]+) steps, [\d,]+ tokens, ([\d.]+) ms a step",
     "clocks": r"evaluation clocks: .*? \(reading ([\d.]+), compiling ([\d.]+), walk [\d.]+\), .*",
     "exported": r"export: took ([\d.]+) s of the [\d.]+ s kept for it",
@@ -302,7 +306,7 @@ def add_line(run: Run, kind: str, m: re.Match):
         else:
             score.rough, score.seconds = (float(g[1]), float(g[2])), int(g[4]) / 1000
             score.stride = int(g[3]) if g[3] else None
-    elif kind in ("code", "model", "total"):
+    elif kind in ("code", "source", "model", "total"):
         setattr(run, f"{kind}_bytes", int(g[0]))
     elif kind == "row":
         key = dict(zip(("float", "int6", "sliding", "test"), SCORES, strict=True))[re.split("[, -]", g[0])[0]]
@@ -373,8 +377,8 @@ def add_fact(run: Run, kind: str, g: tuple):
         run.train, run.val = ([p for p in points if p.step <= last] for points in (run.train, run.val))
     elif kind in ("again", "dropped"):
         setattr(run, kind, True)
-    elif kind == "script":
-        run.script = int(g[0]), g[1]
+    elif kind in ("script", "counted"):
+        setattr(run, kind, (int(g[0]), g[1]))
     elif kind == "trained":
         run.end = int(g[0].replace(",", "")), float(g[1])
     elif kind == "valid":
@@ -399,7 +403,7 @@ def split_log(text: str) -> tuple[str, str]:
     if not end:
         return "", text
     code = text[: end.start()].encode()
-    if sizes := re.findall(r"^Code size: (\d+) bytes$", text, re.M):
+    if sizes := re.findall(r"^Code size(?: \(uncompressed\))?: (\d+) bytes$", text, re.M):
         notes = code[: -int(sizes[-1])]
         code = code[len(notes) :] if notes.endswith(b"\n") else code
     code = code.decode()
