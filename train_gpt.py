@@ -975,6 +975,7 @@ def lean(source: str) -> str:
 
 BOS_ID = 1  # opens every document
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+PUBLISHED_TARGETS = {1024: 62_021_632, 8192: 40_540_160}  # of FineWeb's validation, in whole windows of 2,048
 
 
 def find_path(name: str) -> Path:
@@ -2156,9 +2157,9 @@ class Trainer:
 
 
 def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, stream: Stream,
-          saved: tuple[dict, dict[str, Tensor]] | None = None) -> dict:
-    """Train `model` in place, from the start or from a checkpoint, and leave the averaged weights in it. Returns the
-    summary's `train` entry.
+          saved: tuple[dict, dict[str, Tensor]] | None, clocks: dict) -> dict:
+    """Train `model` in place, from the start or from a checkpoint, and leave the averaged weights in it. The seconds of
+    the warm-up are added to `clocks`. Returns the summary's `train` entry.
 
     Raises Diverged when a loss or gradient is not finite, and Interrupted after a signal, when the state is written.
     """
@@ -2170,7 +2171,9 @@ def train(cfg: Config, process: Process, log: Log, model: GPT, tokens: Tokens, s
     if tokens_per_pass(cfg, process, True) < cfg.train_seq_len:
         log(f"warning: {process.memory()[0] / 2**30:.1f} GiB of memory are little for a sequence of this model; if the "
             "run is killed, lower TRAIN_SEQ_LEN or the model's size")
-    trainer.warm_up()
+    with timed(clocks, "warm_up"):
+        trainer.warm_up()
+    log(f"warm-up: {clocks['warm_up']:.1f} s before training's clock")
     first, seconds, caught = 0, 0.0, 0
     if saved:
         trainer.restore(*saved)
@@ -3446,7 +3449,7 @@ def past_of_summary(folder: Path, summary, resumes: list[str]) -> Past | None:
         done["eval"] = dict.fromkeys(summary["eval"]) | {"float": summary["eval"]["float"]}  # the others are made anew
         done["reasons"] = [reason for reason in summary["reasons"] if reason.startswith("float:")]
         explicit = tuple(f.name for f in VARIABLES if f.name.upper() in summary["overrides"])
-        stages = {"train", "search", "export"} & summary["seconds"].keys()
+        stages = {"warm_up", "train", "search", "export"} & summary["seconds"].keys()
         seconds = {stage: check_seconds(summary["seconds"][stage]) for stage in sorted(stages)}
         resumes = [*resumes, "resumed from its artifact"]
         return Past([], resumes, summary["config"], explicit, bool(summary["finished"]), done, seconds=seconds)
@@ -3503,8 +3506,9 @@ class Inputs:
     tokenizer: Tokenizer
     train: Tokens | None
     stream: Stream
+    data: dict  # sha256 of the tokenizer, and what is known of the shards
     of_a_byte: float | None  # canonical bytes of a byte of the text before it was tokenised, where that is known
-    doubts: list[str]  # what the data's makers say against a BPB in its bytes
+    doubts: list[str]  # what is known of the data that speaks against a score on it
     blob: bytes | None  # of MODEL_PATH: an artifact to score,
     weights: Tensor | None  # or a run's averaged weights to export
 
@@ -3522,14 +3526,17 @@ def read_model(path: str) -> tuple[dict, bytes | None, Tensor | None]:
     return {f.name: facts["settings"][f.name] for f in MODEL_FIELDS}, None, tensors.get("average", tensors["weights"])
 
 
+# What reading a JSON file raises that is not there, or that something else has written.
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
+
+
 def read_manifest(folder: Path) -> tuple[str | None, float | None, list[str]]:
     """What data/prepare.py has noted beside its shards: the sha256 of the tokenizer that cut them; the bytes that are
     counted of a byte of the validation text as it was given; and where the tokenizer has changed that by more than
     0.5%, a line on what it does to BPB. None for what it does not say. Raises UserError where the shards are not of one
     origin."""
     cut_with, of_a_byte, doubts = None, None, []
-    foreign = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
-    with contextlib.suppress(*foreign):
+    with contextlib.suppress(*UNREADABLE):
         manifest = json.loads((folder / "manifest.json").read_bytes())
         require(manifest.get("origin") != {}, f"DATA_PATH={folder}: fetching was cut short and its shards may be of "
                 "several origins; run ./run.sh data again")
@@ -3543,6 +3550,21 @@ def read_manifest(folder: Path) -> tuple[str | None, float | None, list[str]]:
         if lost > 0.005 * raw:
             doubts.append(f"BPB leaves out {lost} of the text's {raw} bytes, which the tokenizer does not know")
     return cut_with, of_a_byte, doubts
+
+
+def read_verified(folder: Path) -> tuple[dict | None, list[str]]:
+    """What ./run.sh data --verify has found in these shards, with one sha256 for all of theirs; None where it has not
+    seen them as they are. With it, what speaks against a score on them."""
+    with contextlib.suppress(*UNREADABLE):
+        found = json.loads((folder / "verified.json").read_bytes())
+        seen = {file["name"]: (file["bytes"], file["mtime"]) for file in found["files"]}
+        here = {path.name: path.stat() for path in folder.glob("fineweb_*.bin")}
+        if seen == {name: (file.st_size, int(file.st_mtime)) for name, file in here.items()}:
+            names = "".join(f"{file['sha256']}  {file['name']}\n" for file in found["files"])
+            told = {name: found[name] for name in ("date", "equal_documents", "shared_documents", "shared_tokens")}
+            faults = [f"data, as verified: {fault}" for fault in found["faults"]]
+            return told | {"sha256": hashlib.sha256(names.encode()).hexdigest(), "faults": len(faults)}, faults
+    return None, []
 
 
 def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict,
@@ -3563,7 +3585,9 @@ def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict,
     folder = find_data(cfg)
     path, cfg = find_tokenizer(cfg, folder), dataclasses.replace(cfg, data_path=str(folder))
     tokenizer, (cut_with, of_a_byte, doubts) = Tokenizer(path, cfg.vocab_size), read_manifest(folder)
-    require(cut_with in (None, hashlib.sha256(path.read_bytes()).hexdigest()), f"TOKENIZER_PATH={path}: not the "
+    verified, faults = read_verified(folder)
+    data = {"tokenizer_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "verified": verified}
+    require(cut_with in (None, data["tokenizer_sha256"]), f"TOKENIZER_PATH={path}: not the "
             f"tokenizer that cut the data, by {folder / 'manifest.json'}; give that one, or other data: ./run.sh data "
             f"--variant sp{cfg.vocab_size} fetches FineWeb's")
     train = None
@@ -3576,7 +3600,7 @@ def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict,
         require(count == before, f"DATA_PATH={folder}: {count} training tokens where the run to go on with had {before}"
                 "; give the same data")
     stream = open_stream(Tokens(folder, "val", cfg.vocab_size), tokenizer, cfg.val_token_limit, process.device)
-    return cfg, Inputs(script, path, tokenizer, train, stream, of_a_byte, doubts, blob, weights)
+    return cfg, Inputs(script, path, tokenizer, train, stream, data, of_a_byte, doubts + faults, blob, weights)
 
 
 def check_machine(cfg: Config, process: Process, past: Past | None, script: Script):
@@ -3717,16 +3741,17 @@ def open_log(cfg: Config, process: Process, inputs: Inputs, past: Past | None) -
         log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(inputs.train.paths)} "
             f"tokens:{len(inputs.train)}")
     log(f"val_loader:tokens:{inputs.stream.targets} bytes:{inputs.stream.bytes}")
+    log(f"data {json.dumps(inputs.data)}", console=False)
     return log
 
 
-def new_summary(cfg: Config, process: Process, name: str) -> dict:
+def new_summary(cfg: Config, process: Process, inputs: Inputs, name: str) -> dict:
     """What summary.json says before the first stage."""
     return {"run_id": name, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
-            "overrides": cfg.overrides(), "hardware": process.hardware(), "train": None, "export": None,
-            "artifact": None, "eval": dict.fromkeys(("float", "int6", "sliding", "ttt")), "val_bpb": None,
-            "val_bpb_raw_bytes": None, "finished": False, "valid": False, "reasons": [], "caveats": [], "resumes": [],
-            "seconds": {}}
+            "overrides": cfg.overrides(), "hardware": process.hardware(), "data": inputs.data, "train": None,
+            "export": None, "artifact": None, "eval": dict.fromkeys(("float", "int6", "sliding", "ttt")),
+            "val_bpb": None, "val_bpb_raw_bytes": None, "finished": False, "valid": False, "reasons": [],
+            "caveats": [], "resumes": [], "seconds": {}}
 
 
 def save_summary(process: Process, folder: Path, summary: dict):
@@ -3776,7 +3801,7 @@ def train_and_average(cfg: Config, process: Process, log: Log, summary: dict, in
     log(f"model_params:{model_size(cfg)}")
     saved = (past.facts, past.tensors) if past and past.facts else None
     with timed(summary["seconds"], "train"):
-        summary["train"] = train(cfg, process, log, model, inputs.train, inputs.stream, saved)
+        summary["train"] = train(cfg, process, log, model, inputs.train, inputs.stream, saved, summary["seconds"])
     write_summary(process, log.folder, summary)
     return model
 
@@ -3930,7 +3955,7 @@ def judge(cfg: Config, process: Process, log: Log, summary: dict, inputs: Inputs
         (lag, lag),
         ((summary["eval"]["ttt"] or {}).get("stopped_by_budget"),
          f"EVAL_MAX_SECONDS={cfg.eval_max_seconds:g} ended learning early: a faster machine would score otherwise"),
-        (not inputs.stream.complete, f"partial split: its first {inputs.stream.targets} targets"),
+        *split_caveats(cfg, inputs.stream),
         (not data.startswith("fineweb10B"), f"not the challenge's data: {data}"),
         (summary["resumes"], f"resumed {len(summary['resumes'])} times"),
         (changes, "; ".join(changes)),
@@ -3949,6 +3974,14 @@ def judge(cfg: Config, process: Process, log: Log, summary: dict, inputs: Inputs
         log(f"note: {caveat}")
     log(f"summary: {log.folder / 'summary.json'}")
     return int(failed)
+
+
+def split_caveats(cfg: Config, stream: Stream) -> list[tuple[bool, str]]:
+    """What holds of the validation split, and what is said then: a cut one scores as if it were whole."""
+    name, published = Path(cfg.data_path).name, PUBLISHED_TARGETS.get(cfg.vocab_size, 0)
+    other = published and name == f"fineweb10B_sp{cfg.vocab_size}" and stream.targets // 2048 * 2048 != published
+    return [(not stream.complete, f"partial split: its first {stream.targets} targets"),
+            (stream.complete and other, f"not the published split: {stream.targets} targets, there about {published}")]
 
 
 def lag_of_average(cfg: Config, summary: dict) -> str:
@@ -4019,7 +4052,7 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
             show(said)
         return 0
     log = open_log(cfg, process, inputs, past)
-    summary = new_summary(cfg, process, log.folder.name)
+    summary = new_summary(cfg, process, inputs, log.folder.name)
     if past:
         summary |= {"resumes": past.resumes} | (past.done or {})
     summary["seconds"] = seconds

@@ -650,7 +650,7 @@ def older(folder):
     script = SCRIPT.read_bytes().replace(b"def build_model(", b"def building(")
     log = (folder / "train.log").read_bytes()
     (folder / "train.log").write_bytes(script + log[len(SCRIPT.read_bytes()) :])
-    change(folder, lambda s: s["artifact"].update(bytes_code=len(script)))
+    change(folder, lambda s: s["artifact"].update(bytes_source=len(script)))
 
 
 @pytest.mark.parametrize("damage, words", [

@@ -108,8 +108,9 @@ def begin(cfg):
     past = t.find_past(cfg)
     if cfg.resume:
         cfg = t.continued(cfg, past, 1)
-    cfg, inputs = t.open_inputs(cfg, process, past, {})
-    t.check_machine(cfg, process, past)
+    script = t.Script(b"", b"")
+    cfg, inputs = t.open_inputs(cfg, process, past, {}, script)
+    t.check_machine(cfg, process, past, script)
     t.check(cfg, process, inputs, 1)
 
 
@@ -187,7 +188,7 @@ def take_up(cfg, folder):
     if past.facts is None:
         raise t.UserError(past.notes[0])
     assert 0 <= past.facts["step"] <= 1e15
-    new, inputs = t.open_inputs(new, process, past, {})
+    new, inputs = t.open_inputs(new, process, past, {}, t.Script(b"", b""))
     model = t.GPT(new)
     trainer = t.Trainer(new, process, model)
     trainer.restore(past.facts, past.tensors)

@@ -21,6 +21,7 @@ import audit  # noqa: E402
 import figures  # noqa: E402
 import record  # noqa: E402
 import record_checks  # noqa: E402
+import record_review  # noqa: E402
 import record_text  # noqa: E402
 import runs as reader  # noqa: E402
 import show  # noqa: E402
@@ -30,7 +31,7 @@ import train_gpt as t  # noqa: E402
 
 RUNS = "TTT_LR=1e-3 SEED=13\nTTT_LR=3e-3 SEED=13\nTTT_LR=3e-3 SEED=1111\n"
 SETTINGS = {"TTT_ENABLED": "1", "TTT_MODE": "full", "TTT_CHUNK_TOKENS": "300", "TTT_EPOCHS": "1",
-            "TRAIN_LOG_EVERY": "2", "VAL_LOSS_EVERY": "6"}
+            "TRAIN_LOG_EVERY": "2", "VAL_LOSS_EVERY": "6", "CODE_BYTES": "packed"}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,18 @@ def in_all(*changes: dict) -> dict:
     return {kind: [change for c in changes for change in c.get(kind, ())] for kind in ("log", "summary", "audit")}
 
 
-CLEAN = in_all(moved("/data/fineweb10B_sp1024"), {
+VERIFIED = {"date": "2026-01-02", "equal_documents": 3, "shared_documents": 70, "shared_tokens": 8000,
+            "sha256": "ab" * 32, "faults": 0}
+CODE = len(t.pack_script(t.SCRIPT.read_bytes()))
+
+
+def knows_of_data(verified: dict | None) -> dict:
+    """Changes by which a run knew that of its data."""
+    return {"log": [(r'^(data \{.*"verified": ).*\}$', rf"\g<1>{json.dumps(verified)}}}")],
+            "summary": [("data.verified", verified)]}
+
+
+CLEAN = in_all(moved("/data/fineweb10B_sp1024"), knows_of_data(VERIFIED), {
     "log": [(r"^note: .*\n", ""), (r"^(hardware .*'name': )'[^']*'", rf"\1'{H100}'"),
             (r"^(hardware .*'world_size': )1\b", r"\g<1>8"), (r"^world_size:1\b", "world_size:8"),
             (r'^(config .*"val_token_limit": )1001', r"\g<1>0"), (r'^(preset:.*), "VAL_TOKEN_LIMIT": 1001', r"\1")],
@@ -196,7 +208,9 @@ def test_a_record_of_runs_that_share_their_training(swept, call, tmp_path, corpu
     for path in folder.iterdir():
         places = first["config"]["data_path"], str(Path(swept[0]).parent), str(ROOT)
         assert path.suffix == ".png" or not any(place in path.read_text() for place in places), path
-    assert (folder / "train_gpt.py").read_bytes() == t.SCRIPT.read_bytes()
+    assert (folder / "train_gpt_readable.py").read_bytes() == t.SCRIPT.read_bytes()
+    assert (folder / "train_gpt.py").read_bytes() == t.pack_script(t.SCRIPT.read_bytes())
+    assert facts["bytes_code"] == (folder / "train_gpt.py").stat().st_size
     assert f"torch=={t.torch.__version__.partition('+')[0]}\n" in (folder / "requirements.txt").read_text()
     for stem in ("training", "running_bpb", "bytes"):
         assert (folder / f"{stem}.png").read_bytes().startswith(b"\x89PNG") and f"({stem}.png)" in readme
@@ -214,11 +228,15 @@ def check_test(readme, facts, summary):
     reference = 4.5 * math.log(2) * score["bytes"] / score["tokens"]
     gains = [reference - entry["val_loss"] for entry in facts["seed_results"].values()]
     mean, half = sum(gains) / 2, abs(gains[0] - gains[1]) / 2  # half the distance: deviation by sqrt(2)
-    assert f"Mean difference {mean:+.5f} nats/token" in " ".join(readme.split())
-    for claim, margin in (("better", 0.0), ("better by 0.005 nats/token, as a record must be", 0.005)):
+    part = readme.split("## Against the one before\n")[1].split("\n## ")[0]
+    assert f"| {mean:+.4f} |" in part and "its seeds were not given" in part and "three seeds; here are 2." in part
+    for claim, margin, level in (("as applied on the board: better", 0.0, 0.25),
+                                 ("the challenge's, strict: better by 0.005 nats/token", 0.005, 0.01)):
         value = (mean - margin) / half
         p = 0.5 - math.atan(value) / math.pi
-        assert f"| {claim} | {value:.2f} | {p:.2g} | {'yes' if p < 0.01 else 'no'} |" in readme
+        shown = f"{p:.2g}" if p < 0.1 else f"{p:.3f}"
+        row = f"| {claim}, p < {level} | {value:.2f} | 1.00 | {shown} | {'yes' if p < level else 'no'} |"
+        assert row in part, (row, part)
 
 
 def run_again(folder, readme, facts, project, corpus):
@@ -240,8 +258,21 @@ def run_again(folder, readme, facts, project, corpus):
     ([1.0, 1.0], 2.0, -math.inf, 1.0),
 ])
 def test_student(gains, margin, value, p):
-    found = record_text.significance(gains, margin)
-    assert found == (pytest.approx(value, abs=1e-9), pytest.approx(p, abs=2e-5))
+    found = record_review.welch([gain - margin for gain in gains], [0.0])
+    assert found == (pytest.approx(value, abs=1e-9), len(gains) - 1, pytest.approx(p, abs=2e-5))
+
+
+def test_welch():
+    """By the closed form of two degrees of freedom, and by another's figures for unequal deviations."""
+    value, freedom, p = record_review.welch([1.0, 3.0], [0.5, 2.5])  # deviations alike: Student's with 2 + 2 - 2
+    assert (value, freedom) == (pytest.approx(2 / 2**0.5), pytest.approx(2.0))
+    assert p == pytest.approx(0.5 - value / (2 * (2 + value**2) ** 0.5))
+    scipy_stats = pytest.importorskip("scipy.stats")
+    ours, theirs = [1.0611, 1.0607, 1.0615], [1.0632, 1.0618, 1.0640, 1.0629]
+    mean = sum(theirs) / 4
+    found = record_review.welch([mean - score for score in ours], theirs)
+    other = scipy_stats.ttest_ind(theirs, ours, equal_var=False, alternative="greater")
+    assert found == (pytest.approx(other.statistic), pytest.approx(other.df), pytest.approx(other.pvalue))
 
 
 def test_a_record_where_nothing_speaks_against_it(swept, call, tmp_path):
@@ -270,8 +301,8 @@ def test_a_record_where_nothing_speaks_against_it(swept, call, tmp_path):
      "the runs differ in MATRIX_LR: 0.025 (seed 13), 0.5 (seed 1111)"),
     ([(r"'torch': '[^']*'", "'torch': '1.0'")], [], "the runs differ in the version of torch"),
     ([(r"^(Serialized model int6\+zstd: )\d+", r"\g<1>16000000"),
-      (r"^(Total submission size int6\+zstd: )\d+", rf"\g<1>{16_000_000 + t.SCRIPT.stat().st_size}")],
-     [("artifact.bytes_model", 16_000_000), ("artifact.bytes_total", 16_000_000 + t.SCRIPT.stat().st_size)],
+      (r"^(Total submission size int6\+zstd: )\d+", rf"\g<1>{16_000_000 + CODE}")],
+     [("artifact.bytes_model", 16_000_000), ("artifact.bytes_total", 16_000_000 + CODE)],
      "bytes, over 750,000"),
     ([], [("seconds.search", 700.0)], "seed 1111: training took 70"),
     ([(r"^(evaluation clocks: .* \(reading )[\d.]+", r"\g<1>700.0")], [("seconds.read", 700.0)],
@@ -294,6 +325,130 @@ def test_each_reason_is_named(swept, call, tmp_path, monkeypatch, log, summary, 
     assert code == 0, err
     (readme,) = (tmp_path / "records" / "track_non_record_16mb").glob("*_yes/README.md")
     assert reason in " ".join(readme.read_text().split("## ")[0].split())
+
+
+def test_what_counts_must_be_what_ran(swept, call, tmp_path):
+    """The packed file of each run: there, of the counted bytes, and the script of its log."""
+    options = "--name", "no", "--author", "x", "--non-record"
+    folder = Path(forged(swept[0], tmp_path / "run"))
+    path = folder / t.PACKED_NAME
+    packed = path.read_bytes()
+    path.unlink()
+    refused(call(record, folder, *options), "has no train_gpt.packed.py, which its bytes count")
+    path.write_bytes(packed + b"#")
+    refused(call(record, folder, *options), f"has {len(packed) + 1} bytes and sha256", f"counts {len(packed)} and")
+    path.write_bytes(packed.replace(b'PACKED="', b'PACKED="0', 1)[:-1])
+    refused(call(record, folder, *options), f"has {len(packed)} bytes and sha256")
+    other = t.pack_script(b"x = 1\n")
+    told = {"log": [(r"^code counted: .*", f"code counted: {len(other)} bytes, sha256 "
+                     f"{t.hashlib.sha256(other).hexdigest()}"),
+                    (r"^(Code size .compressed.: )\d+", rf"\g<1>{len(other)}"),
+                    (r"^(Total submission size int6\+zstd: )(\d+)",
+                     lambda m: f"{m[1]}{int(m[2]) - len(packed) + len(other)}")]}
+    folder = Path(forged(swept[0], tmp_path / "other", **told))
+    facts = json.loads((folder / "summary.json").read_text())
+    facts["artifact"] |= {"bytes_code": len(other), "bytes_total": facts["artifact"]["bytes_model"] + len(other)}
+    (folder / "summary.json").write_text(json.dumps(facts))
+    (folder / t.PACKED_NAME).write_bytes(other)
+    refused(call(record, folder, *options), "does not unpack to the script in its train.log")
+
+
+def test_the_data_must_have_been_verified(swept, call, tmp_path, monkeypatch, corpus):
+    """Before a run, which then knows of it, or before the record; what was found is in its README."""
+    monkeypatch.setattr(figures, "pictures", lambda *_: [])
+    data = tmp_path / "fineweb10B_sp1024"
+    shutil.copytree(corpus, data)
+    names = sorted(path.name for path in data.glob("fineweb_*.bin"))
+    files = [{"name": name, "bytes": (data / name).stat().st_size, "mtime": int((data / name).stat().st_mtime),
+              "sha256": t.hashlib.sha256((data / name).read_bytes()).hexdigest()} for name in names]
+    told = {key: value for key, value in VERIFIED.items() if key != "sha256"} | {"files": files, "faults": []}
+
+    def of(verified) -> list[str]:
+        changes = in_all(moved(str(data)), knows_of_data(verified))
+        return [forged(path, tmp_path / f"{len(list(tmp_path.iterdir()))}", **changes) for path in runs]
+
+    runs = clean(swept, tmp_path)
+    options = "--author", "x", "--name"
+    said = call(record, *of(None), *options, "a")[2]
+    assert "error: not a record: data not verified (./run.sh data --verify)" in said
+    (data / "verified.json").write_text(json.dumps(told | {"faults": ["two"]}))
+    assert "not a record: verified data has 1 faults" in call(record, *of(None), *options, "a")[2]
+    (data / "verified.json").write_text(json.dumps(told | {"files": files[:1]}))
+    assert "not a record: data not verified" in call(record, *of(None), *options, "a")[2], "a shard came since"
+    (data / "verified.json").write_text(json.dumps(told))
+    code, out, err = call(record, *of(None), *options, "later")
+    assert code == 0, err
+    (folder,) = (tmp_path / "records").glob("*/*_later")
+    shell = ["bash", "-c", "sha256sum fineweb_*.bin | sha256sum"]
+    shown = subprocess.run(shell, cwd=data, capture_output=True, text=True)
+    assert f"sha256 {shown.stdout.split()[0]} (" in (folder / "README.md").read_text()
+    shutil.rmtree(data)
+    assert record.main(["--index", "--records", str(tmp_path / "records")]) == 0
+    assert (tmp_path / "records" / "README.md").read_text().splitlines()[-1].endswith("| yes |"), "data.json tells it"
+    (folder / "data.json").unlink()
+    record.main(["--index", "--records", str(tmp_path / "records")])
+    assert "not a record: data not verified" in (tmp_path / "records" / "README.md").read_text()
+    assert call(record, *of(VERIFIED), *options, "before")[0] == 0
+    (folder,) = (tmp_path / "records").glob("*/*_before")
+    assert not (folder / "data.json").exists() and "ab" * 32 in (folder / "README.md").read_text()
+
+
+def test_a_readme_has_what_a_reviewer_asks(swept, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "pictures", lambda *_: [])
+    (tmp_path / "idea.md").write_text("We **round** once.\n\nThen we stop.\n")
+    warm = {"log": [(r"^(warm-up: )[\d.]+", r"\g<1>61.5")], "summary": [("seconds.warm_up", 61.5)]}
+    first, second = clean(swept, tmp_path, **warm)
+    slow = {"log": [(r"^(evaluation clocks: .* compiling )[\d.]+", r"\g<1>601.0")],
+            "summary": [("seconds.compile", 601.0)]}
+    second = forged(second, tmp_path / "slow", **slow)
+    entries = ["--reference-bpb", "4.9,4.8,5.0", "--reference-name", "PR 1",
+               "--reference-bpb", "9", "--reference-name", "PR 2"]
+    code, out, err = call(record, first, second, "--name", "a", "--author", "x", "--non-record", "--idea",
+                          tmp_path / "idea.md", "--baseline", swept[1], *entries)
+    assert code == 0, err
+    readme = next((tmp_path / "records").glob("*/*_a/README.md")).read_text()
+    assert "\n## Idea\nWe **round** once.\n\nThen we stop.\n" in readme
+    summaries = [json.loads((Path(path) / "summary.json").read_text()) for path in (first, second)]
+    timing = readme.split("## Timings\n")[1].split("## ")[0]
+    for seed, s, strict in (13, summaries[0], False), (1111, summaries[1], True):
+        trained = s["train"]["seconds"] + s["seconds"]["search"]
+        walk = s["eval"]["ttt"]["seconds"] + s["seconds"]["read"]
+        cells = [trained + s["seconds"]["warm_up"] * strict, trained, walk + s["seconds"]["compile"], walk]
+        if not strict:  # as its warm-up was nothing
+            assert s["seconds"]["warm_up"] < 0.05
+        assert f"| {seed} | {' | '.join(f'{x:,.1f}' for x in cells)} |" in timing, timing
+    assert "| within 600 | yes | yes | no | yes |" in timing and "evaluation took 60" in readme.split("## ")[0]
+    origin = readme.split("## Origin\n")[1].split("\n## ")[0]
+    source, packed = t.SCRIPT.read_bytes(), t.pack_script(t.SCRIPT.read_bytes())
+    digests = [t.hashlib.sha256(x).hexdigest() for x in (source, packed)]
+    assert f"`train_gpt_readable.py`: {len(source):,} bytes, sha256 {digests[0]}" in origin
+    assert f"`train_gpt.py`: the same packed, {len(packed):,} bytes, sha256 {digests[1]}" in origin
+    assert f"Tokenizer: sha256 {summaries[0]['data']['tokenizer_sha256']}" in origin
+    assert "3 validation documents are in the training data too; 8,000 validation tokens of 70 documents" in origin
+    assert "causal ok" in origin and f"on an excerpt, 32 of 1,001 targets ({32 / 1001:.2%})" in origin
+    assert "## Against PR 1\n" in readme and "Welch's t test" in readme and "## Against PR 2\n" in readme
+    base = readme.split("## Against the baseline 2_TTT_LR=3e-3_SEED=13\n")[1].split("\n## ")[0]
+    assert "| TTT_LR | 0.003 | 0.001 |" in base and "| steps | 12 | 12 | +0 |" in base and "another script" not in base
+    theirs = json.loads((Path(swept[1]) / "summary.json").read_text())["val_bpb"]
+    ours = sum(s["val_bpb"] for s in summaries) / 2
+    row = next(line for line in base.splitlines() if line.startswith("| TTT score-first, BPB |"))
+    assert row.startswith(f"| TTT score-first, BPB | {theirs:.4f} | {ours:.4f} ± ")
+    assert row.endswith(f" | {ours - theirs:+.4f} |") and "| DATA_PATH | tiny | fineweb10B_sp1024 |" in base
+    for words, said in ((["--idea", tmp_path / "none.md"], "none.md: cannot be read"),
+                        (["--reference-bpb", "1.0"], "a --reference-name for each --reference-bpb"),
+                        (["--reference-bpb", "1.0,x"], "--reference-bpb"), (["--baseline", "nowhere"], "no such run")):
+        refused(call(record, first, "--name", "b", "--author", "x", "--non-record", *words), said)
+
+
+def test_the_commit_of_a_script_is_found():
+    git = ["git", "-C", str(ROOT), "log", "-2", "--format=%H", "--", "train_gpt.py"]
+    shown = subprocess.run(git, capture_output=True, text=True).stdout.split()
+    if not shown:
+        pytest.skip("not a clone of the project")
+    for commit in shown:
+        code = subprocess.run(["git", "-C", str(ROOT), "show", f"{commit}:train_gpt.py"], capture_output=True).stdout
+        assert record_review.commit_of(code) == commit
+    assert record_review.commit_of(b"x = 1\n") == ""
 
 
 @pytest.mark.parametrize("changes, reason", [
@@ -393,7 +548,8 @@ def test_bad_input_is_one_line(swept, call, tmp_path):
     ("artifact.bytes_total", 7, "bytes_total"), ("artifact.bytes_code", 7, "bytes_code"), ("train.steps", 13, "steps"),
     ("train.seconds", 9.5, "training seconds"), ("seconds.read", 9.5, "seconds of read"), ("seed", 8, "seed"),
     ("config.matrix_lr", 0.5, "MATRIX_LR"), ("caveats", [], "the caveats"),
-    ("valid", False, "valid"), ("hardware.name", "H100", "hardware"),
+    ("valid", False, "valid"), ("hardware.name", "H100", "hardware"), ("artifact.bytes_source", 7, "bytes_source"),
+    ("data.verified", VERIFIED, "what it knew of its data"),
 ])
 def test_an_edited_summary_is_found(swept, call, tmp_path, place, value, figure):
     path = forged(swept[0], tmp_path / "edited", summary=[(place, value)])
@@ -410,7 +566,9 @@ def test_an_edited_summary_is_found(swept, call, tmp_path, place, value, figure)
     (r"^Serialized model int6\+zstd: \d+", "Serialized model int6+zstd: 5", "the size is"),
     (r"^note: partial split", "note: whole split", "the caveats"),
     (r"^note: partial split: its first 1001", "note: partial split: its first 9999", "what was scored is"),
-    (r"^Code size: .*\n", "", "the log has no line 'Code size' beside the other sizes"),
+    (r"^Code size .compressed.: .*\n", "", "the log has no line 'Code size' beside the other sizes"),
+    (r"^(Code size .uncompressed.: )\d+", r"\g<1>7", "the size of the script"),
+    (r"^(code counted: )\d+", r"\g<1>7", "the size of the code that counts"),
     (r"^Serialized model int6.*\n", "", "the log has no line 'Serialized model int6' beside"),
     (r"^config .*\n", "", "train.log has no line 'config'"),
     (r"^(?:config|preset).*\n", "", "train.log has no line of config"),

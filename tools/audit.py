@@ -521,6 +521,7 @@ def audit(subject: Subject, tokens: int = 0) -> dict:
     return {"ok": all(ok for ok, _ in checks.values()), "seconds": time.perf_counter() - began,
             "artifact_sha256": hashlib.sha256(subject.blob).hexdigest(),
             "code_sha256": hashlib.sha256(subject.code).hexdigest(), "val_bpb": subject.summary["val_bpb"],
+            "targets": len(trial.ids) - 1, "of": subject.stream.targets,
             **{name: {"ok": bool(checks[name][0]), "detail": checks[name][1]} for name in CHECKS}}
 
 

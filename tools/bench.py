@@ -63,7 +63,7 @@ class Bench:
         self.steps, self.repeats, self.rows = steps, repeats, {}
         self.process = t.Process(cfg.compute_dtype)
         self.device = self.process.device
-        self.cfg, inputs = t.open_inputs(cfg, self.process, None, {})
+        self.cfg, inputs = t.open_inputs(cfg, self.process, None, {}, t.read_script(cfg, None))
         self.tokenizer, self.tokens = inputs.tokenizer, inputs.train
         torch.manual_seed(cfg.seed)
         self.log = t.Log(self.process, Path(os.devnull)).silent()

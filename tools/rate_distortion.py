@@ -71,7 +71,7 @@ def opened(path: str, tokens: int) -> tuple[t.Config, t.Exporter, Callable]:
                                                    "EXPORT_ENABLED": "1"})
     t.require(not problems, "; ".join(problems))
     process = t.Process(cfg.compute_dtype)
-    cfg, inputs = t.open_inputs(cfg, process, None, {})
+    cfg, inputs = t.open_inputs(cfg, process, None, {}, t.read_script(cfg, None))
     t.require(inputs.weights is not None, f"{path}: no run with a checkpoint; CKPT_EVERY_SECONDS keeps the last one")
     cfg, log = dataclasses.replace(cfg, quant="balanced"), t.Log(process, Path()).silent()
     model, trained = (t.train_and_average(cfg, process, log, {}, inputs, None) for _ in range(2))

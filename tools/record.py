@@ -2,14 +2,16 @@
 """Make of finished runs, one a seed, a folder that is ready to submit; and keep the index of these folders.
 
     ./run.sh record logs/a logs/b logs/c --name NAME --author AUTHOR            records/track_10min_16mb/DATE_NAME
-    ./run.sh record seeds/1_* seeds/2_* --reference-bpb 1.0611 ...              with the test against a reference
+    ./run.sh record a b c --reference-name "PR 1855" --reference-bpb 1.0611,1.0607,1.0614 ...    tested against others
+    ./run.sh record a b c --idea idea.md --baseline logs/base ...               with what is new, and what it changes
     ./run.sh record ... --non-record                                            records/track_non_record_16mb/DATE_NAME
     ./run.sh record --index                                                     only records/README.md
 
-The folder holds train_gpt.py as it ran, submission.json, a log a seed, requirements.txt, README.md and the plots. Every
-figure is computed from the logs. It is refused, each reason on a line, when the runs differ in more than the seed, an
-audit is missing or failed, a limit is exceeded, or a run has caveats; with --non-record the reasons come first in its
-README. It is written whole or not at all, and none is overwritten. Exit codes: 0; 2 refused, or something to mend.
+The folder holds train_gpt.py, packed as the runs counted it, train_gpt_readable.py, submission.json, a log a seed,
+requirements.txt, README.md and the plots. Every figure is computed from the logs. It is refused, each reason on a line,
+when the runs differ in more than the seed, an audit is missing or failed, the data was not verified, a limit is
+exceeded, or a run has caveats; with --non-record the reasons come first in its README. It is written whole or not at
+all, and none is overwritten. Exit codes: 0; 2 refused, or something to mend.
 """
 
 import argparse
@@ -30,10 +32,11 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import figures  # noqa: E402
+import record_review as review  # noqa: E402
 import record_text as text  # noqa: E402
 import runs as reader  # noqa: E402
 from looks import NO_PLOT  # noqa: E402
-from record_checks import check_submission, reasons_against, settings_apart  # noqa: E402
+from record_checks import check_submission, reasons_against, settings_apart, verified_of  # noqa: E402
 from run_log import ROOT, TITLES, Run, read_text, split_log, t  # noqa: E402
 from runs import hardware_of  # noqa: E402
 from show import Parser  # noqa: E402
@@ -59,6 +62,21 @@ def whole(run: Run):
     if script_of_sweep(run) not in (None, hashlib.sha256(run.code).hexdigest()):
         run.wrong("the script in its train.log is not that of its sweep.json; one of them was edited: give the run as "
                   "it was left")
+
+
+def check_packed(run: Run):
+    """UserError where the file that counted as its code is gone, is another, or does not run the script of its log."""
+    path = run.path / t.PACKED_NAME
+    if not path.is_file():
+        run.wrong(f"has no {path.name}, which its bytes count; give the run as it was left")
+    packed = path.read_bytes()
+    size, digest = len(packed), hashlib.sha256(packed).hexdigest()
+    if (size, digest) != run.code_file or size != run.code_bytes:
+        told = run.code_file[1] if run.code_file else "none"
+        run.wrong(f"its {path.name} has {size} bytes and sha256 {digest[:16]}..., its log counts {run.code_bytes} and "
+                  f"says {told[:16]}...; give the run as it was left")
+    if t.unpack_script(packed) != t.lean(run.code.decode()).encode():
+        run.wrong(f"its {path.name} does not unpack to the script in its train.log; give the run as it was left")
 
 
 def script_of_sweep(run: Run) -> str | None:
@@ -88,6 +106,10 @@ def usable(runs: list[Run]):
             run.wrong("its train.log does not hold the script that ran; run it again")
         for worker in (run, *run.makers):
             whole(worker)
+            if worker.packed:
+                check_packed(worker)
+            if worker.code_file != runs[0].code_file:
+                worker.wrong(f"counted another packed script than {runs[0].name}; give runs of one")
         if run.code != runs[0].code:
             run.wrong(f"ran another train_gpt.py than {runs[0].name}; give runs of one script")
         for maker in run.makers:
@@ -160,8 +182,8 @@ def without_paths(log: str, run: Run) -> str:
 def log_of(run: Run) -> str:
     """A run's log for the record: the script, which lies beside it, is named instead of copied."""
     _, body = split_log(read_text(run.path / "train.log"))
-    digest = hashlib.sha256(run.code).hexdigest()
-    return f"script train_gpt.py bytes:{len(run.code)} sha256:{digest}\n" + without_paths(body, run)
+    digest, name = hashlib.sha256(run.code).hexdigest(), "train_gpt_readable.py" if run.packed else "train_gpt.py"
+    return f"script {name} bytes:{len(run.code)} sha256:{digest}\n" + without_paths(body, run)
 
 
 def logs(runs: list[Run]) -> dict[str, str]:
@@ -189,14 +211,25 @@ def fill(folder: Path, place: str, runs: list[Run], options: argparse.Namespace,
     found |= {name: read_text(path) for name, path in audits.items() if path.exists()}
     for name, log in found.items():
         (folder / name).write_text(log, encoding="utf-8")
-    (folder / "train_gpt.py").write_bytes(runs[0].code)
+    scripts = {"train_gpt.py": runs[0].code}
+    if runs[0].packed:
+        scripts = {"train_gpt.py": (runs[0].path / t.PACKED_NAME).read_bytes(), "train_gpt_readable.py": runs[0].code}
+    for name, script in scripts.items():
+        (folder / name).write_bytes(script)
+    data = {}
+    if not runs[0].about_data.get("verified") and (seen := verified_of(runs[0])):
+        data = {"data.json": json.dumps(seen, indent=1) + "\n"}
+        (folder / "data.json").write_text(data["data.json"], encoding="utf-8")
     (folder / "submission.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "requirements.txt").write_text(requirements(runs[0]), encoding="utf-8")
     drawn = figures.pictures(runs, [f"seed {run.seed}" for run in runs], folder, options.name)
-    files = ["train_gpt.py", "submission.json", "requirements.txt", *found, *(f"{stem}.{end}" for stem in drawn or []
+    files = [*scripts, "submission.json", "requirements.txt", *found, *data, *(f"{stem}.{end}" for stem in drawn or []
                                                                               for end in ("png", "svg"))]
-    reference = (options.reference_bpb, options.reference_name) if options.reference_bpb else None
-    readme = text.readme(runs, facts, reasons, place, drawn or [], files, reference)
+    comparisons = [line for scores, name in zip(options.reference_bpb, options.reference_name, strict=True)
+                   for line in review.against(runs, scores, name)]
+    comparisons += review.baseline(runs, options.base) if options.base else []
+    about = review.timings(runs) + review.origin(runs)
+    readme = text.readme(runs, facts, reasons, place, drawn or [], files, options.idea_text, comparisons, about)
     (folder / "README.md").write_text(readme, encoding="utf-8")
     check_submission(reader.read_all([str(folder)]), facts, folder)
     return drawn is not None
@@ -220,11 +253,25 @@ def write(records: Path, place: str, runs: list[Run], options: argparse.Namespac
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-def number(word: str) -> float:
-    value = float(word)
-    if not 0 < value < 100:
-        raise argparse.ArgumentTypeError(f"{word}: not a BPB, which is above 0")
-    return value
+def scores(word: str) -> list[float]:
+    values = [float(part) for part in word.split(",")]
+    if not all(0 < value < 100 for value in values):
+        raise argparse.ArgumentTypeError(f"{word}: not BPB, which are above 0")
+    return values
+
+
+def read_idea(path: Path) -> str:
+    """The author's words for the README. UserError where there are none."""
+    text = read_text(path).strip()
+    t.require(text, f"--idea {path}: is empty; write what is new, in some sentences")
+    return text
+
+
+def one_run(word: str) -> Run:
+    """The run that --baseline names. UserError for several."""
+    found = reader.read_all([word])
+    t.require(len(found) == 1, f"--baseline {word}: {len(found)} runs; give one of them")
+    return found[0]
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -236,8 +283,12 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--blurb", default="", type=utf_8, help="what is new, in a sentence (from the settings)")
     parser.add_argument("--track", help=f"folder under records/ (track_10min_16mb; with --non-record {NON_RECORD})")
     parser.add_argument("--non-record", action="store_true", help="write it all the same, and say why it is none")
-    parser.add_argument("--reference-bpb", type=number, metavar="X", help="the score to test against")
-    parser.add_argument("--reference-name", default="reference", type=utf_8, metavar="NAME", help="whose score that is")
+    parser.add_argument("--idea", type=Path, metavar="FILE", help="what is new, in your words, for the README")
+    parser.add_argument("--baseline", metavar="RUN", help="a run or log; the README says in what these differ from it")
+    parser.add_argument("--reference-bpb", type=scores, action="append", default=[], metavar="X[,X...]",
+                        help="scores of an entry to test against, one a seed; may be given again for another entry")
+    parser.add_argument("--reference-name", type=utf_8, action="append", default=[], metavar="NAME",
+                        help="whose scores these are")
     parser.add_argument("--index", action="store_true", help="only write the index again")
     parser.add_argument("--records", type=Path, default=ROOT / "records", metavar="FOLDER", help="records/ of this "
                         "project")
@@ -246,6 +297,10 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         raise t.UserError("--index takes no runs; leave it out, each record writes the index")
     if not options.index and not (options.runs and options.name is not None and options.author):
         raise t.UserError("give the runs, --name and --author; ./run.sh record --help says how")
+    if len(options.reference_name) != len(options.reference_bpb):
+        raise t.UserError("give a --reference-name for each --reference-bpb, in the same order")
+    options.idea_text = read_idea(options.idea) if options.idea else ""
+    options.base = None
     options.track = options.track or (NON_RECORD if options.non_record else "track_10min_16mb")
     for flag, value in (("--name", options.name), ("--track", options.track)):
         if value is not None and not re.fullmatch(r"(?=.*[A-Za-z0-9])[A-Za-z0-9_][A-Za-z0-9._-]{0,150}", value):
@@ -262,6 +317,7 @@ def launched(argv: list[str]) -> int:
             raise t.UserError(f"{options.records / place}: exists, and no record is overwritten; choose another --name")
         runs = sorted(reader.read_all(options.runs), key=lambda run: run.seed or 0)
         usable(runs)
+        options.base = one_run(options.baseline) if options.baseline else None
         if lines := one_a_seed(runs, argv, options):
             sys.stderr.writelines(f"{line}\n" for line in [f"error: {lines[0]}", *lines[1:]])
             return 2

@@ -1,12 +1,13 @@
 """Whether runs make a record: what tools/record.py refuses, and what the index of the records says of each folder."""
 
 import hashlib
+import json
 import statistics
 from pathlib import Path
 
 from audit import CHECKS
 from run_checks import agree
-from run_log import LIMIT_BYTES, ROOT, Run, t
+from run_log import LIMIT_BYTES, ROOT, Run, read_text, t
 from runs import data_of, hardware_of
 from sweep_results import plain
 
@@ -51,6 +52,28 @@ def differences(runs: list[Run]) -> list[str]:
     return found
 
 
+def verified_of(run: Run) -> dict | None:
+    """What `./run.sh data --verify` has found in a run's data: as the run knew, as lies beside its log in a record, or
+    as its folder of data says today."""
+    if found := run.about_data.get("verified"):
+        return found
+    if run.path.is_file():
+        path = run.path.with_name("data.json")
+        return json.loads(read_text(path)) if path.is_file() else None
+    return t.read_verified(Path(run.config.get("data_path") or "nowhere"))[0]
+
+
+def against_data(run: Run) -> list[str]:
+    """What the verification of its data says against a run, where it has not said so itself."""
+    if not run.about_data:  # of a script that knew nothing of it
+        return []
+    found = verified_of(run)
+    if not found:
+        return ["data not verified (./run.sh data --verify)"]
+    unsaid = found["faults"] and not run.about_data["verified"]
+    return [f"verified data has {found['faults']} faults (./run.sh data --verify)"] if unsaid else []
+
+
 def last_step(run: Run) -> float:
     """Seconds of a step, of a training that its cap ended: the step in progress is finished. 0 for another training."""
     return run.train_seconds / run.steps if run.stop and run.steps and run.train_seconds else 0.0
@@ -86,7 +109,7 @@ def problems(run: Run) -> list[str]:
                                 ("evaluation", run.evaluation_seconds, 0.0)):
         if seconds is not None and seconds - last > LIMIT_SECONDS:
             found.append(f"{what} took {seconds:.1f} s, over {LIMIT_SECONDS}")
-    return found + run.all_caveats
+    return found + run.all_caveats + against_data(run)
 
 
 def reasons_against(runs: list[Run]) -> list[str]:
@@ -114,11 +137,13 @@ def check_submission(runs: list[Run], facts: dict, folder: Path):
         for figure, value in (("val_bpb", run.score.val_bpb), ("val_loss", run.score.val_loss),
                               ("bytes_total", run.total_bytes), ("step_stop", run.trainer.steps)):
             agree(run, f"{figure} of seed {run.seed}", value, entry[figure], 6e-9, run.path.name, "submission.json")
-        path = folder / "train_gpt.py"
         for worker in (run, *run.makers):
-            if worker.script:
+            names = ("train_gpt_readable.py", "train_gpt.py") if worker.packed else ("train_gpt.py", "train_gpt.py")
+            for name, told in zip(names, (worker.script, worker.code_file), strict=True):
+                path = folder / name
                 code = path.read_bytes() if path.exists() else b""
-                agree(worker, "the script", worker.script, (len(code), hashlib.sha256(code).hexdigest()), 0,
-                      worker.path.name, path.name)
+                if told:
+                    agree(worker, "the script", told, (len(code), hashlib.sha256(code).hexdigest()), 0,
+                          worker.path.name, name)
     most = max(run.total_bytes or 0 for run in runs) or None
     agree(runs[0], "bytes_total", most, facts["bytes_total"], 0, "its logs", "submission.json")

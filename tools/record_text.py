@@ -1,10 +1,9 @@
-"""What a record says in words: its README, its command, the test against a reference; and the index of all records.
+"""What a record says in words: its README, its command; and the index of all records.
 
 Used by tools/record.py.
 """
 
 import json
-import math
 import re
 import shlex
 import statistics
@@ -13,19 +12,13 @@ from pathlib import Path
 
 import runs as reader
 from record_checks import check_submission, reasons_against
+from record_review import table
 from run_log import LIMIT_BYTES, ROOT, TITLES, Run, read_text, t
 from runs import data_of, hardware_of
 from sweep_results import plain, spread
 
 SEEDS = 3  # that a record is usually shown with
-MARGIN = 0.005  # nats a token that a record must win
 UP = "../../.."  # from a record's folder to the project's
-
-
-def table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return ["| " + " | ".join(t.one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def paragraph(text: str) -> str:
@@ -68,51 +61,6 @@ def command(runs: list[Run], folder: str) -> str:
         seeds.setdefault(words_of(run), []).append(str(run.seed))
     return f"cd records/{folder}\n" + "\n".join(f"for seed in {' '.join(which)}; do\n  SEED=$seed RUN_ID=seed$seed \\\n"
                                                 f"  {words}\ndone" for words, which in seeds.items())
-
-
-# ---- the test against a reference ------------------------------------------------------------------------------------
-
-
-def significance(gains: list[float], margin: float) -> tuple[float, float]:
-    """t statistic and one-sided p of a mean gain above `margin`, over seeds; of Student's t test.
-
-    Raises UserError where scipy is missing."""
-    try:
-        from scipy.special import stdtr
-    except ImportError:
-        raise t.UserError("scipy is missing, which the test against --reference-bpb needs; python -m pip install -r "
-                          "tools/requirements.txt") from None
-    deviation, over = statistics.stdev(gains), statistics.mean(gains) - margin
-    value = math.copysign(math.inf, over) if deviation == 0 else over / (deviation / math.sqrt(len(gains)))
-    return value, float(stdtr(len(gains) - 1, -value))
-
-
-def small(p: float) -> str:
-    return f"{p:.2g}" if p < 0.1 else f"{p:.3f}"
-
-
-def against(runs: list[Run], bpb: float, name: str) -> list[str]:
-    """The comparison with a reference, whose BPB is taken as known."""
-    per_token = [math.log(2) * run.bytes / run.targets for run in runs]  # nats a token in a bit a byte
-    reference = [bpb * factor for factor in per_token]
-    losses, scores = [run.score.val_loss for run in runs], [run.score.val_bpb for run in runs]
-    gains = [a - b for a, b in zip(reference, losses, strict=True)]
-    rows = [[name, f"{bpb:.4f}", f"{statistics.mean(reference):.4f}"], ["this", spread(scores), spread(losses)],
-            ["gain", f"{bpb - statistics.mean(scores):+.4f}", f"{statistics.mean(gains):+.4f}"]]
-    lines = ["## Against the reference", *table(["", "BPB", "nats/token"], rows), ""]
-    if data_of(runs[0]) != "fineweb10B_sp1024" or any("partial split" in c for run in runs for c in run.all_caveats):
-        lines += [paragraph("This was scored on other text than the challenge's split: the figures compare only if the "
-                            "reference was scored on the same targets."), ""]
-    if len(runs) < 2:
-        return [*lines, "One seed: no test is possible.", ""]
-    tests = [["better", 0.0], [f"better by {MARGIN} nats/token, as a record must be", MARGIN]]
-    figures = [significance(gains, margin) for _, margin in tests]
-    rows = [[claim, f"{value:.2f}", small(p), "yes" if p < 0.01 else "no"] for (claim, _), (value, p) in
-            zip(tests, figures, strict=True)]
-    text = (f"Mean difference {statistics.mean(gains):+.5f} nats/token, sample standard deviation over "
-            f"{len(runs)} seeds {statistics.stdev(gains):.5f}. Student's t test of one sample, one-sided, "
-            f"{len(runs) - 1} degree{'s' * (len(runs) > 2)} of freedom; the reference counts as known:")
-    return [*lines, paragraph(text), "", *table(["claim", "t", "p", "p < 0.01"], rows), ""]
 
 
 # ---- the README ------------------------------------------------------------------------------------------------------
@@ -182,7 +130,7 @@ def parts(runs: list[Run]) -> list[str]:
 
 
 def setup(runs: list[Run]) -> list[str]:
-    """Data, machine, versions and audits."""
+    """Data, machine and versions."""
     run = runs[0]
     cores, threads = (run.hardware.get(name) for name in ("cpu_count", "threads"))
     machine = hardware_of(run) + (f", {cores} cores, {threads} thread{'s' * (threads != 1)} a rank" if
@@ -190,9 +138,6 @@ def setup(runs: list[Run]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     lines = [f"- Data: {data_of(run)}; scored: {run.targets:,} targets, {run.bytes:,} bytes",
              f"- Machine: {machine}", f"- Versions: {versions}"]
-    for r in runs:
-        said = ", ".join(f"{name} {'ok' if ok else 'FAILED'}" for name, ok in r.audits.items()) or "none"
-        lines.append(f"- Audit, seed {r.seed}: {said}")
     return ["## Setup", *lines, ""]
 
 
@@ -201,8 +146,9 @@ def picture(stem: str, drawn: list[str], text: str) -> list[str]:
 
 
 def readme(runs: list[Run], facts: dict, reasons: list[str] | None, folder: str, drawn: list[str], files: list[str],
-           reference: tuple[float, str] | None) -> str:
-    """README.md of a record. `reasons`: why it is none; None where it is one. `facts`: submission.json."""
+           idea: str, comparisons: list[str], review: list[str]) -> str:
+    """README.md of a record. `reasons`: why it is none; None where it is one. `facts`: submission.json. `idea`: in the
+    author's words. `comparisons`, `review`: sections of tools/record_review.py."""
     last = next(key for key in reversed(TITLES) if key in runs[0].scores)
     n = len(runs)
     head = (f"**val_bpb {spread([r.score.val_bpb for r in runs])}** ({TITLES[last]}"
@@ -216,10 +162,11 @@ def readme(runs: list[Run], facts: dict, reasons: list[str] | None, folder: str,
         lines += [paragraph(f"Caution: {n} seed{'s' * (n > 1)}; a record is usually shown with {SEEDS}, and fewer say "
                             "little about the deviation over seeds."), ""]
     lines += [paragraph(facts["blurb"].rstrip(".") + "."), ""]
+    lines += ["## Idea", idea.strip(), ""] if idea else []
     lines += results(runs) + picture("training", drawn, "training loss, validation, learning rate and step time")
     lines += by_chunk(runs) + picture("running_bpb", drawn, "running BPB by chunk")
-    lines += against(runs, *reference) if reference else []
-    lines += parts(runs) + picture("bytes", drawn, "bytes of code and artifact by part") + setup(runs)
+    lines += comparisons + parts(runs) + picture("bytes", drawn, "bytes of code and artifact by part") + setup(runs)
+    lines += review
     data = runs[0].given.get("DATA_PATH", "")
     lines += ["## Command", "```sh", command(runs, folder), "```", ""]
     if Path(data).is_absolute() and not Path(data).is_relative_to(ROOT):

@@ -133,8 +133,8 @@ def check_log(run: Run):
     if run.code and run.code_bytes is not None:
         agree(run, "the size of the script", len(run.code), run.source_bytes or run.code_bytes, 0,
               "the copy in train.log", "its line")
-    if run.counted and run.code_bytes is not None:
-        agree(run, "the size of the code that counts", run.counted[0], run.code_bytes, 0, "its own line",
+    if run.code_file and run.code_bytes is not None:
+        agree(run, "the size of the code that counts", run.code_file[0], run.code_bytes, 0, "its own line",
               "the line 'Code size'")
     if run.end:
         agree(run, "the last step", run.end[0], run.steps, 0, "its table", "the lines of training")
@@ -158,6 +158,9 @@ def check_notes(run: Run):
                   "was edited: give the run as it was left")
     name = Path(config.get("data_path", "fineweb10B")).name
     shown += [] if name.startswith("fineweb10B") else [f"not the challenge's data: {name}"]
+    published = t.PUBLISHED_TARGETS.get(config.get("vocab_size"))
+    if published and name == f"fineweb10B_sp{config['vocab_size']}" and not config.get("val_token_limit"):
+        shown += ["not the published split: "] * (run.targets is not None and run.targets // 2048 * 2048 != published)
     if machine and (machine["world_size"] != 8 or "H100" not in machine["name"]):
         shown.append(f"not 8 x H100: {machine['world_size']} x {machine['name']}")
     shown += ["resumed "] * run.again + ["steps that were not finite were dropped"] * (run.dropped and not run.again)
@@ -214,6 +217,8 @@ def check_summary(run: Run):
         audit = {name: check["ok"] for name, check in (s.get("audit") or {}).items() if isinstance(check, dict)}
         pairs += [(f"seconds of {name}", run.spent.get(name), value, 0.0501) for name, value in s["seconds"].items()]
         pairs += [(f"audit {name}", run.audits.get(name), audit.get(name), 0) for name in {**run.audits, **audit}]
+    if "data" in s:
+        pairs.append(("what it knew of its data", run.about_data, s["data"], 0))
     for pair in pairs:
         agree(run, *pair)
     run.reasons, run.spent = s["reasons"], s["seconds"]  # as they were told apart, and exactly
@@ -237,6 +242,7 @@ def read_audit(run: Run, path: Path):
             run.audited = "its audit is of another score"
         else:
             run.audits = checks if found["ok"] == all(checks.values()) else dict.fromkeys(checks, False)
+            run.audit_saw = (int(found["targets"]), int(found["of"])) if "targets" in found else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         run.wrong(f"{path.name} is not that of an audit; audit the run again with ./run.sh audit {run.path}")
 

@@ -94,6 +94,8 @@ class Run:
     total_bytes: int | None = None
     audits: dict[str, bool] = field(default_factory=dict)  # its checks, by audit.json; of older scripts by their lines
     audited: str = ""  # what is wrong with its audit.json
+    audit_saw: tuple[int, int] | None = None  # targets of the excerpt, and of the split
+    about_data: dict = field(default_factory=dict)  # sha256 of the tokenizer; what was known of the shards when it ran
     spent: dict[str, float] = field(default_factory=dict)  # seconds by stage
     valid: bool | None = None
     reasons: list[str] = field(default_factory=list)
@@ -106,7 +108,7 @@ class Run:
     dropped: bool = False  # steps of its training that were not finite
     counted: bool = False  # its parameters were counted in its artifact
     script: tuple[int, str] | None = None  # bytes and sha256 of the script that lies beside a record's log
-    counted: tuple[int, str] | None = None  # the same of the file that counts as code
+    code_file: tuple[int, str] | None = None  # the same of the file that counts as code
     makers: "list[Run]" = field(default_factory=list)  # whose artifact, then whose float weights it took
 
     @property
@@ -132,6 +134,16 @@ class Run:
 
     def wrong(self, problem: str):
         raise t.UserError(f"{self.path}: {problem}")
+
+    @property
+    def step_ms(self) -> float | None:
+        """Milliseconds of a step of training, on average."""
+        return 1000 * self.train_seconds / self.steps if self.steps and self.train_seconds is not None else None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the file that counts as its code is another one than its script."""
+        return self.source_bytes is not None
 
     # -- with what other runs did for it
 
@@ -183,6 +195,12 @@ class Run:
         """Training with calibration and search, which count as training."""
         seconds = self.trainer.train_seconds
         return None if seconds is None else seconds + self.exporter.spent.get("search", 0.0)
+
+    @property
+    def strict_training_seconds(self) -> float | None:
+        """The same with the warm-up, which compiles before training's clock starts."""
+        seconds = self.training_seconds
+        return None if seconds is None else seconds + self.trainer.spent.get("warm_up", 0.0)
 
     @property
     def evaluation_seconds(self) -> float | None:
@@ -243,7 +261,7 @@ FORMS = {
     "score": rf"(DIAGNOSTIC post_ema|\w+) val_loss:{N} val_bpb:{N} (?:.*?stride:(\d+) )?(?:.* )?eval_time:(\d+)ms",
     "code": r"Code size(?: \(compressed\))?: (\d+) bytes",
     "source": r"Code size \(uncompressed\): (\d+) bytes",
-    "counted": r"code counted: (\d+) bytes, sha256 ([0-9a-f]{64})",
+    "code_file": r"code counted: (\d+) bytes, sha256 ([0-9a-f]{64})",
     "model": r"Serialized model int6\+\w+: (\d+) bytes",
     "total": r"Total submission size int6\+\w+: (\d+) bytes",
     "stop": r"stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/(\d+)",
@@ -253,6 +271,8 @@ FORMS = {
     "versions": r"python (\S+) (\{.*\})",
     "seed": r"seed:(\d+)",
     "data": r"train_loader:dataset:(.+?) train_shards:\d+.*",
+    "about_data": r"data (\{.*\})",
+    "warm_up": r"warm-up: ([\d.]+) s before training's clock",
     "split": r"val_loader:(?:shards .*)?tokens:(\d+)(?: bytes:(\d+))?",
     "parameters": r"model_params:(\d+)",
     "ranks": r"world_size:(\d+) .*",
@@ -354,6 +374,14 @@ def versions_of(text: str) -> dict:
     return found
 
 
+def data_facts_of(text: str) -> dict:
+    """What a run knew of its data. ValueError where it is not of its kind."""
+    found = json.loads(text)
+    if not isinstance(found.get("verified", 0), dict | None):
+        raise ValueError("verified")
+    return found
+
+
 def add_fact(run: Run, kind: str, g: tuple):
     """Take in a line about the run as a whole."""
     if kind == "config":
@@ -370,6 +398,10 @@ def add_fact(run: Run, kind: str, g: tuple):
         run.spent = {name: float(value) for name, value in (part.split() for part in g[0].split(", "))}
     elif kind == "clocks":
         run.spent |= {"read": float(g[0]), "compile": float(g[1])}
+    elif kind == "about_data":
+        run.about_data = data_facts_of(g[0])
+    elif kind == "warm_up":
+        run.spent["warm_up"] = float(g[0])
     elif kind == "exported":
         run.spent["search"] = float(g[0])
     elif kind == "resumed":  # what was logged of later steps is lost
@@ -377,7 +409,7 @@ def add_fact(run: Run, kind: str, g: tuple):
         run.train, run.val = ([p for p in points if p.step <= last] for points in (run.train, run.val))
     elif kind in ("again", "dropped"):
         setattr(run, kind, True)
-    elif kind in ("script", "counted"):
+    elif kind in ("script", "code_file"):
         setattr(run, kind, (int(g[0]), g[1]))
     elif kind == "trained":
         run.end = int(g[0].replace(",", "")), float(g[1])
