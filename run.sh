@@ -11,6 +11,7 @@
 #   ./run.sh audit RUN...  whether an evaluation learns before it scores, or peeks; see tools/audit.py. AUDIT=1 ./run.sh
 #                          and AUDIT=1 ./run.sh sweep [...] audit each run when it ends
 #   ./run.sh record [...]  a folder that is ready to submit, of runs that differ in the seed; see tools/record.py
+#   ./run.sh check-record FOLDER...  what speaks against a record, of anybody's script; see tools/check_record.py
 # Variables of train_gpt.py pass through: SEED=7 ITERATIONS=500 ./run.sh
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -66,10 +67,10 @@ need() {
 job=${1:-train}
 [ $# -gt 0 ] && shift
 case $job in
-  -h | --help | help) sed -n '2,14s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
-  train | test | data | bench | measure | sweep | show | inspect | audit | record) ;;
+  -h | --help | help) sed -n '2,15s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
+  train | test | data | bench | measure | sweep | show | inspect | audit | record | check-record) ;;
   *=*) fail "$job: variables come before the command, as in $job ./run.sh" ;;
-  *) fail "no job named $job; the jobs are: (none), test, data, bench, measure, sweep, show, inspect, audit, record; variables and --check: python train_gpt.py --help" ;;
+  *) fail "no job named $job; the jobs are: (none), test, data, bench, measure, sweep, show, inspect, audit, record, check-record; variables and --check: python train_gpt.py --help" ;;
 esac
 case " $* " in *" --help "* | *" -h "*)  # of what can answer without a package
   [ "$job" != data ] || exec "$py" "$here/data/prepare.py" fineweb "$@"
@@ -157,6 +158,9 @@ case $job in
       [ ! -x "$here/.venv/bin/python" ] || py=$here/.venv/bin/python ;;
     esac
     exec "$py" "$here/tools/measure.py" "$@" ;;
+  check-record)
+    case " $* " in *" --reference-bpb"*) need "$here/tools/requirements.txt" scipy ;; esac
+    exec "$py" "$here/tools/check_record.py" "$@" ;;
   sweep | show | record)
     (need "$here/tools/requirements.txt" matplotlib) || echo "warning: no matplotlib, so no plot; the tables come" >&2
     [ ! -x "$here/.venv/bin/python" ] || py=$here/.venv/bin/python  # where that had to make one

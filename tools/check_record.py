@@ -1,0 +1,350 @@
+#!/usr/bin/env python3
+"""Check a record's folder, of anybody's script, before it is submitted.
+
+    ./run.sh check-record FOLDER...                                       what speaks against it, and what is unknown
+    ./run.sh check-record FOLDER --reference-bpb 1.0611,1.0607,1.0614     and tests against another entry's seeds
+
+It reads what lies in the folder: files, submission.json, the sizes, seeds, times and scores that the logs print, and
+the leaks that a log shows. Three kinds of lines: "no" is a rule that is broken, "ask" is what a reviewer will ask, and
+"unknown" is what files cannot tell. Of a folder that ./run.sh record has made, all that it demands is checked again.
+Exit codes: 0 no rule is seen to be broken; 1 one is; 2 something to mend.
+"""
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+
+import record_review as review  # noqa: E402
+import runs as reader  # noqa: E402
+from record import scores  # noqa: E402
+from record_checks import LIMIT_SECONDS, check_submission, reasons_against  # noqa: E402
+from record_text import submitted  # noqa: E402
+from run_log import LIMIT_BYTES, read_text, t  # noqa: E402
+from show import Parser  # noqa: E402
+
+SEEDS = 3  # that a record is shown with
+LAST_STEP = 1.0  # seconds that a training may go on after its cap: the step in progress is finished
+SPLIT_BYTES = (149.5e6, 153.0e6)  # of FineWeb's validation text; the published tokenizers count 151.1 to 151.5 million
+SPLIT_DOCUMENTS = 50_000
+LEAP = 0.1  # BPB; sliding windows and test-time training have won 0.04 at most
+LONGEST_WINDOW = 16_384  # an evaluation may drop the tail of the split, up to a window
+PUBLISHED = {"fineweb_1024_bpe": 1024, "fineweb_8192_bpe.model": 8192}  # tokenizer -> key of t.PUBLISHED_TARGETS
+UNKNOWN = [
+    "whether validation documents are in the training data (./run.sh data --verify tells it where the data is)",
+    "whether the evaluation peeks, or learns from a token before it is scored, where no log shows it (./run.sh audit "
+    "tries it, of runs of this script)",
+    "whether the logs are of this script and as they were left"]
+
+N = r"(-?\d+(?:\.\d+)?|nan)"
+SCORE = re.compile(rf"(?!step:)([A-Za-z][^{{}}\"']{{,200}}?)[: ]+val_loss[:=] ?{N} +val_bpb[:=] ?{N}(.*)")
+SECONDS = re.compile(r"\b(?:eval_)?time:(\d+(?:\.\d+)?)(ms|s)\b")
+TRAINED = re.compile(r"train_time: ?(\d+(?:\.\d+)?)(ms|s|m)\b")
+TOTAL = re.compile(r"(?:Total submission size (?!int8\+zlib: 1\d{8})\S+: (\d+) bytes|budget:(\d+)/16000000)")
+MODEL = re.compile(r"Serialized model \S+: (\d+) bytes")
+CODE = re.compile(r"Code size(?: \(compressed\))?: (\d+) bytes")
+TARGETS = re.compile(r"(?:val_loader:.*?tokens:|val_tokens: ?)(\d+)\b")
+DOCUMENTS = re.compile(r"\w+: ?total_docs:(\d+)\b")
+SEED = re.compile(r"(?:\s+|.*\b)?seed[:=] ?(\d+)\b")
+RANKS = re.compile(r"\s*world_size: ?(\d+)\b")
+# Passes over the validation text that end before the score: tokens are learnt first and scored later.
+ADAPTED = re.compile(r"(\w*ttt\w*)[:_ ]+epoch[: ] ?(\d+)/(\d+)\b|(ttt_adapt)_time:")
+
+
+@dataclass
+class Facts:
+    """What one log shows; None where it does not."""
+
+    path: Path
+    seed: int | None = None
+    loss: float | None = None
+    bpb: float | None = None
+    plain: float | None = None  # the worst of its final scores, which is that without what its evaluation adds
+    evaluation: float | None = None  # seconds
+    training: float | None = None
+    total: int | None = None  # bytes
+    model: int | None = None
+    code: int | None = None
+    targets: int | None = None
+    documents: int | None = None
+    tokenizer: str = ""
+    ranks: int | None = None
+    card: str = ""
+    adapted: list[str] = field(default_factory=list)  # passes over the validation text before the score
+
+
+@dataclass
+class Found:
+    """What speaks against a folder."""
+
+    no: list[str] = field(default_factory=list)
+    ask: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+
+def seconds_of(number: str, unit: str) -> float:
+    return float(number) * {"ms": 0.001, "s": 1.0, "m": 60.0}[unit]
+
+
+def read_facts(path: Path) -> Facts:
+    """The facts of a log; of several launches the last one counts. UserError where it cannot be read."""
+    facts = Facts(path)
+    named = re.search(r"seed[_-]?(\d+)|^log_(\d+)$", path.stem)
+    waiting: dict[str, int] = {}  # passes over the validation text since the last score
+    for line in read_text(path).split("\n"):
+        line = re.sub(r"^\d{9,}\.\d+ ", "", line)  # a time stamp
+        if m := SCORE.match(line):
+            facts.loss, facts.bpb, took = float(m[2]), float(m[3]), SECONDS.search(m[4])
+            facts.plain = max(facts.bpb, facts.plain or 0.0)
+            facts.evaluation = seconds_of(*took.groups()) if took else facts.evaluation
+            facts.adapted += [f"{count} passes of {name}" for name, count in waiting.items()]
+            waiting = {}
+        elif m := ADAPTED.match(line):
+            waiting[m[1] or m[4]] = int(m[2] or 1)
+        elif m := re.match(r"total_eval_time: ?([\d.]+)s", line):
+            facts.evaluation = max(float(m[1]), facts.evaluation or 0.0)
+        elif m := TRAINED.search(line):
+            facts.training = seconds_of(*m.groups())
+        elif m := TOTAL.match(line):
+            facts.total = int(m[1] or m[2])
+        else:
+            add_fact(facts, line)
+    facts.seed = int(named[1] or named[2]) if named else facts.seed
+    return facts
+
+
+def add_fact(facts: Facts, line: str):
+    """Take in a line that tells one of the plain facts."""
+    for pattern, name in ((MODEL, "model"), (CODE, "code"), (TARGETS, "targets"), (DOCUMENTS, "documents"),
+                          (RANKS, "ranks"), (SEED, "seed")):
+        if m := pattern.match(line):
+            setattr(facts, name, int(m[1]))
+            return
+    if m := re.search(r"tokenizer_path[:=] ?(\S+)", line):
+        facts.tokenizer = Path(m[1]).name
+    elif m := re.search(r"NVIDIA (?!System|UNIX|-SMI)([A-Z]\w+)", line):
+        facts.card = m[1]
+
+
+def find_logs(folder: Path) -> list[Path]:
+    """What may be the logs of a folder: text files, also in logs/."""
+    return sorted(path for pattern in ("*.log", "*.txt", "logs/*.log", "logs/*.txt") for path in folder.glob(pattern))
+
+
+def scored_logs(folder: Path) -> list[Facts]:
+    """The facts of each log with a score; a run whose log lies there twice counts once."""
+    found = {}
+    for log in map(read_facts, find_logs(folder)):
+        if log.bpb is not None:
+            found.setdefault((log.seed, log.bpb, log.loss, log.training), log)
+    return list(found.values())
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------
+
+
+def check_files(folder: Path, logs: list[Facts], found: Found):
+    for name in ("README.md", "submission.json", "train_gpt.py"):
+        if not (folder / name).is_file():
+            found.ask.append(f"no {name}")
+    if not logs:
+        found.no.append("no log with a score in it: nothing shows that it was reached")
+
+
+def check_facts(facts: dict, logs: list[Facts], found: Found):
+    """submission.json against the logs."""
+    missing = [key for key in ("author", "github_id", "name", "date", "val_bpb") if key not in facts]
+    missing += ["bytes_total"] if not {"bytes_total", "artifact_bytes", "artifact_bytes_max"} & facts.keys() else []
+    if missing:
+        found.ask.append(f"submission.json has no {', '.join(missing)}")
+    told, shown = facts.get("val_bpb"), [log.bpb for log in logs if log.bpb is not None]
+    if not isinstance(told, int | float) or not shown:
+        return
+    mean = statistics.mean(shown)
+    if abs(told - mean) > 0.0005:
+        found.ask.append(f"submission.json says {told:.5f} BPB; its logs {mean:.5f} on average, {min(shown):.5f} at best")
+
+
+def check_sizes(folder: Path, logs: list[Facts], found: Found):
+    """Bytes of each log; where a log counts too much, what the script in the folder makes of it."""
+    script = folder / "train_gpt.py"
+    here = script.stat().st_size if script.is_file() else None
+    for log in logs:
+        if log.total is None:
+            found.unknown.append(f"{log.path.name}: how many bytes the submission has")
+        elif log.total > LIMIT_BYTES:
+            smaller = log.model + here if log.model and here else log.total
+            if smaller <= LIMIT_BYTES:
+                found.ask.append(f"{log.path.name}: counts {log.total:,} bytes, over {LIMIT_BYTES:,}; with the "
+                                 f"train_gpt.py that lies here {smaller:,}")
+            else:
+                found.no.append(f"{log.path.name}: {log.total:,} bytes, over {LIMIT_BYTES:,}")
+        elif log.model and here and log.model + here > LIMIT_BYTES:
+            found.ask.append(f"{log.path.name}: counts {log.total:,} bytes with {log.total - log.model:,} of code; "
+                             f"the train_gpt.py that lies here has {here:,}, with which it is over the limit")
+
+
+def check_seeds(logs: list[Facts], found: Found):
+    seeds = [log.seed for log in logs if log.seed is not None]
+    if len(set(seeds) or logs) < SEEDS:
+        found.ask.append(f"{len(set(seeds) or logs)} seed(s); a record is shown with {SEEDS}")
+    if doubled := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        found.ask.append(f"several logs of seed {', '.join(map(str, doubled))}: which one counts?")
+
+
+def check_times(logs: list[Facts], found: Found):
+    for log in logs:
+        if log.training is None:
+            found.unknown.append(f"{log.path.name}: how long training took")
+        elif log.training * (log.ranks or 8) / 8 > LIMIT_SECONDS + LAST_STEP:  # fewer GPUs may take longer
+            found.no.append(f"{log.path.name}: training took {log.training:.1f} s, over {LIMIT_SECONDS}")
+        if log.evaluation is None:
+            found.unknown.append(f"{log.path.name}: how long its evaluation took")
+        elif log.evaluation > LIMIT_SECONDS:
+            found.no.append(f"{log.path.name}: evaluation took {log.evaluation:.1f} s, over {LIMIT_SECONDS}")
+        if (log.ranks not in (None, 8)) or (log.card and "H100" not in log.card):
+            found.ask.append(f"{log.path.name}: not 8 x H100: {log.ranks or '?'} x {log.card or '?'}")
+
+
+def check_scores(logs: list[Facts], found: Found):
+    """Leaks and what BPB divides by, as far as a log shows them."""
+    for log in logs:
+        if log.adapted:
+            found.no.append(f"{log.path.name}: learns the validation text before it is scored "
+                            f"({', '.join(dict.fromkeys(log.adapted))})")
+        if log.bpb and log.plain - log.bpb > LEAP:
+            found.no.append(f"{log.path.name}: its evaluation takes {log.plain:.4f} BPB to {log.bpb:.4f}, which no valid "
+                            "one has come near: are all its probabilities a distribution over tokens, fixed before the "
+                            "token is looked at (a hashed n-gram cache's are not)?")
+        published = next((t.PUBLISHED_TARGETS[key] for name, key in PUBLISHED.items() if name in log.tokenizer), None)
+        scored = f"{log.path.name}: scored {log.targets or 0:,} tokens"
+        if log.targets is None:
+            found.unknown.append(f"{log.path.name}: how many tokens were scored")
+        elif published and log.targets < published - LONGEST_WINDOW:
+            found.no.append(f"{scored}, the published split has about {published:,}")
+        elif published and log.targets >= published + 2048:
+            found.ask.append(f"{scored}, the published split has about {published:,}: an older one?")
+        if log.documents not in (None, SPLIT_DOCUMENTS):
+            found.no.append(f"{log.path.name}: scored {log.documents:,} of the split's {SPLIT_DOCUMENTS:,} documents")
+        if published and log.bpb:
+            counted = published * log.loss / math.log(2) / log.bpb  # of the published split
+            if not SPLIT_BYTES[0] <= counted <= SPLIT_BYTES[1]:
+                found.no.append(f"{log.path.name}: by val_loss and val_bpb the published split has {counted / 1e6:.1f} "
+                                "million bytes, where its text has about 151 million: bytes are counted wrongly")
+        elif log.targets and log.bpb:
+            counted = log.targets * log.loss / math.log(2) / log.bpb
+            if not SPLIT_BYTES[0] <= counted <= SPLIT_BYTES[1]:
+                found.ask.append(f"{log.path.name}: val_loss and val_bpb come to {counted / 1e6:.1f} million bytes; "
+                                 "the split's text has about 151 million")
+
+
+def check_makers(folder: Path, logs: list[Facts], found: Found):
+    """What the scripts that make the data do by default: a shorter validation split leaves the rest in training."""
+    for path in sorted(folder.glob("*.py")):
+        m = re.search(r"val[-_]docs\b[^\n]*(?:\n[^\n]*)?\bdefault\s*=\s*([\d_]+)", read_text(path))
+        count = int(m[1].replace("_", "")) if m else SPLIT_DOCUMENTS
+        if count < SPLIT_DOCUMENTS and any(log.targets or log.documents for log in logs):
+            found.ask.append(f"{path.name} makes {count:,} validation documents by default and training data of the "
+                             f"rest, of which {SPLIT_DOCUMENTS - count:,} are validation documents of the published "
+                             f"split: was it called with --val-docs {SPLIT_DOCUMENTS}?")
+
+
+def check_ours(folder: Path, found: Found) -> bool:
+    """All that ./run.sh record demands, of a folder that it has made. Whether it is one."""
+    try:
+        runs = reader.read_all([str(folder)])
+    except t.UserError:
+        return False
+    if not all(run.ours for run in runs):
+        return False
+    found.no += reasons_against(runs)
+    if facts := submitted(folder):
+        check_submission(runs, facts, folder)
+    return True
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def check(folder: Path) -> tuple[Found, list[Facts]]:
+    """All rules on a folder. UserError where it is none, or its submission.json is broken."""
+    t.require(folder.is_dir(), f"{folder}: no such folder; give that of a record")
+    facts, found = {}, Found()
+    if (folder / "submission.json").is_file():
+        try:
+            facts = json.loads(read_text(folder / "submission.json"))
+            t.require(isinstance(facts, dict), f"{folder / 'submission.json'}: not an object; mend it")
+        except (ValueError, RecursionError) as error:
+            raise t.UserError(f"{folder / 'submission.json'}: broken JSON ({t.one_line(error)}); mend it") from None
+    logs = scored_logs(folder)
+    check_files(folder, logs, found)
+    if not check_ours(folder, found):
+        check_facts(facts, logs, found)
+        check_sizes(folder, logs, found)
+        check_times(logs, found)
+        check_scores(logs, found)
+        check_makers(folder, logs, found)
+    check_seeds(logs, found)
+    found.unknown += UNKNOWN
+    return found, logs
+
+
+def tests(logs: list[Facts], theirs: list[float]) -> list[str]:
+    """The challenge's test and the board's against another entry, a line each."""
+    ours = [log for log in logs if log.bpb]
+    if len(ours) < 2:
+        return ["one seed: no test is possible"]
+    nats = statistics.mean(log.loss / log.bpb for log in ours)  # a token in a bit a byte
+    gains = [(statistics.mean(theirs) - log.bpb) * nats for log in ours]
+    lines = []
+    for claim, margin, level in review.CLAIMS:
+        value, freedom, p = review.welch([gain - margin for gain in gains], [score * nats for score in theirs])
+        lines.append(f"{claim}, p < {level}: {'passed' if p < level else 'not passed'} (t {value:.2f}, {freedom:.2f} "
+                     f"degrees of freedom, p {review.small(p)})")
+    return lines
+
+
+def report(folder: Path, theirs: list[float] | None) -> bool:
+    """Print what was found; whether no rule is seen to be broken."""
+    found, logs = check(folder)
+    scored = [log.bpb for log in logs]
+    mean = f", {statistics.mean(scored):.5f} BPB on average" if scored else ""
+    t.show(f"---- {folder}: {len(logs)} log(s){mean}")
+    for kind in ("no", "ask", "unknown"):
+        for line in dict.fromkeys(getattr(found, kind)):
+            t.show(f"{kind + ':':9}{t.one_line(line)}")
+    for line in tests(logs, theirs) if theirs else []:
+        t.show(f"{'test:':9}{line}")
+    said = "a rule is broken" if found.no else "no rule is seen to be broken"
+    t.show(f"{'verdict:':9}{said}" + (f"; {len(set(found.ask))} to ask" if found.ask else ""))
+    return not found.no
+
+
+def launched(argv: list[str]) -> int:
+    parser = Parser(prog="./run.sh check-record", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a record")
+    parser.add_argument("--reference-bpb", type=scores, metavar="X[,X...]", help="scores of an entry, one a seed")
+    options = parser.parse_args(argv)
+    good = [report(folder, options.reference_bpb) for folder in options.folders]
+    return 0 if all(good) else 1
+
+
+def main(argv: list[str]) -> int:
+    try:
+        return launched(argv)
+    except t.UserError as problem:
+        sys.stderr.write(f"error: {t.one_line(problem)}\n")
+    except OSError as problem:
+        sys.stderr.write(f"error: {problem.filename or 'output'}: {problem.strerror}; mend the path\n")
+    return 2
+
+
+if __name__ == "__main__":
+    t.leave(main(sys.argv[1:]))
