@@ -398,6 +398,34 @@ def test_a_run_at_the_edges_of_the_splits(in_train: int, in_val: int, length: in
     assert planted(tmp_path / "c", rng, 63, 0, 0, (63, 64)).overlap.windows is None, "shorter than one"
 
 
+def test_what_is_read_beyond_the_end_is_no_text(rng: random.Random, tmp_path: Path) -> None:
+    """Zeros stand for it, which is a token id too."""
+    last = ids(rng, 60)
+    train, val = [*ids(rng, 100), *last], [*ids(rng, 50), *last, *[0] * 40, *last]
+    assert survey(write_folder(tmp_path / "a", train, val)).overlap.runs.size == 0
+    assert survey(write_folder(tmp_path / "b", [*last, *ids(rng, 100)], [BOS, *[0] * 40, *last])).overlap.runs.size == 0
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_the_first_place_in_training_is_told(jobs: int, rng: random.Random, tmp_path: Path) -> None:
+    often, between = document(rng, 64), [ids(rng, 40 + number) for number in range(60)]
+    train = [token for part in between for token in (*part, *often)]
+    folder = write_folder(tmp_path / "a", train, [*often, *document(rng, 70)], (1500, 2000, 3000))
+    found = survey(folder, jobs).overlap
+    assert found.in_training(0, 64) == 40 == found.windows.first_in_training(0)
+
+
+def test_the_end_of_a_long_document(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(overlap, "CHUNK", 1 << 13)
+    tokens = [BOS, *[7] * 40_000]
+    for end in (1, 2, 4095, 4096, 4097, 4098, 12_288, 12_289, 12_290, 20_481, 39_999, 40_000):
+        folder = write_folder(tmp_path / f"{end}", [*tokens[:end], BOS, *tokens[end + 1 :]], [], (1, 3000))
+        split = overlap.Split(verify.shard_paths(folder, "train"))
+        assert overlap.next_document(split, 1) == end
+        assert overlap.scan(split, 0, lambda *_: None).lengths.tolist() == [end]
+        assert overlap.next_document(split, end + 1) == len(split) == 40_001
+
+
 def test_a_run_over_the_borders_of_shards(rng: random.Random, tmp_path: Path) -> None:
     for cut in range(150, 280, 3):
         found = planted(tmp_path / f"{cut}", rng, 64, 200, 100, cuts=(cut,), val_cuts=(130,)).overlap
@@ -579,8 +607,9 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     assert capsys.readouterr().out == "  train: 100,000,000 of 400,000,000 tokens, 10.0 million/s, 30 s left\n"
 
 
-def test_a_failure_in_one_shard_ends_the_others(clean: Path, monkeypatch) -> None:
+def test_a_failure_in_one_shard_ends_the_others(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(overlap, "CHUNK", 32)
+    folder = write_folder(tmp_path / "a", [BOS] * 100_000, [], (32, 50_000))
     failed, seen = threading.Event(), []
 
     def look(at: int, *_: object) -> None:
@@ -592,8 +621,8 @@ def test_a_failure_in_one_shard_ends_the_others(clean: Path, monkeypatch) -> Non
         seen.append(at)
 
     with pytest.raises(OSError), overlap.Workers(2) as workers:
-        workers.scan(overlap.Split(verify.shard_paths(clean, "train")), "train", look)
-    assert len(seen) < 50
+        workers.scan(overlap.Split(verify.shard_paths(folder, "train")), "train", look)
+    assert len(seen) < 1000
 
 
 def test_a_disk_that_fails_is_told(clean: Path, monkeypatch) -> None:
