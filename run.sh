@@ -3,6 +3,7 @@
 #   ./run.sh               train, export, read back and evaluate on whatever machine this is
 #   ./run.sh test [...]    the tests; arguments go to pytest
 #   ./run.sh data [...]    the published FineWeb shards; arguments go to data/prepare.py fineweb
+#   ./run.sh data --verify [FOLDER...]   whether shards are what they say, and what validation and training share
 #   ./run.sh bench [...]   the speed of each part here, or against another script; arguments go to tools/bench.py
 #   ./run.sh sweep [...]   many runs and their table and plot: TTT_LR=1e-4,3e-4 SEED=13,1337; see tools/sweep.py
 #   ./run.sh show [...]    table and plots of runs and of published logs; see tools/show.py
@@ -67,13 +68,15 @@ need() {
 job=${1:-train}
 [ $# -gt 0 ] && shift
 case $job in
-  -h | --help | help) sed -n '2,15s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
+  -h | --help | help) sed -n '2,16s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
   train | test | data | bench | measure | sweep | show | inspect | audit | record | check-record) ;;
   *=*) fail "$job: variables come before the command, as in $job ./run.sh" ;;
   *) fail "no job named $job; the jobs are: (none), test, data, bench, measure, sweep, show, inspect, audit, record, check-record; variables and --check: python train_gpt.py --help" ;;
 esac
+prepare=fineweb  # what of data/prepare.py is meant
+if [ "$job" = data ] && [ "${1:-}" = --verify ]; then prepare=verify; shift; fi
 case " $* " in *" --help "* | *" -h "*)  # of what can answer without a package
-  [ "$job" != data ] || exec "$py" "$here/data/prepare.py" fineweb "$@"
+  [ "$job" != data ] || exec "$py" "$here/data/prepare.py" "$prepare" "$@"
   [ "$job" != measure ] || exec "$py" "$here/tools/measure.py" "$@" ;;
 esac
 need "$here/requirements.txt" torch numpy sentencepiece zstandard
@@ -176,6 +179,6 @@ case $job in
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     cd "$here" && exec "$py" -m pytest -q -n auto --maxprocesses 4 "$@" tests ;;
   data)
-    need "$here/data/requirements.txt" huggingface_hub
-    exec "$py" "$here/data/prepare.py" fineweb "$@" ;;
+    [ "$prepare" = verify ] || need "$here/data/requirements.txt" huggingface_hub
+    exec "$py" "$here/data/prepare.py" "$prepare" "$@" ;;
 esac

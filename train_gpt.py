@@ -3560,7 +3560,8 @@ def read_verified(folder: Path) -> tuple[dict | None, list[str]]:
         seen = {file["name"]: (file["bytes"], file["mtime"]) for file in found["files"]}
         here = {path.name: path.stat() for path in folder.glob("fineweb_*.bin")}
         if seen == {name: (file.st_size, int(file.st_mtime)) for name, file in here.items()}:
-            names = "".join(f"{file['sha256']}  {file['name']}\n" for file in found["files"])
+            names = "".join(sorted((f"{file['sha256']}  {file['name']}\n" for file in found["files"]),
+                                   key=lambda line: line.partition("  ")[2]))  # as of sha256sum fineweb_*.bin
             told = {name: found[name] for name in ("date", "equal_documents", "shared_documents", "shared_tokens")}
             faults = [f"data, as verified: {fault}" for fault in found["faults"]]
             return told | {"sha256": hashlib.sha256(names.encode()).hexdigest(), "faults": len(faults)}, faults

@@ -110,10 +110,14 @@ def read_tokenizer(hub: Hub, remote: str, variant: str) -> Tokenizer:
 
 
 def write_whole(target: Path, data: bytes) -> None:
+    """Writes a file that has its name only when it is whole. Raises OSError, and leaves nothing."""
     target.parent.mkdir(exist_ok=True)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(target)
+    try:
+        partial.write_bytes(data)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def fetch_shards(hub: Hub, remote: str, folder: Path, names: list[str], compare: bool) -> None:

@@ -4,11 +4,13 @@
     prepare.py docs FILE...   shards from your own .jsonl or .txt files
     prepare.py embedded       a small corpus from the installed Python, torch and numpy; needs no network
     prepare.py fineweb        the published FineWeb shards and their tokenizer
+    prepare.py verify         whether shards are what they say, and what validation and training share
 
 A shard is 256 little-endian int32 words (20240520, 1, token count, zeros) and then little-endian
 uint16 tokens. A document is BOS (id 1) and its tokens; a document may span two shards.
 
-Every failure is one line on stderr and exit status 2, and leaves nothing under the final name.
+Every failure is one line on stderr and exit status 2, and leaves nothing under the final name. Where `verify` finds a
+fault in shards, its status is 1, and each fault a line.
 """
 
 import argparse
@@ -24,6 +26,12 @@ from errors import PrepareError, first_line
 from fineweb import REPOS, run_fineweb
 from shards import DATA_ROOT, SHARD_TOKENS
 from tokenizer import MAX_VOCAB
+from verify import run_verify
+
+WHAT_VERIFY_DOES = """Checks headers, sizes, numbering and token ids of shards, what manifest.json says of them, the
+published figures of FineWeb's validation split, and which documents and runs of 64 tokens of validation are in training
+too. Writes FOLDER/verified.json. Ends with 0 where nothing is wrong, with 1 where something is, or where a validation
+document is in training too and the data is not the published one, with 2 where a folder cannot be checked."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +66,11 @@ def fraction(text: str) -> float:
 def utf_8(word: str) -> str:
     """Argument type: text, which in a locale without UTF-8 arrives as bytes."""
     return os.fsencode(word).decode("utf-8", "replace")
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def build_parser() -> Parser:
@@ -99,15 +112,21 @@ def build_parser() -> Parser:
                          help="training shards of 100 million tokens, 200 MB each (%(default)s)")
     fineweb.add_argument("--out", type=Path, metavar="DATA_ROOT", help="default: the folder of this script")
     fineweb.set_defaults(run=run_fineweb)
+
+    verify = commands.add_parser("verify", help="check shards", description=WHAT_VERIFY_DOES, allow_abbrev=False)
+    verify.add_argument("folders", nargs="*", type=Path, metavar="FOLDER",
+                        help=f"default: the one that DATA_PATH names, else each of {here} that holds shards")
+    verify.add_argument("--jobs", type=number_from(1), default=cores(), metavar="N",
+                        help="threads, each of which reads a shard (%(default)s)")
+    verify.set_defaults(run=run_verify)
     return parser
 
 
 def main() -> int:
-    """Runs the command line; returns the exit status: 0, 2 after an error, 130 after Ctrl-C."""
+    """Runs the command line; returns the exit status: 0, 2 after an error, 130 after Ctrl-C, 1 as verify has it."""
     try:
         args = build_parser().parse_args()
-        args.run(args)
-        return 0
+        return args.run(args) or 0
     except PrepareError as error:
         message = " ".join(str(error).split())
     except ImportError as error:

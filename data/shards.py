@@ -127,7 +127,7 @@ class SplitWriter:
 def check_replaceable(folder: Path) -> None:
     """Refuses to replace a folder that holds anything this script does not write. Raises PrepareError."""
     for path in folder.iterdir():
-        if path.name not in ("manifest.json", "tokenizer.model") and not path.match("fineweb_*.bin"):
+        if path.name not in ("manifest.json", "tokenizer.model", "verified.json") and not path.match("fineweb_*.bin"):
             raise PrepareError(f"{folder} holds {path.name} besides a corpus; choose another --out")
 
 

@@ -223,8 +223,8 @@ def test_help_needs_no_package_where_the_tool_needs_none(tmp_path):
                     'exec "$REAL" "$@"')
     stub.chmod(0o755)
     env = clean_environment() | {"PYTHON": str(stub), "REAL": sys.executable}
-    for words, said in (("data --help", "--train-shards"), ("data -h", "--variant"), ("measure --help", "--stages"),
-                        ("--help", "./run.sh sweep")):
+    for words, said in (("data --help", "--train-shards"), ("data -h", "--variant"), ("data --verify --help", "--jobs"),
+                        ("measure --help", "--stages"), ("--help", "./run.sh sweep")):
         done = shell(f"./run.sh {words}", tmp_path, env)
         assert done.returncode == 0 and said in done.stdout and done.stderr == "", done
 

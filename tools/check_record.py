@@ -168,7 +168,8 @@ def check_facts(facts: dict, logs: list[Facts], found: Found):
         return
     mean = statistics.mean(shown)
     if abs(told - mean) > 0.0005:
-        found.ask.append(f"submission.json says {told:.5f} BPB; its logs {mean:.5f} on average, {min(shown):.5f} at best")
+        found.ask.append(f"submission.json says {told:.5f} BPB; its logs {mean:.5f} on average, {min(shown):.5f} at "
+                         "best")
 
 
 def check_sizes(folder: Path, logs: list[Facts], found: Found):
@@ -219,9 +220,9 @@ def check_scores(logs: list[Facts], found: Found):
             found.no.append(f"{log.path.name}: learns the validation text before it is scored "
                             f"({', '.join(dict.fromkeys(log.adapted))})")
         if log.bpb and log.plain - log.bpb > LEAP:
-            found.no.append(f"{log.path.name}: its evaluation takes {log.plain:.4f} BPB to {log.bpb:.4f}, which no valid "
-                            "one has come near: are all its probabilities a distribution over tokens, fixed before the "
-                            "token is looked at (a hashed n-gram cache's are not)?")
+            found.no.append(f"{log.path.name}: its evaluation takes {log.plain:.4f} BPB to {log.bpb:.4f}, which no "
+                            "valid one has come near: are all its probabilities a distribution over tokens, fixed "
+                            "before the token is looked at? a hashed n-gram cache's are not")
         published = next((t.PUBLISHED_TARGETS[key] for name, key in PUBLISHED.items() if name in log.tokenizer), None)
         scored = f"{log.path.name}: scored {log.targets or 0:,} tokens"
         if log.targets is None:
