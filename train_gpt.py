@@ -3746,13 +3746,13 @@ def open_log(cfg: Config, process: Process, inputs: Inputs, past: Past | None) -
     return log
 
 
-def new_summary(cfg: Config, process: Process, inputs: Inputs, name: str) -> dict:
+def new_summary(cfg: Config, process: Process, name: str) -> dict:
     """What summary.json says before the first stage."""
     return {"run_id": name, "seed": cfg.seed, "preset": cfg.preset, "config": cfg.settings(),
-            "overrides": cfg.overrides(), "hardware": process.hardware(), "data": inputs.data, "train": None,
-            "export": None, "artifact": None, "eval": dict.fromkeys(("float", "int6", "sliding", "ttt")),
-            "val_bpb": None, "val_bpb_raw_bytes": None, "finished": False, "valid": False, "reasons": [],
-            "caveats": [], "resumes": [], "seconds": {}}
+            "overrides": cfg.overrides(), "hardware": process.hardware(), "train": None, "export": None,
+            "artifact": None, "eval": dict.fromkeys(("float", "int6", "sliding", "ttt")), "val_bpb": None,
+            "val_bpb_raw_bytes": None, "finished": False, "valid": False, "reasons": [], "caveats": [], "resumes": [],
+            "seconds": {}}
 
 
 def save_summary(process: Process, folder: Path, summary: dict):
@@ -4053,7 +4053,7 @@ def main(cfg: Config, options: argparse.Namespace, signals: Signals) -> int:
             show(said)
         return 0
     log = open_log(cfg, process, inputs, past)
-    summary = new_summary(cfg, process, inputs, log.folder.name)
+    summary = new_summary(cfg, process, log.folder.name) | {"data": inputs.data}
     if past:
         summary |= {"resumes": past.resumes} | (past.done or {})
     summary["seconds"] = seconds

@@ -542,7 +542,8 @@ def test_an_audit_of_a_run(runs, call):
     lines = out.splitlines()
     assert [line.split(",")[0] for line in lines[:6]] == [f"audit {name}: ok" for name in audit.CHECKS]
     result, summary = json.loads((folder / "audit.json").read_text()), json.loads((folder / "summary.json").read_text())
-    assert list(result) == ["ok", "seconds", "artifact_sha256", "code_sha256", "val_bpb", *audit.CHECKS]
+    heads = ["ok", "seconds", "artifact_sha256", "code_sha256", "val_bpb", "targets", "of"]
+    assert list(result) == [*heads, *audit.CHECKS] and (result["targets"], result["of"]) == (64, 301)
     assert result["ok"] and 0 < result["seconds"] < 100 and result["val_bpb"] == summary["val_bpb"]
     assert result["artifact_sha256"] == summary["artifact"]["sha256"]
     assert result["code_sha256"] == t.hashlib.sha256(SCRIPT.read_bytes()).hexdigest()

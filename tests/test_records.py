@@ -435,7 +435,7 @@ def test_a_readme_has_what_a_reviewer_asks(swept, call, tmp_path, monkeypatch):
     assert row.startswith(f"| TTT score-first, BPB | {theirs:.4f} | {ours:.4f} ± ")
     assert row.endswith(f" | {ours - theirs:+.4f} |") and "| DATA_PATH | tiny | fineweb10B_sp1024 |" in base
     for words, said in ((["--idea", tmp_path / "none.md"], "none.md: cannot be read"),
-                        (["--reference-bpb", "1.0"], "a --reference-name for each --reference-bpb"),
+                        (["--reference-bpb", "1.0"] * 2, "a --reference-name for each --reference-bpb"),
                         (["--reference-bpb", "1.0,x"], "--reference-bpb"), (["--baseline", "nowhere"], "no such run")):
         refused(call(record, first, "--name", "b", "--author", "x", "--non-record", *words), said)
 

@@ -288,7 +288,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--reference-bpb", type=scores, action="append", default=[], metavar="X[,X...]",
                         help="scores of an entry to test against, one a seed; may be given again for another entry")
     parser.add_argument("--reference-name", type=utf_8, action="append", default=[], metavar="NAME",
-                        help="whose scores these are")
+                        help="whose scores these are (the reference)")
     parser.add_argument("--index", action="store_true", help="only write the index again")
     parser.add_argument("--records", type=Path, default=ROOT / "records", metavar="FOLDER", help="records/ of this "
                         "project")
@@ -297,6 +297,8 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         raise t.UserError("--index takes no runs; leave it out, each record writes the index")
     if not options.index and not (options.runs and options.name is not None and options.author):
         raise t.UserError("give the runs, --name and --author; ./run.sh record --help says how")
+    if len(options.reference_bpb) == 1 and not options.reference_name:
+        options.reference_name = ["the reference"]
     if len(options.reference_name) != len(options.reference_bpb):
         raise t.UserError("give a --reference-name for each --reference-bpb, in the same order")
     options.idea_text = read_idea(options.idea) if options.idea else ""
