@@ -14,15 +14,19 @@ from tooling import call, forked
 sys.path.insert(0, str(ROOT / "tools"))
 import audit  # noqa: E402
 import bench  # noqa: E402
+import check_record  # noqa: E402
 import inspect_artifact  # noqa: E402
 import measure  # noqa: E402
+import pack  # noqa: E402
 import record  # noqa: E402
 import show  # noqa: E402
 import step_cost  # noqa: E402
 import sweep  # noqa: E402
 
 TOOLS = {"bench": bench, "inspect": inspect_artifact, "measure": measure, "record": record, "show": show,
-         "sweep": sweep}
+         "sweep": sweep, "check-record": check_record}
+FAILS = ("measure", "check-record")  # tools that may end with 1: not all is done; a rule is broken
+EXAMPLE = "records/track_non_record_16mb/2026-11-24_ThreeSeeds_CPU_10min"
 NOT_RUN = {  # a command that begins so, and why
     "./run.sh test": "this test is a part of it",
     "pip ": "needs a package registry",
@@ -58,6 +62,7 @@ class Clone:
         shutil.copy(ROOT / "train_gpt.py", folder)
         shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("datasets", "tokenizers"))
         shutil.copytree(corpus, folder / "data" / "datasets" / "embedded_sp400")
+        shutil.copytree(ROOT / EXAMPLE, folder / EXAMPLE)
         (folder / "other").mkdir()
         shutil.copy(ROOT / "train_gpt.py", folder / "other")
         documents = [json.dumps({"text": f"Document {i} of mine. " * 40}) for i in range(60)]
@@ -73,11 +78,13 @@ class Clone:
             name, _, variables[name] = words.pop(0).partition("=")
         if words[:2] == ["./run.sh", "data"]:
             self.fetch()
+        elif words[:2] == ["python", "tools/pack.py"]:
+            assert call(pack.main, words[2:], self.environment, self.folder).code == 0, command
         elif words[:2] in (["python", "tools/step_cost.py"], ["python", "data/prepare.py"]) or words[0] == "tar":
             self.program(words, variables)
         elif words[0] == "./run.sh" and words[1:]:
             done = call(TOOLS[words[1]].main, words[2:], self.environment | variables, self.folder)
-            allowed = (0, 1) if words[1] == "measure" else (0,)  # 1: not all is done
+            allowed = (0, 1) if words[1] in FAILS else (0,)
             assert done.code in allowed and "error" not in done.err, (command, done)
         else:
             assert words[0] in ("./run.sh", "torchrun") or words[:2] == ["python", "train_gpt.py"], command

@@ -8,6 +8,7 @@ import hashlib
 import math
 import statistics
 import subprocess
+import textwrap
 from pathlib import Path
 
 from record_checks import LIMIT_SECONDS, PLACED, told_apart, verified_of
@@ -26,6 +27,10 @@ def table(heads: list[str], rows: list[list[str]]) -> list[str]:
     """A Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return ["| " + " | ".join(t.one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 # ---- the tests against other entries ---------------------------------------------------------------------------------
@@ -66,8 +71,9 @@ def against(runs: list[Run], scores: list[float], name: str) -> list[str]:
             ["gain", "", f"{gain:+.4f}", f"{statistics.mean(gains):+.4f}"]]
     lines = [f"## Against {name}", *table(["", "seeds", "BPB", "nats/token"], rows), ""]
     if data_of(runs[0]) != "fineweb10B_sp1024" or any("partial split" in c for run in runs for c in run.all_caveats):
-        lines += ["This was scored on other text than the challenge's split: the figures compare only if that entry "
-                  "was scored on the same targets.", ""]
+        text = ("This was scored on other text than the challenge's split: the figures compare only if that entry was "
+                "scored on the same targets.")
+        lines += [paragraph(text), ""]
     if len(runs) < 2:
         return [*lines, "One seed: no test is possible.", ""]
     rows = []
@@ -77,7 +83,7 @@ def against(runs: list[Run], scores: list[float], name: str) -> list[str]:
     known = "Welch's t test, one-sided" if len(scores) > 1 else (
         "The entry's score counts as known, for its seeds were not given: Student's t test of one sample, one-sided")
     few = [f"Both are asked of three seeds; here are {len(runs)}."] if len(runs) < 3 else []
-    return [*lines, " ".join([f"{known}, in nats/token.", *few]), "",
+    return [*lines, paragraph(" ".join([f"{known}, in nats/token.", *few])), "",
             *table(["test", "t", "degrees of freedom", "p", "passed"], rows), ""]
 
 
@@ -97,16 +103,17 @@ def timings(runs: list[Run]) -> list[str]:
     within = {True: "yes", False: "no"}
     rows.append([f"within {LIMIT_SECONDS}", *("-" if s != s else within[s <= LIMIT_SECONDS] for s in longest)])
     heads = ["seed", "training, strict", "training, the field's", "evaluation, strict", "evaluation, the field's"]
-    return ["## Timings", *table(heads, rows), "", "Seconds. Strict: all inside, the warm-up that compiles, too. The "
-            "field's: compilation outside. Training has calibration and the search for the artifact in it, evaluation "
-            "reading the artifact.", ""]
+    text = ("Seconds. Strict: all inside, the warm-up that compiles, too. The field's: compilation outside. Training "
+            "has calibration and the search for the artifact in it, evaluation reading the artifact.")
+    return ["## Timings", *table(heads, rows), "", paragraph(text), ""]
 
 
 # ---- where code and data are from ------------------------------------------------------------------------------------
 
 
 def commit_of(code: bytes) -> str:
-    """The newest commit of this project whose train_gpt.py is this script; empty where none is."""
+    """The newest commit of this project whose train_gpt.py is this script, or packed became it, as far as the last 10
+    tell; empty where none is."""
     def git(*words: str, given: bytes | None = None) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], input=given, capture_output=True)
         return done.stdout.decode().strip() if done.returncode == 0 else ""
@@ -118,7 +125,11 @@ def commit_of(code: bytes) -> str:
                                                                             commits).encode())
     except OSError:  # no git here
         return ""
-    return next((commit for commit, found in zip(commits, listed.split("\n"), strict=False) if found == blob), "")
+    same = [commit for commit, found in zip(commits, listed.split("\n"), strict=False) if found == blob]
+    text = code.decode()
+    if not same and t.lean(text) == text:
+        same = [commit for commit in commits[:10] if t.lean(git("show", f"{commit}:train_gpt.py") + "\n") == text]
+    return same[0] if same else ""
 
 
 def origin(runs: list[Run]) -> list[str]:

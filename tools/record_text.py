@@ -12,17 +12,13 @@ from pathlib import Path
 
 import runs as reader
 from record_checks import check_submission, reasons_against
-from record_review import table
+from record_review import paragraph, table
 from run_log import LIMIT_BYTES, ROOT, TITLES, Run, read_text, t
 from runs import data_of, hardware_of
 from sweep_results import plain, spread
 
 SEEDS = 3  # that a record is usually shown with
 UP = "../../.."  # from a record's folder to the project's
-
-
-def paragraph(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -172,8 +168,9 @@ def readme(runs: list[Run], facts: dict, reasons: list[str] | None, folder: str,
     if Path(data).is_absolute() and not Path(data).is_relative_to(ROOT):
         lines += [paragraph(f"The data was elsewhere; the command takes it from data/datasets/{Path(data).name} of the "
                             "project."), ""]
+    script = "train_gpt_readable.py" if runs[0].packed else "train_gpt.py"
     lines += [paragraph("Files: " + ", ".join(f"`{name}`" for name in files) + ". Paths in the logs are shortened, and "
-                        "the copy of the script in each is left out: it is `train_gpt.py`."), "",
+                        f"the copy of the script in each is left out: it is `{script}`."), "",
               paragraph("When this was made, each log was held against the run's metrics.jsonl and summary.json, and "
                         "against its artifact where that was still there. Nothing but the log tells the versions, nor "
                         "the script, which was compiled and compared in length, and with its sha256 in the audit, and "
