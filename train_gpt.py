@@ -3560,11 +3560,11 @@ def read_verified(folder: Path) -> tuple[dict | None, list[str]]:
         seen = {file["name"]: (file["bytes"], file["mtime"]) for file in found["files"]}
         here = {path.name: path.stat() for path in folder.glob("fineweb_*.bin")}
         if seen == {name: (file.st_size, int(file.st_mtime)) for name, file in here.items()}:
-            names = "".join(sorted((f"{file['sha256']}  {file['name']}\n" for file in found["files"]),
-                                   key=lambda line: line.partition("  ")[2]))  # as of sha256sum fineweb_*.bin
+            sums = sorted((file["name"], file["sha256"]) for file in found["files"])
+            lines = "".join(f"{digest}  {name}\n" for name, digest in sums)  # as sha256sum fineweb_*.bin prints them
             told = {name: found[name] for name in ("date", "equal_documents", "shared_documents", "shared_tokens")}
             faults = [f"data, as verified: {fault}" for fault in found["faults"]]
-            return told | {"sha256": hashlib.sha256(names.encode()).hexdigest(), "faults": len(faults)}, faults
+            return told | {"sha256": hashlib.sha256(lines.encode()).hexdigest(), "faults": len(faults)}, faults
     return None, []
 
 
@@ -3720,7 +3720,7 @@ def open_log(cfg: Config, process: Process, inputs: Inputs, past: Past | None) -
         if past is None:
             folder.mkdir(parents=True)
             lock(folder)
-        if cfg.code_bytes == "packed":
+        if counted != source:
             write_atomically(folder / PACKED_NAME, counted)
 
     process.together(make, main=True)

@@ -356,7 +356,8 @@ def verify(folder: Path, jobs: int) -> bool:
     sys.stdout.flush()
     for fault in result["faults"]:
         print(f"error: {folder}: {fault}", file=sys.stderr)
-    print(f"  {len(result['faults']):,} faults" if result["faults"] else "  nothing is wrong", flush=True)
+    count = len(result["faults"])
+    print(f"  {count:,} fault{'s' * (count != 1)}" if count else "  nothing is wrong", flush=True)
     return not result["faults"]
 
 
