@@ -23,11 +23,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import record_review as review  # noqa: E402
 import runs as reader  # noqa: E402
+from command_line import Parser, answer  # noqa: E402
 from record import scores  # noqa: E402
 from record_checks import LIMIT_SECONDS, check_submission, reasons_against  # noqa: E402
 from record_text import submitted  # noqa: E402
 from run_log import LIMIT_BYTES, read_text, t  # noqa: E402
-from show import Parser  # noqa: E402
 
 SEEDS = 3  # that a record is shown with
 LAST_STEP = 1.0  # seconds that a training may go on after its cap: the step in progress is finished
@@ -338,13 +338,7 @@ def launched(argv: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    try:
-        return launched(argv)
-    except t.UserError as problem:
-        sys.stderr.write(f"error: {t.one_line(problem)}\n")
-    except OSError as problem:
-        sys.stderr.write(f"error: {problem.filename or 'output'}: {problem.strerror}; mend the path\n")
-    return 2
+    return answer(launched, argv, "mend the path")
 
 
 if __name__ == "__main__":

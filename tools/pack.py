@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from show import Parser  # noqa: E402
+from command_line import Parser, answer  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
@@ -43,7 +43,7 @@ def packed(path: Path, out: Path) -> str:
     return f"{out}: {len(short):,} bytes for {len(source):,}, sha256 {hashlib.sha256(short).hexdigest()}"
 
 
-def launched(argv: list[str]):
+def launched(argv: list[str]) -> int:
     parser = Parser(prog="python tools/pack.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", nargs="?", type=Path, default=t.SCRIPT, help="default: train_gpt.py of this project")
@@ -54,21 +54,15 @@ def launched(argv: list[str]):
         source = t.unpack_script(options.script.read_bytes())
         t.require(source, f"{options.script}: is not packed, or damaged; give a {t.PACKED_NAME}")
         t.show(source.decode().rstrip("\n"))
-        return
+        return 0
     out = options.out or options.script.with_name(options.script.stem + ".packed.py")
     t.require(out.resolve() != options.script.resolve(), f"{out}: is the script itself; choose another --out")
     t.show(packed(options.script, out))
+    return 0
 
 
 def main(argv: list[str]) -> int:
-    try:
-        launched(argv)
-        return 0
-    except t.UserError as problem:
-        sys.stderr.write(f"error: {t.one_line(problem)}\n")
-    except OSError as problem:
-        sys.stderr.write(f"error: {problem.filename or 'output'}: {problem.strerror}; mend the path or make room\n")
-    return 2
+    return answer(launched, argv)
 
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ import figures  # noqa: E402
 import record_review as review  # noqa: E402
 import record_text as text  # noqa: E402
 import runs as reader  # noqa: E402
+from command_line import Parser, answer  # noqa: E402
 from looks import NO_PLOT  # noqa: E402
 from record_checks import check_submission, reasons_against, settings_apart, verified_of  # noqa: E402
 from run_log import ROOT, TITLES, Run, read_text, split_log, t  # noqa: E402
 from runs import hardware_of  # noqa: E402
-from show import Parser  # noqa: E402
 from sweep_results import counted, launcher, tell, utf_8  # noqa: E402
 
 NON_RECORD = "track_non_record_16mb"
@@ -350,13 +350,7 @@ def write_index(records: Path, asked: bool) -> int:
 
 
 def main(argv: list[str]) -> int:
-    try:
-        return launched(argv)
-    except t.UserError as problem:
-        sys.stderr.write(f"error: {t.one_line(problem)}\n")
-    except OSError as problem:
-        sys.stderr.write(f"error: {problem.filename or 'output'}: {problem.strerror}; mend the path or make room\n")
-    return 2
+    return answer(launched, argv)
 
 
 if __name__ == "__main__":

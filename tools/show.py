@@ -21,14 +21,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import figures  # noqa: E402
 import runs as reader  # noqa: E402
+from command_line import Parser, answer  # noqa: E402
 from looks import NO_PLOT  # noqa: E402
 from run_log import TITLES, Run, t  # noqa: E402
 from sweep_results import counted, tell  # noqa: E402
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise t.UserError(f"{message}; {self.prog} --help says how")
 
 
 def progress(run: Run) -> str:
@@ -90,14 +86,7 @@ def launched(argv: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    try:
-        return launched(argv)
-    except t.UserError as problem:
-        sys.stderr.write(f"error: {t.one_line(problem)}\n")
-    except OSError as problem:
-        where = problem.filename or "output"
-        sys.stderr.write(f"error: {where}: {problem.strerror}; mend the path, or choose another with --out\n")
-    return 2
+    return answer(launched, argv, "mend the path, or choose another with --out")
 
 
 if __name__ == "__main__":
