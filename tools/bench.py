@@ -63,7 +63,8 @@ class Bench:
         self.steps, self.repeats, self.rows = steps, repeats, {}
         self.process = t.Process(cfg.compute_dtype)
         self.device = self.process.device
-        self.cfg, inputs = t.open_inputs(cfg, self.process, None, {}, t.read_script(cfg, None))
+        self.script = t.read_script(cfg, None)
+        self.cfg, inputs = t.open_inputs(cfg, self.process, None, {}, self.script)
         self.tokenizer, self.tokens = inputs.tokenizer, inputs.train
         torch.manual_seed(cfg.seed)
         self.log = t.Log(self.process, Path(os.devnull)).silent()
@@ -165,7 +166,7 @@ class Bench:
         """Search and code the artifact, then read it back."""
         cfg = self.cfg
         text, size = t.calibration_text(cfg, self.process, self.tokens)
-        room, blobs = cfg.artifact_limit_bytes - t.SCRIPT.stat().st_size, []
+        room, blobs = cfg.artifact_limit_bytes - len(self.script.counted), []
 
         def write():
             exporter = t.Exporter(cfg, self.log, self.model, text, size, room, cfg.export_seconds)

@@ -334,7 +334,7 @@ def export(stage: Stage):
     for number in range(5 * stage.steps):
         parts.trainer.step(loader.next(), number, 1.0)
     text, size = t.calibration_text(cfg, parts.process, parts.tokens)
-    whole, code = mean_loss(parts.model, text, size), t.SCRIPT.stat().st_size
+    whole, code = mean_loss(parts.model, text, size), len(parts.script.counted)
     room = cfg.artifact_limit_bytes - code
     stage.figures(trained_steps=5 * stage.steps, trained_tokens_a_step=cfg.train_batch_tokens, loss_float=whole,
                   calibration_tokens=text[:, 1:].numel(), guard_s=cfg.export_seconds)
