@@ -339,18 +339,25 @@ def test_what_counts_must_be_what_ran(swept, call, tmp_path):
     refused(call(record, folder, *options), f"has {len(packed) + 1} bytes and sha256", f"counts {len(packed)} and")
     path.write_bytes(packed.replace(b'PACKED="', b'PACKED="0', 1)[:-1])
     refused(call(record, folder, *options), f"has {len(packed)} bytes and sha256")
-    other = t.pack_script(b"x = 1\n")
-    told = {"log": [(r"^code counted: .*", f"code counted: {len(other)} bytes, sha256 "
-                     f"{t.hashlib.sha256(other).hexdigest()}"),
-                    (r"^(Code size .compressed.: )\d+", rf"\g<1>{len(other)}"),
-                    (r"^(Total submission size int6\+zstd: )(\d+)",
-                     lambda m: f"{m[1]}{int(m[2]) - len(packed) + len(other)}")]}
-    folder = Path(forged(swept[0], tmp_path / "other", **told))
-    facts = json.loads((folder / "summary.json").read_text())
-    facts["artifact"] |= {"bytes_code": len(other), "bytes_total": facts["artifact"]["bytes_model"] + len(other)}
-    (folder / "summary.json").write_text(json.dumps(facts))
-    (folder / t.PACKED_NAME).write_bytes(other)
+    folder = counting(swept[0], tmp_path / "other", len(packed), t.pack_script(b"x = 1\n"))
     refused(call(record, folder, *options), "does not unpack to the script in its train.log")
+    text = t.base64.b85encode(t.lzma.compress(t.unpack_script(packed), preset=0)).decode()  # by another lzma
+    folder = counting(swept[2], tmp_path / "again", len(packed), (t.UNPACKER % text).encode())
+    assert call(record, folder, *options)[0] == 0
+    refused(call(record, swept[0], folder, *options[2:], "--name", "two"), "counted another packed script than 1_")
+
+
+def counting(path, to, before: int, packed: bytes) -> Path:
+    """A copy of a run's folder that counts another file, of `before` bytes before."""
+    told = [(r"^code counted: .*", f"code counted: {len(packed)} bytes, sha256 {t.hashlib.sha256(packed).hexdigest()}"),
+            (r"^(Code size .compressed.: )\d+", rf"\g<1>{len(packed)}"),
+            (r"^(Total submission size int6\+zstd: )(\d+)", lambda m: f"{m[1]}{int(m[2]) - before + len(packed)}")]
+    folder = Path(forged(path, to, log=told))
+    facts = json.loads((folder / "summary.json").read_text())
+    facts["artifact"] |= {"bytes_code": len(packed), "bytes_total": facts["artifact"]["bytes_model"] + len(packed)}
+    (folder / "summary.json").write_text(json.dumps(facts))
+    (folder / t.PACKED_NAME).write_bytes(packed)
+    return folder
 
 
 def test_the_data_must_have_been_verified(swept, call, tmp_path, monkeypatch, corpus):
@@ -607,6 +614,15 @@ def test_what_was_edited_in_two_places_is_found_in_a_third(swept, call, tmp_path
     caveats = json.loads(Path(swept[0], "summary.json").read_text())["caveats"]
     summary = [(place, [caveats[i] for i in value] if place == "caveats" else value) for place, value in summary]
     refused(call(show, forged(swept[0], tmp_path / "edited", log=log, summary=summary)), words)
+
+
+def test_a_cut_split_is_said_by_the_run(swept, call, tmp_path):
+    """Where its data has the name of published shards, its notes say that it is cut."""
+    pieces = {"log": [(r'^(config .*"vocab_size": )400', r"\g<1>1024"),
+                      (r'^(preset:.*"VOCAB_SIZE": )400', r"\g<1>1024")],
+              "summary": [("config.vocab_size", 1024), ("overrides.VOCAB_SIZE", 1024)]}
+    path = forged(swept[0], tmp_path / "cut", **in_all(CLEAN, pieces))
+    refused(call(show, path), "its lines show 'not the published split:', its notes do not say so")
 
 
 def test_the_artifact_and_the_sweep_tell_more(swept, call, tmp_path, monkeypatch):

@@ -672,3 +672,43 @@ def test_the_same_run_on_a_gpu(launch):
     assert s["valid"] and s["seconds"]["compile"] > 0 and s["eval"]["ttt"]["adapted_chunks"] > 0
     assert s["hardware"]["device"] == "cuda" and s["eval"]["sliding"]["val_loss"] < 5.5
     assert abs(s["eval"]["float"]["val_loss"] - s["eval"]["int6"]["val_loss"]) < 0.3
+
+
+def test_a_run_says_what_verification_has_found_in_its_data(launch, tmp_path, corpus):
+    """As notes, for as long as the shards are those that were seen."""
+    data = tmp_path / "shards"
+    shutil.copytree(corpus, data)
+    files = [{"name": p.name, "bytes": p.stat().st_size, "mtime": int(p.stat().st_mtime), "sha256": "ab"}
+             for p in data.glob("fineweb_*.bin")]
+    found = {"date": "2026-01-02", "files": files, "faults": ["two documents are in both splits; take them out"],
+             "equal_documents": 2, "shared_documents": 3, "shared_tokens": 200}
+    (data / "verified.json").write_text(json.dumps(found))
+    run = launch(DATA_PATH=data, ITERATIONS=2)
+    assert run.code == 0 and "\nnote: data, as verified: two documents are in both splits; take them out\n" in run.out
+    verified = run.summary["data"]["verified"]
+    assert verified.pop("sha256") and verified == {"date": "2026-01-02", "equal_documents": 2, "shared_documents": 3,
+                                                   "shared_tokens": 200, "faults": 1}
+    model = hashlib.sha256((corpus / "tokenizer.model").read_bytes()).hexdigest()
+    assert run.summary["data"]["tokenizer_sha256"] == model
+    (data / "fineweb_val_000001.bin").write_bytes((data / "fineweb_val_000000.bin").read_bytes())
+    run = launch(run_id="more", DATA_PATH=data, ITERATIONS=2)
+    assert run.code == 0 and "as verified" not in run.out and run.summary["data"]["verified"] is None
+
+
+@pytest.mark.parametrize("name, pieces, targets, complete, said", [
+    ("fineweb10B_sp1024", 1024, 62_021_632, True, []), ("fineweb10B_sp1024", 1024, 62_021_632 + 2047, True, []),
+    ("fineweb10B_sp1024", 1024, 62_021_631, True, ["not the published split: 62021631 targets, there about 62021632"]),
+    ("fineweb10B_sp1024", 1024, 62_021_632 + 2048, True, ["not the published split: 62023680 targets"]),
+    ("fineweb10B_sp1024", 1024, 1000, False, ["partial split: its first 1000 targets"]),
+    ("fineweb10B_sp8192", 8192, 62_021_632, True, ["not the published split: 62021632 targets, there about 40540160"]),
+    ("fineweb10B_sp4096", 4096, 1000, True, []), ("mine_sp1024", 1024, 1000, True, []),
+])
+def test_a_cut_split_of_published_data_is_said(tiny, name, pieces, targets, complete, said):
+    cfg = tiny(DATA_PATH=f"/data/{name}", VOCAB_SIZE=pieces)
+    found = [text for holds, text in t.split_caveats(cfg, SimpleNamespace(targets=targets, complete=complete)) if holds]
+    assert len(found) == len(said) and all(text.startswith(words) for text, words in zip(found, said, strict=True))
+
+
+def test_a_run_that_goes_on_keeps_the_seconds_of_its_warm_up(finished):
+    summary = finished.summary | {"seconds": {"warm_up": 61.5, "train": 9.0, "total": 80.0}}
+    assert t.past_of_summary(finished.folder, summary, []).seconds == {"warm_up": 61.5, "train": 9.0}
