@@ -76,7 +76,7 @@ class Facts:
     tokenizer: str = ""
     ranks: int | None = None
     card: str = ""
-    adapted: list[str] = field(default_factory=list)  # passes over the validation text before the score
+    adapted: dict[str, int] = field(default_factory=dict)  # passes over the validation text before the score, by name
 
 
 @dataclass
@@ -96,17 +96,16 @@ def read_facts(path: Path) -> Facts:
     """The facts of a log; of several launches the last one counts. UserError where it cannot be read."""
     facts = Facts(path)
     named = re.search(r"seed[_-]?(\d+)|^log_(\d+)$", path.stem)
-    waiting: dict[str, int] = {}  # passes over the validation text since the last score
+    passes: dict[str, int] = {}  # over the validation text, so far
     for line in read_text(path).split("\n"):
         line = re.sub(r"^\d{9,}\.\d+ ", "", line)  # a time stamp
         if m := SCORE.match(line):
             facts.loss, facts.bpb, took = float(m[2]), float(m[3]), SECONDS.search(m[4])
             facts.plain = max(facts.bpb, facts.plain or 0.0)
             facts.evaluation = seconds_of(*took.groups()) if took else facts.evaluation
-            facts.adapted += [f"{count} passes of {name}" for name, count in waiting.items()]
-            waiting = {}
+            facts.adapted |= passes
         elif m := ADAPTED.match(line):
-            waiting[m[1] or m[4]] = int(m[2] or 1)
+            passes[m[1] or m[4]] = int(m[2] or 1)
         elif m := re.match(r"total_eval_time: ?([\d.]+)s", line):
             facts.evaluation = max(float(m[1]), facts.evaluation or 0.0)
         elif m := TRAINED.search(line):
@@ -217,8 +216,8 @@ def check_scores(logs: list[Facts], found: Found):
     """Leaks and what BPB divides by, as far as a log shows them."""
     for log in logs:
         if log.adapted:
-            found.no.append(f"{log.path.name}: learns the validation text before it is scored "
-                            f"({', '.join(dict.fromkeys(log.adapted))})")
+            passes = ", ".join(f"{count} passes of {name}" for name, count in log.adapted.items())
+            found.no.append(f"{log.path.name}: learns the validation text before it is scored ({passes})")
         if log.bpb and log.plain - log.bpb > LEAP:
             found.no.append(f"{log.path.name}: its evaluation takes {log.plain:.4f} BPB to {log.bpb:.4f}, which no "
                             "valid one has come near: are all its probabilities a distribution over tokens, fixed "
