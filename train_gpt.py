@@ -903,12 +903,14 @@ class Log:
 # ==== Code: the script in the fewest bytes that still run, as what is submitted counts them ===========================
 
 PACKED_NAME = "train_gpt.packed.py"
-# With its lines in linecache, tracebacks show them, and Triton finds the source of its kernels.
-UNPACKER = """import base64,linecache,lzma
+# With its lines in linecache Triton finds the source of its kernels, and tracebacks show them; those that the
+# interpreter prints by itself did not look there before Python 3.13.
+UNPACKER = """import base64,linecache,lzma,sys,traceback
 PACKED="%s"
 UNPACKED=lzma.decompress(base64.b85decode(PACKED)).decode()
-linecache.cache[__file__]=len(UNPACKED),None,UNPACKED.splitlines(True),__file__
-exec(compile(UNPACKED,__file__,"exec"))
+linecache.cache[__file__+":unpacked"]=len(UNPACKED),None,UNPACKED.splitlines(True),__file__
+if __name__=="__main__":sys.excepthook=lambda*e:traceback.print_exception(*e)
+exec(compile(UNPACKED,__file__+":unpacked","exec"))
 """
 
 
@@ -940,19 +942,22 @@ def pack_script(source: bytes) -> bytes:
 
 
 def unpack_script(packed: bytes) -> bytes:
-    """The source that a packed script runs; empty for another file."""
-    with contextlib.suppress(ValueError, IndexError, lzma.LZMAError):
-        return lzma.decompress(base64.b85decode(packed.split(b'"')[1]))
+    """The source that a packed script runs; empty for any other file, also one that does more than unpack."""
+    head, tail = UNPACKER.encode().split(b"%s")
+    with contextlib.suppress(ValueError, lzma.LZMAError):
+        if packed.startswith(head) and packed.endswith(tail):
+            return lzma.decompress(base64.b85decode(packed[len(head) : -len(tail)]))
     return b""
 
 
 def lean(source: str) -> str:
     """A script without what does not run: comments, empty lines, docstrings but for the head's, which --help shows. A
     level of indentation becomes one space, a docstring 0. It is cut by tokens, so all else stays to the letter."""
-    row_starts = list(itertools.accumulate(map(len, source.splitlines(True)), initial=0))
+    source = source.removeprefix("\ufeff")  # of some editors
+    row_starts = list(itertools.accumulate(map(len, io.StringIO(source)), initial=0))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     kept, done, last_row, level, inside = [], 0, 0, 0, False  # done: up to where; inside: of a statement
-    for (kind, _, start, end, _), (after, *_) in itertools.pairwise(tokens):
+    for (kind, text, start, end, _), (after, *_) in itertools.pairwise(tokens):
         if kind in (tokenize.INDENT, tokenize.DEDENT):
             level += 1 if kind == tokenize.INDENT else -1
             continue
@@ -963,7 +968,8 @@ def lean(source: str) -> str:
         elif kind == tokenize.COMMENT:
             kept.append(source[done : row + start[1]].rstrip())
             done = row + end[1]
-        if kind == tokenize.STRING and level and not inside and after in (tokenize.NEWLINE, tokenize.COMMENT):
+        alone = not inside and after in (tokenize.NEWLINE, tokenize.COMMENT)
+        if kind == tokenize.STRING and level and alone and text.lstrip("rRuU")[0] in "'\"":  # no f-string
             kept.append("0")
             done = row_starts[end[0] - 1] + end[1]
         inside = inside if idle else kind != tokenize.NEWLINE
@@ -3552,14 +3558,19 @@ def read_manifest(folder: Path) -> tuple[str | None, float | None, list[str]]:
     return cut_with, of_a_byte, doubts
 
 
+def states_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Bytes and time of change of each shard: what tells that shards are those of before, without reading them."""
+    files = {path.name: path.stat() for path in sorted(folder.glob("fineweb_*.bin"))}
+    return {name: (file.st_size, int(file.st_mtime)) for name, file in files.items()}
+
+
 def read_verified(folder: Path) -> tuple[dict | None, list[str]]:
     """What ./run.sh data --verify has found in these shards, with one sha256 for all of theirs; None where it has not
     seen them as they are. With it, what speaks against a score on them."""
     with contextlib.suppress(*UNREADABLE):
         found = json.loads((folder / "verified.json").read_bytes())
         seen = {file["name"]: (file["bytes"], file["mtime"]) for file in found["files"]}
-        here = {path.name: path.stat() for path in folder.glob("fineweb_*.bin")}
-        if seen == {name: (file.st_size, int(file.st_mtime)) for name, file in here.items()}:
+        if seen == states_of(folder):
             sums = sorted((file["name"], file["sha256"]) for file in found["files"])
             lines = "".join(f"{digest}  {name}\n" for name, digest in sums)  # as sha256sum fineweb_*.bin prints them
             told = {name: found[name] for name in ("date", "equal_documents", "shared_documents", "shared_tokens")}
@@ -3587,7 +3598,8 @@ def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict,
     path, cfg = find_tokenizer(cfg, folder), dataclasses.replace(cfg, data_path=str(folder))
     tokenizer, (cut_with, of_a_byte, doubts) = Tokenizer(path, cfg.vocab_size), read_manifest(folder)
     verified, faults = read_verified(folder)
-    data = {"tokenizer_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "verified": verified}
+    data = {"tokenizer_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "verified": verified,
+            "states_sha256": hashlib.sha256(json.dumps(states_of(folder)).encode()).hexdigest()}
     require(cut_with in (None, data["tokenizer_sha256"]), f"TOKENIZER_PATH={path}: not the "
             f"tokenizer that cut the data, by {folder / 'manifest.json'}; give that one, or other data: ./run.sh data "
             f"--variant sp{cfg.vocab_size} fetches FineWeb's")

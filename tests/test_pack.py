@@ -32,20 +32,10 @@ def packed(tmp_path_factory):
     return path
 
 
-def without_docstrings(source: str) -> str:
-    """The syntax tree of a script, with 0 for each docstring but the first."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
-            node.body[0] = ast.Expr(ast.Constant(0))
-    return ast.dump(tree)
-
-
 def test_lean_keeps_all_that_runs():
     source = SCRIPT.read_text()
     found = t.lean(source)
-    assert ast.dump(ast.parse(found)) == without_docstrings(source)
+    assert ast.dump(ast.parse(found)) == pack.tree_of(source) != ast.dump(ast.parse(source))
     head = ast.get_docstring(ast.parse(source), clean=False)
     assert found.startswith(f'"""{head}"""\nimport argparse\n') and not re.search(r"\n *(#|\n)", found[len(head) :])
     assert found.count('"""') == 4, "the head and the unpacker"
@@ -62,12 +52,15 @@ def test_lean_keeps_all_that_runs():
     "if 1:\n  def f(): 'doc'\n  x = 1; 'no doc'; y = 2\nelse:\n        pass\n", "def f():\n  'doc';\n  return 1\n",
     "async def f():\n    'doc'\n    async with a as b:\n        # c\n        pass\n", "x = '''a\n  b'''; y = 2  # c\n",
     "def f():\n    x = 1\n\n    '''a string that stands alone'''\n",
+    "def f():\n    f'{print(1)}'\n", "\ufeff# first\nx = 1\n", "def f():\n    return 'a\x0bb\u2028c'\n# d\n",
     "", "\n\n", "# only\n", "x = '\u00e9\u2581'  # \u2581\n",
 ])
 def test_lean_cuts_by_tokens(source):
     found = t.lean(source)
     run = {node.name: ast.dump(node) for node in ast.walk(ast.parse(found)) if isinstance(node, ast.FunctionDef)}
-    assert run.keys() == {n.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)}
+    assert run.keys() == {n.name for n in ast.walk(ast.parse(source.encode())) if isinstance(n, ast.FunctionDef)}
+    source = source.removeprefix("\ufeff")
+    assert pack.same_program(source, found)
     for tree in (before := ast.parse(source), after := ast.parse(found)):  # what stands alone does nothing
         for node in ast.walk(tree):
             if hasattr(node, "body") and isinstance(node.body, list):
@@ -193,13 +186,17 @@ def test_tracebacks_show_the_lines(tmp_path):
                 fail(1)
             except ZeroDivisionError:
                 traceback.print_exc()
+            fail(2)
         '''))
     assert pack.main([str(tmp_path / "long.py"), "--out", str(tmp_path / "short.py")]) == 0
     done = subprocess.run([sys.executable, str(tmp_path / "short.py")], capture_output=True, text=True)
-    assert "in fail\n    return x / 0" in done.stderr and "line 5, in fail" in done.stderr, done.stderr
+    assert done.returncode == 1 and done.stderr.count("in fail\n    return x / 0") == 2, done.stderr
+    assert done.stderr.count("short.py:unpacked\", line 5, in fail") == 2 and "fail(2)\n" in done.stderr, done.stderr
+    assert "What --help shows" not in done.stderr, "the line that unpacks is shown as it is"
     module = load(tmp_path / "short.py")
     assert module.__doc__ == "What --help shows." or module.UNPACKED.startswith('"""What --help shows."""')
-    assert t.functools.reduce(getattr, ("__code__", "co_filename"), module.fail) == str(tmp_path / "short.py")
+    assert module.fail.__code__.co_filename == f"{tmp_path / 'short.py'}:unpacked"
+    assert sys.excepthook is sys.__excepthook__, "an import leaves it alone"
 
 
 def test_triton_finds_its_kernel(packed):
@@ -208,16 +205,28 @@ def test_triton_finds_its_kernel(packed):
     module = load(packed)
     plain = ast.parse(textwrap.dedent("".join(t.squared_relu_product.raw_src)))
     short = ast.parse(textwrap.dedent("".join(module.squared_relu_product.raw_src)))
-    assert without_docstrings(ast.unparse(plain)) == ast.dump(ast.parse(ast.unparse(short)))
+    assert pack.tree_of(ast.unparse(plain)) == ast.dump(ast.parse(ast.unparse(short)))
+
+
+def test_what_packing_would_change_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.py").write_text("x = 1  # one\n")
+    monkeypatch.setattr(t, "lean", lambda source: source.replace("1", "2"))
+    assert pack.main([str(tmp_path / "a.py")]) == 2 and "would not be the same program" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["a.py"]
+    assert not pack.same_program("x = 1", "x = (") and pack.same_program("def f():\n  'd'\n", "def f():\n 0\n")
 
 
 def test_pack_says_what_to_mend(tmp_path, packed, capsys):
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "new.py").write_text("try:\n    pass\nexcept* ValueError:\n    pass\n")
+    (tmp_path / "latin.py").write_bytes(b"x = '\xe9'\n")
+    (tmp_path / "more.py").write_bytes(packed.read_bytes().replace(b"exec(", b"x=1;exec("))
     for arguments, words in (
             (["nowhere.py"], "nowhere.py: No such file"), ([tmp_path / "broken.py"], "not a script for Python 3.10"),
             ([tmp_path / "new.py"], "not a script for Python 3.10"), ([packed], "is packed already"),
-            (["--unpack", SCRIPT], "is not packed, or damaged"), ([SCRIPT, "--out", SCRIPT], "choose another --out")):
+            (["--unpack", SCRIPT], "is not packed, or damaged"), ([SCRIPT, "--out", SCRIPT], "choose another --out"),
+            (["--unpack", packed, "--out", "x"], "takes no --out"), ([tmp_path / "latin.py"], "not UTF-8"),
+            (["--unpack", tmp_path / "more.py"], "is not packed, or damaged")):
         assert pack.main([*map(str, arguments)]) == 2
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1 and said.startswith("error: "), said
@@ -225,4 +234,5 @@ def test_pack_says_what_to_mend(tmp_path, packed, capsys):
     damaged.write_bytes(packed.read_bytes().replace(b'PACKED="', b'PACKED="0000', 1))
     assert pack.main(["--unpack", str(damaged)]) == 2
     assert pack.main(["--unpack", str(packed)]) == 0 and capsys.readouterr().out == t.lean(SCRIPT.read_text())
-    assert sorted(os.listdir(tmp_path)) == ["broken.py", "damaged.py", "new.py"], "nothing half-written stays"
+    kept = ["broken.py", "damaged.py", "latin.py", "more.py", "new.py"]
+    assert sorted(os.listdir(tmp_path)) == kept, "nothing half-written stays"

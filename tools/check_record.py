@@ -27,6 +27,7 @@ from command_line import Parser, answer  # noqa: E402
 from record import scores  # noqa: E402
 from record_checks import LIMIT_SECONDS, check_submission, reasons_against  # noqa: E402
 from record_text import submitted  # noqa: E402
+from run_checks import is_number  # noqa: E402
 from run_log import LIMIT_BYTES, read_text, t  # noqa: E402
 
 SEEDS = 3  # that a record is shown with
@@ -42,19 +43,20 @@ UNKNOWN = [
     "tries it, of runs of this script)",
     "whether the logs are of this script and as they were left"]
 
-N = r"(-?\d+(?:\.\d+)?|nan)"
+N = r"(-?\d{1,9}(?:\.\d{1,30})?|nan)"
 SCORE = re.compile(rf"(?!step:)([A-Za-z][^{{}}\"']{{,200}}?)[: ]+val_loss[:=] ?{N} +val_bpb[:=] ?{N}(.*)")
-SECONDS = re.compile(r"\b(?:eval_)?time:(\d+(?:\.\d+)?)(ms|s)\b")
-TRAINED = re.compile(r"train_time: ?(\d+(?:\.\d+)?)(ms|s|m)\b")
-TOTAL = re.compile(r"(?:Total submission size (?!int8\+zlib: 1\d{8})\S+: (\d+) bytes|budget:(\d+)/16000000)")
-MODEL = re.compile(r"Serialized model \S+: (\d+) bytes")
-CODE = re.compile(r"Code size(?: \(compressed\))?: (\d+) bytes")
-TARGETS = re.compile(r"(?:val_loader:.*?tokens:|val_tokens: ?)(\d+)\b")
-DOCUMENTS = re.compile(r"\w+: ?total_docs:(\d+)\b")
-SEED = re.compile(r"(?:\s+|.*\b)?seed[:=] ?(\d+)\b")
-RANKS = re.compile(r"\s*world_size: ?(\d+)\b")
+SECONDS = re.compile(r"\b(?:eval_)?time:(\d{1,12}(?:\.\d+)?)(ms|s)\b")
+TRAINED = re.compile(r"train_time: ?(\d{1,12}(?:\.\d+)?)(ms|s|m)\b")
+TOTAL = re.compile(r"(?:Total submission size \S+: (\d{1,15}) bytes|budget:(\d{1,15})/16000000)")
+PLAIN_TOTAL = re.compile(r"Total submission size: (1\d{7}|\d{1,7}) bytes")  # other scripts print the model's own so
+MODEL = re.compile(r"Serialized model \S+: (\d{1,15}) bytes")
+CODE = re.compile(r"Code size(?: \(compressed\))?: (\d{1,15}) bytes")
+TARGETS = re.compile(r"(?:val_loader:.*?tokens:|val_tokens: ?)(\d{1,15})\b")
+DOCUMENTS = re.compile(r"\w+: ?total_docs:(\d{1,15})\b")
+SEED = re.compile(r"(?:\s+|.*\b)?seed[:=] ?(\d{1,12})\b")
+RANKS = re.compile(r"\s*world_size: ?(\d{1,6})\b")
 # Passes over the validation text that end before the score: tokens are learnt first and scored later.
-ADAPTED = re.compile(r"(\w*ttt\w*)[:_ ]+epoch[: ] ?(\d+)/(\d+)\b|(ttt_adapt)_time:")
+ADAPTED = re.compile(r"(\w*ttt\w*)[:_ ]+epoch[: ] ?(\d{1,6})/(\d{1,6})\b|(ttt_adapt)_time:")
 
 
 @dataclass
@@ -62,7 +64,8 @@ class Facts:
     """What one log shows; None where it does not."""
 
     path: Path
-    seed: int | None = None
+    seed: int | None = None  # by its lines
+    named: int | None = None  # by the file's name
     loss: float | None = None
     bpb: float | None = None
     plain: float | None = None  # the worst of its final scores, which is that without what its evaluation adds
@@ -95,7 +98,7 @@ def seconds_of(number: str, unit: str) -> float:
 def read_facts(path: Path) -> Facts:
     """The facts of a log; of several launches the last one counts. UserError where it cannot be read."""
     facts = Facts(path)
-    named = re.search(r"seed[_-]?(\d+)|^log_(\d+)$", path.stem)
+    named = re.search(r"seed[_-]?(\d{1,12})|^log_(\d{1,12})$", path.stem)
     passes: dict[str, int] = {}  # over the validation text, so far
     for line in read_text(path).split("\n"):
         line = re.sub(r"^\d{9,}\.\d+ ", "", line)  # a time stamp
@@ -112,9 +115,11 @@ def read_facts(path: Path) -> Facts:
             facts.training = seconds_of(*m.groups())
         elif m := TOTAL.match(line):
             facts.total = int(m[1] or m[2])
+        elif m := PLAIN_TOTAL.match(line):
+            facts.total = facts.total or int(m[1])
         else:
             add_fact(facts, line)
-    facts.seed = int(named[1] or named[2]) if named else facts.seed
+    facts.named = int(named[1] or named[2]) if named else None
     return facts
 
 
@@ -133,7 +138,8 @@ def add_fact(facts: Facts, line: str):
 
 def find_logs(folder: Path) -> list[Path]:
     """What may be the logs of a folder: text files, also in logs/."""
-    return sorted(path for pattern in ("*.log", "*.txt", "logs/*.log", "logs/*.txt") for path in folder.glob(pattern))
+    patterns = ("*.log", "*.txt", "logs/*.log", "logs/*.txt")
+    return sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
 
 
 def scored_logs(folder: Path) -> list[Facts]:
@@ -141,7 +147,7 @@ def scored_logs(folder: Path) -> list[Facts]:
     found = {}
     for log in map(read_facts, find_logs(folder)):
         if log.bpb is not None:
-            found.setdefault((log.seed, log.bpb, log.loss, log.training), log)
+            found.setdefault((log.named if log.named is not None else log.seed, log.bpb, log.loss, log.training), log)
     return list(found.values())
 
 
@@ -159,11 +165,15 @@ def check_files(folder: Path, logs: list[Facts], found: Found):
 def check_facts(facts: dict, logs: list[Facts], found: Found):
     """submission.json against the logs."""
     missing = [key for key in ("author", "github_id", "name", "date", "val_bpb") if key not in facts]
+    odd = [key for key in ("author", "name", "date") if not isinstance(facts.get(key, ""), str)]
+    odd += [key for key in ("val_bpb", "val_loss", "bytes_total") if not is_number(facts.get(key, 0), -1e15, 1e15)]
+    if odd:
+        found.ask.append(f"submission.json: {', '.join(odd)} is not of its kind")
     missing += ["bytes_total"] if not {"bytes_total", "artifact_bytes", "artifact_bytes_max"} & facts.keys() else []
     if missing:
         found.ask.append(f"submission.json has no {', '.join(missing)}")
     told, shown = facts.get("val_bpb"), [log.bpb for log in logs if log.bpb is not None]
-    if not isinstance(told, int | float) or not shown:
+    if not is_number(told, -1e15, 1e15) or not shown:
         return
     mean = statistics.mean(shown)
     if abs(told - mean) > 0.0005:
@@ -191,6 +201,14 @@ def check_sizes(folder: Path, logs: list[Facts], found: Found):
 
 
 def check_seeds(logs: list[Facts], found: Found):
+    for log in logs:
+        if log.seed is None:
+            found.ask.append(f"{log.path.name}: does not say its seed")
+        elif log.named not in (None, log.seed):
+            found.ask.append(f"{log.path.name}: is of seed {log.seed}, by its lines")
+    same = [log.path.name for log in logs if [other.loss for other in logs].count(log.loss) > 1]
+    if same:
+        found.ask.append(f"{', '.join(same)}: the same loss to the last digit; are they runs of their own?")
     seeds = [log.seed for log in logs if log.seed is not None]
     if len(set(seeds) or logs) < SEEDS:
         found.ask.append(f"{len(set(seeds) or logs)} seed(s); a record is shown with {SEEDS}")
@@ -215,10 +233,13 @@ def check_times(logs: list[Facts], found: Found):
 def check_scores(logs: list[Facts], found: Found):
     """Leaks and what BPB divides by, as far as a log shows them."""
     for log in logs:
+        if not 0 < log.bpb < 100:
+            found.no.append(f"{log.path.name}: {log.bpb:g} BPB is no score")
+            continue
         if log.adapted:
             passes = ", ".join(f"{count} passes of {name}" for name, count in log.adapted.items())
             found.no.append(f"{log.path.name}: learns the validation text before it is scored ({passes})")
-        if log.bpb and log.plain - log.bpb > LEAP:
+        if log.plain - log.bpb > LEAP:
             found.no.append(f"{log.path.name}: its evaluation takes {log.plain:.4f} BPB to {log.bpb:.4f}, which no "
                             "valid one has come near: are all its probabilities a distribution over tokens, fixed "
                             "before the token is looked at? a hashed n-gram cache's are not")
@@ -232,12 +253,12 @@ def check_scores(logs: list[Facts], found: Found):
             found.ask.append(f"{scored}, the published split has about {published:,}: an older one?")
         if log.documents not in (None, SPLIT_DOCUMENTS):
             found.no.append(f"{log.path.name}: scored {log.documents:,} of the split's {SPLIT_DOCUMENTS:,} documents")
-        if published and log.bpb:
+        if published:
             counted = published * log.loss / math.log(2) / log.bpb  # of the published split
             if not SPLIT_BYTES[0] <= counted <= SPLIT_BYTES[1]:
                 found.no.append(f"{log.path.name}: by val_loss and val_bpb the published split has {counted / 1e6:.1f} "
                                 "million bytes, where its text has about 151 million: bytes are counted wrongly")
-        elif log.targets and log.bpb:
+        elif log.targets:
             counted = log.targets * log.loss / math.log(2) / log.bpb
             if not SPLIT_BYTES[0] <= counted <= SPLIT_BYTES[1]:
                 found.ask.append(f"{log.path.name}: val_loss and val_bpb come to {counted / 1e6:.1f} million bytes; "
@@ -246,8 +267,8 @@ def check_scores(logs: list[Facts], found: Found):
 
 def check_makers(folder: Path, logs: list[Facts], found: Found):
     """What the scripts that make the data do by default: a shorter validation split leaves the rest in training."""
-    for path in sorted(folder.glob("*.py")):
-        m = re.search(r"val[-_]docs\b[^\n]*(?:\n[^\n]*)?\bdefault\s*=\s*([\d_]+)", read_text(path))
+    for path in sorted(path for path in folder.glob("*.py") if path.is_file()):
+        m = re.search(r"val[-_]docs\b[^\n]*(?:\n[^\n]*)?\bdefault\s*=\s*(\d[\d_]{0,12})", read_text(path))
         count = int(m[1].replace("_", "")) if m else SPLIT_DOCUMENTS
         if count < SPLIT_DOCUMENTS and any(log.targets or log.documents for log in logs):
             found.ask.append(f"{path.name} makes {count:,} validation documents by default and training data of the "
@@ -256,16 +277,17 @@ def check_makers(folder: Path, logs: list[Facts], found: Found):
 
 
 def check_ours(folder: Path, found: Found) -> bool:
-    """All that ./run.sh record demands, of a folder that it has made. Whether it is one."""
+    """All that ./run.sh record demands, of a folder with a log of this script. Whether it is one."""
+    if not any(re.search(r"^(config \{|preset:\w+ seed:|code counted: )", read_text(path), re.M) for path in
+               find_logs(folder)):
+        return False
     try:
         runs = reader.read_all([str(folder)])
-    except t.UserError:
-        return False
-    if not all(run.ours for run in runs):
-        return False
-    found.no += reasons_against(runs)
-    if facts := submitted(folder):
-        check_submission(runs, facts, folder)
+        found.no += reasons_against(runs)
+        if facts := submitted(folder):
+            check_submission(runs, facts, folder)
+    except t.UserError as problem:
+        found.no.append(str(problem).replace(f"{folder}/", ""))
     return True
 
 
@@ -284,8 +306,9 @@ def check(folder: Path) -> tuple[Found, list[Facts]]:
             raise t.UserError(f"{folder / 'submission.json'}: broken JSON ({t.one_line(error)}); mend it") from None
     logs = scored_logs(folder)
     check_files(folder, logs, found)
-    if not check_ours(folder, found):
+    if facts:
         check_facts(facts, logs, found)
+    if not check_ours(folder, found):
         check_sizes(folder, logs, found)
         check_times(logs, found)
         check_scores(logs, found)
@@ -310,8 +333,8 @@ def tests(logs: list[Facts], theirs: list[float]) -> list[str]:
     return lines
 
 
-def report(folder: Path, theirs: list[float] | None) -> bool:
-    """Print what was found; whether no rule is seen to be broken."""
+def report(folder: Path, theirs: list[float] | None) -> int:
+    """Print what was found. The exit code: 1 where a rule is seen to be broken."""
     found, logs = check(folder)
     scored = [log.bpb for log in logs]
     mean = f", {statistics.mean(scored):.5f} BPB on average" if scored else ""
@@ -323,17 +346,18 @@ def report(folder: Path, theirs: list[float] | None) -> bool:
         t.show(f"{'test:':9}{line}")
     said = "a rule is broken" if found.no else "no rule is seen to be broken"
     t.show(f"{'verdict:':9}{said}" + (f"; {len(set(found.ask))} to ask" if found.ask else ""))
-    return not found.no
+    return int(bool(found.no))
 
 
 def launched(argv: list[str]) -> int:
     parser = Parser(prog="./run.sh check-record", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a record")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of a record")
     parser.add_argument("--reference-bpb", type=scores, metavar="X[,X...]", help="scores of an entry, one a seed")
     options = parser.parse_args(argv)
-    good = [report(folder, options.reference_bpb) for folder in options.folders]
-    return 0 if all(good) else 1
+    codes = [answer(lambda folder: report(Path(folder[0]), options.reference_bpb), [folder], "mend the path")
+             for folder in options.folders]
+    return max(codes)
 
 
 def main(argv: list[str]) -> int:

@@ -6,14 +6,15 @@
     python tools/pack.py --unpack short.py              the lines that it runs, on stdout
 
 A packed script behaves like the readable one: help, errors, exit codes, artifacts. It needs nothing but Python to
-unpack. Comments and docstrings are gone, except for the first, which --help shows; tracebacks show the lines that are
-left. Exit codes: 0; 2 something to mend.
+unpack. Comments and docstrings are gone, except for the first, which --help shows, and __doc__ of others is None;
+tracebacks show the lines that are left. Exit codes: 0; 2 something to mend.
 """
 
 import argparse
 import ast
 import hashlib
 import sys
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,15 +30,43 @@ def read_source(path: Path) -> bytes:
     source = path.read_bytes()
     t.require(not t.unpack_script(source), f"{path}: is packed already; --unpack shows its lines")
     try:
-        ast.parse(source, path.name, feature_version=(3, 10))
-    except (SyntaxError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            source.decode()
+            ast.parse(source, path.name, feature_version=(3, 10))
+    except UnicodeDecodeError:
+        raise t.UserError(f"{path}: not UTF-8; save it as that") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise t.UserError(f"{path}: not a script for Python 3.10 ({t.one_line(error)}); mend it") from None
     return source
+
+
+def same_program(source: str, short: str) -> bool:
+    """Whether a script and what t.lean makes of it have the same syntax tree, docstrings apart."""
+    try:
+        return tree_of(source) == tree_of(short)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+def tree_of(source: str) -> str:
+    """The syntax tree of a script as text, with 0 for docstrings and other strings that stand alone, but for those
+    outside of functions and classes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = ast.parse(source.removeprefix("\ufeff"))
+    for node in ast.walk(tree):
+        alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if alone and node not in tree.body:
+            node.value = ast.Constant(0)
+    return ast.dump(tree)
 
 
 def packed(path: Path, out: Path) -> str:
     """Pack a script into `out`. Returns what to say. UserError where that cannot be done."""
     source = read_source(path)
+    t.require(same_program(source.decode(), t.lean(source.decode())), f"{path}: would not be the same program packed; "
+              "keep line breaks out of the braces of f-strings, and unusual white space out of it")
     short = t.pack_script(source)
     t.write_atomically(out, short)
     return f"{out}: {len(short):,} bytes for {len(source):,}, sha256 {hashlib.sha256(short).hexdigest()}"
@@ -52,8 +81,9 @@ def launched(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.unpack:
         source = t.unpack_script(options.script.read_bytes())
+        t.require(not options.out, "--unpack: prints, so it takes no --out")
         t.require(source, f"{options.script}: is not packed, or damaged; give a {t.PACKED_NAME}")
-        t.show(source.decode().rstrip("\n"))
+        t.show(source.decode("utf-8", "backslashreplace").rstrip("\n"))
         return 0
     out = options.out or options.script.with_name(options.script.stem + ".packed.py")
     t.require(out.resolve() != options.script.resolve(), f"{out}: is the script itself; choose another --out")

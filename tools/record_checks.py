@@ -52,6 +52,18 @@ def differences(runs: list[Run]) -> list[str]:
     return found
 
 
+def facts_of_data(text: str, path: Path) -> dict:
+    """What data.json says. UserError where it is not of its kind."""
+    try:
+        found = json.loads(text)
+        counts = ("equal_documents", "shared_documents", "shared_tokens", "faults")
+        if all(isinstance(found[name], int) for name in counts):
+            return found | {"date": str(found["date"]), "sha256": str(found["sha256"])}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise t.UserError(f"{path}: not what a record holds of its data; put back the one that was written")
+
+
 def verified_of(run: Run) -> dict | None:
     """What `./run.sh data --verify` has found in a run's data: as the run knew, as lies beside its log in a record, or
     as its folder of data says today."""
@@ -59,14 +71,16 @@ def verified_of(run: Run) -> dict | None:
         return found
     if run.path.is_file():
         path = run.path.with_name("data.json")
-        return json.loads(read_text(path)) if path.is_file() else None
-    return t.read_verified(Path(run.config.get("data_path") or "nowhere"))[0]
+        return facts_of_data(read_text(path), path) if path.is_file() else None
+    folder = Path(run.config.get("data_path") or "nowhere")
+    states = hashlib.sha256(json.dumps(t.states_of(folder)).encode()).hexdigest()
+    return t.read_verified(folder)[0] if states == run.about_data.get("states_sha256") else None
 
 
 def against_data(run: Run) -> list[str]:
     """What the verification of its data says against a run, where it has not said so itself."""
-    if not run.about_data:  # of a script that knew nothing of it
-        return []
+    if not run.about_data:
+        return ["its log has no line 'data'"] if run.code_file else []  # older scripts wrote neither
     found = verified_of(run)
     if not found:
         return ["data not verified (./run.sh data --verify)"]

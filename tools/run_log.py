@@ -377,8 +377,8 @@ def versions_of(text: str) -> dict:
 def data_facts_of(text: str) -> dict:
     """What a run knew of its data. ValueError where it is not of its kind."""
     found = json.loads(text)
-    if not isinstance(found.get("verified", 0), dict | None):
-        raise ValueError("verified")
+    if not isinstance(found, dict) or not isinstance(found.get("verified", 0), dict | None):
+        raise ValueError("data")
     return found
 
 
