@@ -213,11 +213,14 @@ class Runs:
                 np.maximum.at(self._first, numbers, self._total - first[inside][which])
 
     def shared(self) -> np.ndarray:
-        """Where in validation the windows begin that training has, in rising order. int64 [windows]"""
+        """Where in validation the windows of one document begin that training has, in rising order. int64 [windows]"""
         common = self._windows.ordered[self._first > 0]
         found, known = [np.empty(0, np.int64)], Hashes(common) if len(common) else None
         for begin in range(0, len(self._first) if known else 0, SLICE):
-            which, _ = known.find(window_hashes(self.tokens[begin : begin + SLICE + WINDOW - 1]))
+            tokens = self.tokens[begin : begin + SLICE + WINDOW - 1]
+            which, _ = known.find(window_hashes(tokens))
+            documents = np.append(0, np.cumsum(tokens == BOS))  # that begin before each token
+            which = which[documents[which + WINDOW] == documents[which + 1]]
             found.append(np.sort(which) + begin)
         return np.concatenate(found)
 
@@ -401,15 +404,10 @@ class Overlap:
 
     def in_training(self, begin: int, end: int) -> int:
         """Where training has the first window of the longest run in a document that shares some; its position.
-
-        `begin`, `end`: the document's in validation. A window that begins before the document is taken where the run
-        has no other in it.
-        """
+        `begin`, `end`: the document's in validation."""
         within = np.minimum(self.runs[:, 1], end) - np.maximum(self.runs[:, 0], begin)
         run = self.runs[within.argmax()]
         index = int(np.searchsorted(self.starts, max(run[0], begin)))
-        if index == len(self.starts) or self.starts[index] >= min(run[1], end):
-            index -= 1
         return self.windows.first_in_training(int(self.starts[index]))
 
 

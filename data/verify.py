@@ -246,7 +246,8 @@ def split_notes(found) -> tuple[list[str], list[str]]:
     faults, notes = [], []
     for split in (TRAIN, VAL):
         if split not in found.splits:
-            notes.append(f"no whole shard of the {split} split, so nothing to compare the other with")
+            faults.append(f"no whole shard of the {split} split, so what the other shares with it is unknown; give the "
+                          "folder that is trained on")
         elif not found.begins_with_document(split):
             said = f"the {split} split does not begin with BOS, so not with a document"
             if split == TRAIN:

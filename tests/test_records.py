@@ -151,10 +151,10 @@ VERIFIED = {"date": "2026-01-02", "equal_documents": 3, "shared_documents": 70, 
 CODE = len(t.pack_script(t.SCRIPT.read_bytes()))
 
 
-def knows_of_data(verified: dict | None) -> dict:
-    """Changes by which a run knew that of its data."""
-    return {"log": [(r'^(data \{.*"verified": ).*\}$', rf"\g<1>{json.dumps(verified)}}}")],
-            "summary": [("data.verified", verified)]}
+def knows_of_data(verified: dict | None, states: str = "0") -> dict:
+    """Changes by which a run knew that of its data, and had shards in these states."""
+    return {"log": [(r'^(data \{.*"verified": ).*$', rf'\g<1>{json.dumps(verified)}, "states_sha256": "{states}"}}')],
+            "summary": [("data.verified", verified), ("data.states_sha256", states)]}
 
 
 CLEAN = in_all(moved("/data/fineweb10B_sp1024"), knows_of_data(VERIFIED), {
@@ -370,8 +370,9 @@ def test_the_data_must_have_been_verified(swept, call, tmp_path, monkeypatch, co
               "sha256": t.hashlib.sha256((data / name).read_bytes()).hexdigest()} for name in names]
     told = {key: value for key, value in VERIFIED.items() if key != "sha256"} | {"files": files, "faults": []}
 
-    def of(verified) -> list[str]:
-        changes = in_all(moved(str(data)), knows_of_data(verified))
+    def of(verified, states=None) -> list[str]:
+        states = states or t.hashlib.sha256(json.dumps(t.states_of(data)).encode()).hexdigest()
+        changes = in_all(moved(str(data)), knows_of_data(verified, states))
         return [forged(path, tmp_path / f"{len(list(tmp_path.iterdir()))}", **changes) for path in runs]
 
     runs = clean(swept, tmp_path)
@@ -383,6 +384,8 @@ def test_the_data_must_have_been_verified(swept, call, tmp_path, monkeypatch, co
     (data / "verified.json").write_text(json.dumps(told | {"files": files[:1]}))
     assert "not a record: data not verified" in call(record, *of(None), *options, "a")[2], "a shard came since"
     (data / "verified.json").write_text(json.dumps(told))
+    said = call(record, *of(None, "ab"), *options, "a")[2]
+    assert "error: not a record: data not verified" in said, "it had other shards than those that were verified"
     code, out, err = call(record, *of(None), *options, "later")
     assert code == 0, err
     (folder,) = (tmp_path / "records").glob("*/*_later")
@@ -556,7 +559,7 @@ def test_bad_input_is_one_line(swept, call, tmp_path):
     ("train.seconds", 9.5, "training seconds"), ("seconds.read", 9.5, "seconds of read"), ("seed", 8, "seed"),
     ("config.matrix_lr", 0.5, "MATRIX_LR"), ("caveats", [], "the caveats"),
     ("valid", False, "valid"), ("hardware.name", "H100", "hardware"), ("artifact.bytes_source", 7, "bytes_source"),
-    ("data.verified", VERIFIED, "what it knew of its data"),
+    ("data.verified", VERIFIED, "verified of its data"), ("data.tokenizer_sha256", "0", "tokenizer_sha256 of its data"),
 ])
 def test_an_edited_summary_is_found(swept, call, tmp_path, place, value, figure):
     path = forged(swept[0], tmp_path / "edited", summary=[(place, value)])

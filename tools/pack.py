@@ -56,8 +56,8 @@ def tree_of(source: str) -> str:
         warnings.simplefilter("ignore")
         tree = ast.parse(source.removeprefix("\ufeff"))
     for node in ast.walk(tree):
-        alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        if alone and node not in tree.body:
+        string = isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
+        if string and node not in tree.body:
             node.value = ast.Constant(0)
     return ast.dump(tree)
 

@@ -218,7 +218,8 @@ def check_summary(run: Run):
         pairs += [(f"seconds of {name}", run.spent.get(name), value, 0.0501) for name, value in s["seconds"].items()]
         pairs += [(f"audit {name}", run.audits.get(name), audit.get(name), 0) for name in {**run.audits, **audit}]
     if "data" in s:
-        pairs.append(("what it knew of its data", run.about_data, s["data"], 0))
+        pairs += [(f"{name} of its data", run.about_data.get(name), s["data"].get(name), 0) for name in
+                  sorted(run.about_data.keys() | s["data"].keys())]
     for pair in pairs:
         agree(run, *pair)
     run.reasons, run.spent = s["reasons"], s["seconds"]  # as they were told apart, and exactly
