@@ -11,6 +11,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "tools"))
 import check_record  # noqa: E402
 
+EXAMPLE = "records/track_non_record_16mb/2026-11-24_ThreeSeeds_CPU_10min"
 TARGETS = 62_021_632  # of the published split with 1,024 pieces
 PER_BIT = math.log(2) * 151_470_000 / TARGETS  # nats a token in a bit a byte
 SCORES = {1337: 1.1201, 42: 1.1195, 7: 1.1190}
@@ -128,17 +129,17 @@ def test_files_and_doubled_logs(folder, capsys):
 
 def test_the_tests_against_another_entry(folder, capsys):
     pytest.importorskip("scipy")
-    code, out = checked(folder(), capsys, "--reference-bpb", "1.1233,1.1235,1.1240")
-    strict, board = (line for line in out.splitlines() if line.startswith("test:"))
+    code, out = checked(folder(), capsys, "--reference-bpb", "1.1233,1.1235,1.1240", "--reference-bpb", "1.0")
+    strict, board, *others = (line for line in out.splitlines() if line.startswith("test:"))
     assert "strict: better by 0.005 nats/token, p < 0.01: not passed" in strict
-    assert "on the board: better, p < 0.25: passed" in board
+    assert "on the board: better, p < 0.25: passed" in board and len(others) == 2 and "not passed" in others[1]
     code, out = checked(folder(scores={1: 1.12}), capsys, "--reference-bpb", "1.2")
     assert "one seed: no test is possible" in out
 
 
 def test_our_records_are_held_against_what_record_demands(capsys):
     """As the index does: what keeps these folders from being records is said."""
-    code, out = checked(ROOT / "records/track_non_record_16mb/2026-11-24_ThreeSeeds_CPU_10min", capsys)
+    code, out = checked(ROOT / EXAMPLE, capsys)
     assert code == 1 and "no:      partial split: its first 131072 targets" in out and "not 8 x H100" in out
 
 
@@ -146,6 +147,45 @@ def test_what_cannot_be_checked_is_one_line(folder, capsys):
     path = folder()
     (path / "submission.json").write_text("{")
     for word, said in ((path, "broken JSON"), (path / "nowhere", "no such folder; give that of a record")):
-        assert check_record.main([str(word)]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+        assert check_record.main([str(word), str(ROOT / EXAMPLE)]) == 2, "the worst of all"
+        out, err = capsys.readouterr()
+        assert err.startswith("error: ") and err.count("\n") == 1 and said in err and EXAMPLE in out
+
+
+def test_doubtful_logs_and_figures(folder, capsys):
+    """One log under three names, names that lie, figures that are none, numbers beyond all bounds."""
+    path = folder(scores={1337: 1.12})
+    for name in ("train_seed5", "train_seed6"):
+        shutil.copy(path / "train_seed1337.log", path / f"{name}.log")
+    code, out = checked(path, capsys)
+    assert "ask:     train_seed5.log: is of seed 1337, by its lines" in out and "1 seed(s); a record is shown" in out
+    assert "train_seed1337.log, train_seed5.log, train_seed6.log: the same loss to the last digit" in out
+    path = folder(scores={1: 0.0, 2: 1.12})
+    code, out = checked(path, capsys)
+    assert code == 1 and "no:      train_seed1.log: 0 BPB is no score" in out
+    path = folder(facts=FACTS | {"val_bpb": "1.1", "author": 3})
+    assert "ask:     submission.json: author, val_bpb is not of its kind" in checked(path, capsys)[1]
+    nines = "9" * 5000
+    lines = [f"seed:{nines}", f"Total submission size int6+zstd: {nines} bytes", f"ttt_epoch:1/{nines} loss:1",
+             f"Code size: {nines} bytes"]
+    path = folder(facts=FACTS | {"val_bpb": int("9" * 400)}, tail="\n".join(lines))
+    (path / "prepare.py").write_text('add("--val-docs", default=_)\nadd("--val-docs", default=' + nines + ")\n")
+    (path / "dangling.log").symlink_to(path / "nowhere")
+    (path / "zero.txt").symlink_to("/dev/zero")
+    (path / "folder.log").mkdir()
+    code, out = checked(path, capsys)
+    assert "submission.json: val_bpb is not of its kind" in out and "3 log(s)" in out
+    path = folder(total=13_978_063)
+    for log in path.glob("*.log"):  # as some print it
+        log.write_text(log.read_text().replace("Total submission size int6+zstd: ", "Total submission size: "))
+    assert "how many bytes" not in checked(path, capsys)[1]
+
+
+def test_our_record_with_a_damaged_file_stays_ours(tmp_path, capsys):
+    """What cannot be read of it is a rule broken, not a reason to demand less."""
+    path = tmp_path / "ours"
+    shutil.copytree(ROOT / EXAMPLE, path)
+    log = next(path.glob("train_seed*.log"))
+    log.write_text(log.read_text().replace("val_bpb:1", "val_bpb:2", 1))
+    code, out = checked(path, capsys)
+    assert code == 1 and f"no:      {log.name}: " in out and "one of them was edited" in out

@@ -333,16 +333,22 @@ def tests(logs: list[Facts], theirs: list[float]) -> list[str]:
     return lines
 
 
-def report(folder: Path, theirs: list[float] | None) -> int:
+def report(folder: Path, entries: list[list[float]]) -> int:
     """Print what was found. The exit code: 1 where a rule is seen to be broken."""
-    found, logs = check(folder)
+    try:
+        found, logs = check(folder)
+    except t.UserError:
+        raise
+    except (*t.UNREADABLE, MemoryError) as error:  # whatever lies there
+        said = f"{type(error).__name__}: {t.one_line(error)[:200]}"
+        raise t.UserError(f"{folder}: cannot be checked ({said}); mend its files") from None
     scored = [log.bpb for log in logs]
     mean = f", {statistics.mean(scored):.5f} BPB on average" if scored else ""
     t.show(f"---- {folder}: {len(logs)} log(s){mean}")
     for kind in ("no", "ask", "unknown"):
         for line in dict.fromkeys(getattr(found, kind)):
             t.show(f"{kind + ':':9}{t.one_line(line)}")
-    for line in tests(logs, theirs) if theirs else []:
+    for line in [line for theirs in entries for line in tests(logs, theirs)]:
         t.show(f"{'test:':9}{line}")
     said = "a rule is broken" if found.no else "no rule is seen to be broken"
     t.show(f"{'verdict:':9}{said}" + (f"; {len(set(found.ask))} to ask" if found.ask else ""))
@@ -353,7 +359,8 @@ def launched(argv: list[str]) -> int:
     parser = Parser(prog="./run.sh check-record", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of a record")
-    parser.add_argument("--reference-bpb", type=scores, metavar="X[,X...]", help="scores of an entry, one a seed")
+    parser.add_argument("--reference-bpb", type=scores, action="append", default=[], metavar="X[,X...]",
+                        help="scores of an entry to test against, one a seed; may be given again for another entry")
     options = parser.parse_args(argv)
     codes = [answer(lambda folder: report(Path(folder[0]), options.reference_bpb), [folder], "mend the path")
              for folder in options.folders]

@@ -264,7 +264,12 @@ def scores(word: str) -> list[float]:
 
 def read_idea(path: Path) -> str:
     """The author's words for the README. UserError where there are none."""
-    text = read_text(path).strip()
+    try:
+        text = path.read_bytes().decode().strip()
+    except UnicodeDecodeError:
+        raise t.UserError(f"--idea {path}: not UTF-8; save it as that") from None
+    except OSError as error:
+        raise t.UserError(f"--idea {path}: cannot be read ({error.strerror}); give a text file") from None
     t.require(text, f"--idea {path}: is empty; write what is new, in some sentences")
     return text
 

@@ -155,9 +155,11 @@ def check_submission(runs: list[Run], facts: dict, folder: Path):
             names = ("train_gpt_readable.py", "train_gpt.py") if worker.packed else ("train_gpt.py", "train_gpt.py")
             for name, told in zip(names, (worker.script, worker.code_file), strict=True):
                 path = folder / name
-                code = path.read_bytes() if path.exists() else b""
+                if told and not path.is_file():
+                    raise t.UserError(f"{folder}: has no {name}, which its logs name; put it back")
                 if told:
-                    agree(worker, "the script", told, (len(code), hashlib.sha256(code).hexdigest()), 0,
-                          worker.path.name, name)
+                    agree(worker, "the script's bytes", told[0], path.stat().st_size, 0, worker.path.name, name)
+                    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                    agree(worker, "the script's sha256", told[1], digest, 0, worker.path.name, name)
     most = max(run.total_bytes or 0 for run in runs) or None
     agree(runs[0], "bytes_total", most, facts["bytes_total"], 0, "its logs", "submission.json")
