@@ -233,6 +233,9 @@ def test_pack_says_what_to_mend(tmp_path, packed, capsys):
     damaged = tmp_path / "damaged.py"
     damaged.write_bytes(packed.read_bytes().replace(b'PACKED="', b'PACKED="0000', 1))
     assert pack.main(["--unpack", str(damaged)]) == 2
+    for a, b in ((b"exec(compile(UNPACKED", b"exec(compile(unpacked"), (b"import base64", b"import Base64")):
+        assert packed.read_bytes().count(a) == 1 and t.unpack_script(packed.read_bytes().replace(a, b)) == b""
+    assert t.unpack_script(packed.read_bytes()) == t.lean(SCRIPT.read_text()).encode()
     assert pack.main(["--unpack", str(packed)]) == 0 and capsys.readouterr().out == t.lean(SCRIPT.read_text())
     kept = ["broken.py", "damaged.py", "latin.py", "more.py", "new.py"]
     assert sorted(os.listdir(tmp_path)) == kept, "nothing half-written stays"

@@ -327,7 +327,7 @@ def test_each_reason_is_named(swept, call, tmp_path, monkeypatch, log, summary, 
     assert reason in " ".join(readme.read_text().split("## ")[0].split())
 
 
-def test_what_counts_must_be_what_ran(swept, call, tmp_path):
+def test_what_counts_must_be_what_ran(swept, call, tmp_path, monkeypatch):
     """The packed file of each run: there, of the counted bytes, and the script of its log."""
     options = "--name", "no", "--author", "x", "--non-record"
     folder = Path(forged(swept[0], tmp_path / "run"))
@@ -345,6 +345,8 @@ def test_what_counts_must_be_what_ran(swept, call, tmp_path):
     folder = counting(swept[2], tmp_path / "again", len(packed), (t.UNPACKER % text).encode())
     assert call(record, folder, *options)[0] == 0
     refused(call(record, swept[0], folder, *options[2:], "--name", "two"), "counted another packed script than 1_")
+    monkeypatch.setattr(record, "same_program", lambda *_: False)
+    refused(call(record, swept[0], *options[2:], "--name", "three"), "does not unpack to the script in its train.log")
 
 
 def counting(path, to, before: int, packed: bytes) -> Path:
