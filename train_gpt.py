@@ -3558,10 +3558,15 @@ def read_manifest(folder: Path) -> tuple[str | None, float | None, list[str]]:
     return cut_with, of_a_byte, doubts
 
 
-def states_of(folder: Path) -> dict[str, tuple[int, int]]:
-    """Bytes and time of change of each shard: what tells that shards are those of before, without reading them."""
-    files = {path.name: path.stat() for path in sorted(folder.glob("fineweb_*.bin"))}
-    return {name: (file.st_size, int(file.st_mtime)) for name, file in files.items()}
+def digest_of(states) -> str:
+    """sha256 of the name, bytes and time of change of each shard: by it shards are known again without reading them."""
+    return hashlib.sha256(json.dumps(sorted(states)).encode()).hexdigest()
+
+
+def state_of(folder: Path) -> str:
+    """The digest of the shards as they are."""
+    files = [(path.name, path.stat()) for path in folder.glob("fineweb_*.bin")]
+    return digest_of((name, file.st_size, int(file.st_mtime)) for name, file in files)
 
 
 def read_verified(folder: Path) -> tuple[dict | None, list[str]]:
@@ -3569,8 +3574,7 @@ def read_verified(folder: Path) -> tuple[dict | None, list[str]]:
     seen them as they are. With it, what speaks against a score on them."""
     with contextlib.suppress(*UNREADABLE):
         found = json.loads((folder / "verified.json").read_bytes())
-        seen = {file["name"]: (file["bytes"], file["mtime"]) for file in found["files"]}
-        if seen == states_of(folder):
+        if digest_of((file["name"], file["bytes"], file["mtime"]) for file in found["files"]) == state_of(folder):
             sums = sorted((file["name"], file["sha256"]) for file in found["files"])
             lines = "".join(f"{digest}  {name}\n" for name, digest in sums)  # as sha256sum fineweb_*.bin prints them
             told = {name: found[name] for name in ("date", "equal_documents", "shared_documents", "shared_tokens")}
@@ -3599,7 +3603,7 @@ def open_inputs(cfg: Config, process: Process, past: Past | None, seconds: dict,
     tokenizer, (cut_with, of_a_byte, doubts) = Tokenizer(path, cfg.vocab_size), read_manifest(folder)
     verified, faults = read_verified(folder)
     data = {"tokenizer_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "verified": verified,
-            "states_sha256": hashlib.sha256(json.dumps(states_of(folder)).encode()).hexdigest()}
+            "state_sha256": state_of(folder)}
     require(cut_with in (None, data["tokenizer_sha256"]), f"TOKENIZER_PATH={path}: not the "
             f"tokenizer that cut the data, by {folder / 'manifest.json'}; give that one, or other data: ./run.sh data "
             f"--variant sp{cfg.vocab_size} fetches FineWeb's")

@@ -19,7 +19,7 @@ both splits have with other tokens, or in runs under 64 tokens.
 What it finds is written to FOLDER/verified.json, which train_gpt.py reads. It is stale where a shard came or went, or
 one's size or time of change is another:
 
-    version 1; date
+    date
     files: name, tokens (null where the header is wrong), bytes, mtime (whole seconds) and sha256 of each shard
     tokenizer: name and sha256, or null
     splits: tokens and documents of each, and targets of val (tokens - 1); null where there is none
@@ -47,7 +47,6 @@ from texts import TRAIN, VAL
 from tokenizer import Tokenizer
 
 RESULT = "verified.json"
-VERSION = 1
 NAMED = 20  # documents that are named, of each kind
 SHOWN = 60  # characters of a document that are shown
 SHORT = 64  # tokens; an equal document with fewer may well be chance
@@ -288,7 +287,7 @@ def check(folder: Path, jobs: int) -> dict:
         splits[VAL]["targets"] = splits[VAL]["tokens"] - 1
     origin = origin_of(folder)
     result = {
-        "version": VERSION, "date": time.strftime("%Y-%m-%d"), "files": files,
+        "date": time.strftime("%Y-%m-%d"), "files": files,
         "tokenizer": tokenizer and {"name": path.name, "sha256": tokenizer.facts()["sha256"]}, "splits": splits,
         "published": origin.get("repository") in REPOS.values() and bool(origin.get("revision")),
     } | overlap_facts(found, tokenizer)

@@ -18,6 +18,7 @@ from conftest import ROOT, TINY, clean_environment
 
 sys.path.insert(0, str(ROOT / "tools"))
 import audit  # noqa: E402
+import check_record  # noqa: E402
 import figures  # noqa: E402
 import record  # noqa: E402
 import record_checks  # noqa: E402
@@ -151,10 +152,10 @@ VERIFIED = {"date": "2026-01-02", "equal_documents": 3, "shared_documents": 70, 
 CODE = len(t.pack_script(t.SCRIPT.read_bytes()))
 
 
-def knows_of_data(verified: dict | None, states: str = "0") -> dict:
-    """Changes by which a run knew that of its data, and had shards in these states."""
-    return {"log": [(r'^(data \{.*"verified": ).*$', rf'\g<1>{json.dumps(verified)}, "states_sha256": "{states}"}}')],
-            "summary": [("data.verified", verified), ("data.states_sha256", states)]}
+def knows_of_data(verified: dict | None, state: str = "0") -> dict:
+    """Changes by which a run knew that of its data, and had shards in this state."""
+    return {"log": [(r'^(data \{.*"verified": ).*$', rf'\g<1>{json.dumps(verified)}, "state_sha256": "{state}"}}')],
+            "summary": [("data.verified", verified), ("data.state_sha256", state)]}
 
 
 CLEAN = in_all(moved("/data/fineweb10B_sp1024"), knows_of_data(VERIFIED), {
@@ -345,8 +346,41 @@ def test_what_counts_must_be_what_ran(swept, call, tmp_path, monkeypatch):
     folder = counting(swept[2], tmp_path / "again", len(packed), (t.UNPACKER % text).encode())
     assert call(record, folder, *options)[0] == 0
     refused(call(record, swept[0], folder, *options[2:], "--name", "two"), "counted another packed script than 1_")
-    monkeypatch.setattr(record, "same_program", lambda *_: False)
+    monkeypatch.setattr(record, "packs", lambda *_: False)
     refused(call(record, swept[0], *options[2:], "--name", "three"), "does not unpack to the script in its train.log")
+
+
+def test_a_record_of_float_weights_has_the_packed_script_too(launch, call, monkeypatch):
+    """Without an artifact no bytes are counted; the script is packed all the same."""
+    monkeypatch.setattr(figures, "pictures", lambda *_: [])
+    run = launch(EXPORT_ENABLED=0, CODE_BYTES="packed", ITERATIONS=2)
+    code, out, err = call(record, run.folder, "--name", "float", "--author", "x", "--non-record")
+    assert code == 0, err
+    (folder,) = Path("records").glob("*/*_float")
+    assert t.unpack_script((folder / "train_gpt.py").read_bytes()) == t.lean(t.SCRIPT.read_text()).encode()
+    assert (folder / "train_gpt_readable.py").read_bytes() == t.SCRIPT.read_bytes()
+
+
+def test_a_record_whose_script_does_more_is_found(swept, call, tmp_path, monkeypatch):
+    """Though its size and sha256 are those that its logs name."""
+    monkeypatch.setattr(figures, "pictures", lambda *_: [])
+    assert call(record, swept[0], "--name", "a", "--author", "x", "--non-record")[0] == 0
+    (folder,) = (tmp_path / "records").glob("*/*_a")
+    honest = (folder / "train_gpt.py").read_bytes()
+    other = honest.replace(b"exec(compile(UNPACKED,", b"exec(compile(UNPACKED+'',")
+    (folder / "train_gpt.py").write_bytes(other)
+    told = f"code counted: {len(other)} bytes, sha256 {t.hashlib.sha256(other).hexdigest()}"
+    for log in folder.glob("*.log"):
+        text = re.sub(r"^code counted: .*", told, log.read_text(), flags=re.M)
+        text = re.sub(r"^(Code size .compressed.: )\d+", rf"\g<1>{len(other)}", text, flags=re.M)
+        log.write_text(re.sub(r"^(Total submission size int6\+zstd: )(\d+)", lambda m: f"{m[1]}{int(m[2]) + 3}", text,
+                              flags=re.M))
+    facts = json.loads((folder / "submission.json").read_text())
+    facts["bytes_total"] += 3
+    facts["seed_results"]["13"]["bytes_total"] += 3
+    (folder / "submission.json").write_text(json.dumps(facts))
+    code, out, err = call(check_record, folder)
+    assert code == 1 and "train_gpt.py does something else than to run train_gpt_readable.py" in out, out
 
 
 def counting(path, to, before: int, packed: bytes) -> Path:
@@ -372,9 +406,8 @@ def test_the_data_must_have_been_verified(swept, call, tmp_path, monkeypatch, co
               "sha256": t.hashlib.sha256((data / name).read_bytes()).hexdigest()} for name in names]
     told = {key: value for key, value in VERIFIED.items() if key != "sha256"} | {"files": files, "faults": []}
 
-    def of(verified, states=None) -> list[str]:
-        states = states or t.hashlib.sha256(json.dumps(t.states_of(data)).encode()).hexdigest()
-        changes = in_all(moved(str(data)), knows_of_data(verified, states))
+    def of(verified, state=None) -> list[str]:
+        changes = in_all(moved(str(data)), knows_of_data(verified, state or t.state_of(data)))
         return [forged(path, tmp_path / f"{len(list(tmp_path.iterdir()))}", **changes) for path in runs]
 
     runs = clean(swept, tmp_path)

@@ -26,11 +26,10 @@ import runs as reader  # noqa: E402
 from command_line import Parser, answer  # noqa: E402
 from record import scores  # noqa: E402
 from record_checks import LIMIT_SECONDS, check_submission, reasons_against  # noqa: E402
-from record_text import submitted  # noqa: E402
+from record_text import SEEDS, submitted  # noqa: E402
 from run_checks import is_number  # noqa: E402
 from run_log import LIMIT_BYTES, read_text, t  # noqa: E402
 
-SEEDS = 3  # that a record is shown with
 LAST_STEP = 1.0  # seconds that a training may go on after its cap: the step in progress is finished
 SPLIT_BYTES = (149.5e6, 153.0e6)  # of FineWeb's validation text; the published tokenizers count 151.1 to 151.5 million
 SPLIT_DOCUMENTS = 50_000
@@ -50,7 +49,6 @@ TRAINED = re.compile(r"train_time: ?(\d{1,12}(?:\.\d+)?)(ms|s|m)\b")
 TOTAL = re.compile(r"(?:Total submission size \S+: (\d{1,15}) bytes|budget:(\d{1,15})/16000000)")
 PLAIN_TOTAL = re.compile(r"Total submission size: (1\d{7}|\d{1,7}) bytes")  # other scripts print the model's own so
 MODEL = re.compile(r"Serialized model \S+: (\d{1,15}) bytes")
-CODE = re.compile(r"Code size(?: \(compressed\))?: (\d{1,15}) bytes")
 TARGETS = re.compile(r"(?:val_loader:.*?tokens:|val_tokens: ?)(\d{1,15})\b")
 DOCUMENTS = re.compile(r"\w+: ?total_docs:(\d{1,15})\b")
 SEED = re.compile(r"(?:\s+|.*\b)?seed[:=] ?(\d{1,12})\b")
@@ -73,7 +71,6 @@ class Facts:
     training: float | None = None
     total: int | None = None  # bytes
     model: int | None = None
-    code: int | None = None
     targets: int | None = None
     documents: int | None = None
     tokenizer: str = ""
@@ -125,8 +122,8 @@ def read_facts(path: Path) -> Facts:
 
 def add_fact(facts: Facts, line: str):
     """Take in a line that tells one of the plain facts."""
-    for pattern, name in ((MODEL, "model"), (CODE, "code"), (TARGETS, "targets"), (DOCUMENTS, "documents"),
-                          (RANKS, "ranks"), (SEED, "seed")):
+    for pattern, name in ((MODEL, "model"), (TARGETS, "targets"), (DOCUMENTS, "documents"), (RANKS, "ranks"),
+                          (SEED, "seed")):
         if m := pattern.match(line):
             setattr(facts, name, int(m[1]))
             return

@@ -41,6 +41,12 @@ def read_source(path: Path) -> bytes:
     return source
 
 
+def packs(packed: bytes, source: bytes) -> bool:
+    """Whether a packed script runs what this one does, and nothing else."""
+    short = t.lean(source.decode())
+    return t.unpack_script(packed) == short.encode() and same_program(source.decode(), short)
+
+
 def same_program(source: str, short: str) -> bool:
     """Whether a script and what t.lean makes of it have the same syntax tree, docstrings apart."""
     try:

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 from audit import CHECKS
+from pack import packs
 from run_checks import agree
 from run_log import LIMIT_BYTES, ROOT, Run, read_text, t
 from runs import data_of, hardware_of
@@ -73,8 +74,7 @@ def verified_of(run: Run) -> dict | None:
         path = run.path.with_name("data.json")
         return facts_of_data(read_text(path), path) if path.is_file() else None
     folder = Path(run.config.get("data_path") or "nowhere")
-    states = hashlib.sha256(json.dumps(t.states_of(folder)).encode()).hexdigest()
-    return t.read_verified(folder)[0] if states == run.about_data.get("states_sha256") else None
+    return t.read_verified(folder)[0] if t.state_of(folder) == run.about_data.get("state_sha256") else None
 
 
 def against_data(run: Run) -> list[str]:
@@ -161,5 +161,8 @@ def check_submission(runs: list[Run], facts: dict, folder: Path):
                     agree(worker, "the script's bytes", told[0], path.stat().st_size, 0, worker.path.name, name)
                     digest = hashlib.sha256(path.read_bytes()).hexdigest()
                     agree(worker, "the script's sha256", told[1], digest, 0, worker.path.name, name)
+            if worker.packed and not packs(*((folder / name).read_bytes() for name in reversed(names))):
+                raise t.UserError(f"{folder}: train_gpt.py does something else than to run train_gpt_readable.py; put "
+                                  "back what the run left")
     most = max(run.total_bytes or 0 for run in runs) or None
     agree(runs[0], "bytes_total", most, facts["bytes_total"], 0, "its logs", "submission.json")

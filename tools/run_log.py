@@ -143,7 +143,8 @@ class Run:
     @property
     def packed(self) -> bool:
         """Whether the file that counts as its code is another one than its script."""
-        return self.source_bytes is not None
+        source = len(self.code) or (self.script or (0,))[0]
+        return bool(source and self.code_file) and self.code_file[0] != source
 
     # -- with what other runs did for it
 

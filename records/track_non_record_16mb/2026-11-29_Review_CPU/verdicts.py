@@ -68,6 +68,7 @@ def entries(clone: Path) -> Iterator[tuple[str, str, str, list[str]]]:
 
 
 def main(clone: Path):
+    few, readable, leaps = set(), set(), {"accepted": [], CACHE: []}
     for whose, tree, folder, files in entries(clone):
         with tempfile.TemporaryDirectory() as place:
             taken_out(clone, tree, files, Path(place))
@@ -77,6 +78,14 @@ def main(clone: Path):
         reasons = {kind.partition(": ")[2] or kind for kind in kinds}
         broken = "; ".join(sorted(reasons)) or "nothing broken"
         print(f"{whose:8} {folder[:56]:56} {len(logs)} logs | {said} | {broken} | {len(set(found.ask))} to ask")
+        if whose == "merged":
+            few |= {folder for line in found.ask if "seed(s); a record is shown" in line}
+            readable |= {folder for line in found.ask if "with which it is over the limit" in line}
+        if said in leaps:
+            leaps[said] += [log.plain - log.bpb for log in logs]
+    cached = min(leap for leap in leaps[CACHE] if leap > check_record.LEAP)
+    print(f"merged: {len(few)} with fewer than three seeds, {len(readable)} with a readable script where a packed one was")
+    print(f"counted; evaluations gain at most {max(leaps['accepted']):.4f} BPB, those with a cache at least {cached:.4f}")
 
 
 if __name__ == "__main__":
