@@ -84,8 +84,8 @@ def main(clone: Path):
         if said in leaps:
             leaps[said] += [log.plain - log.bpb for log in logs]
     cached = min(leap for leap in leaps[CACHE] if leap > check_record.LEAP)
-    print(f"merged: {len(few)} with fewer than three seeds, {len(readable)} with a readable script where a packed one was")
-    print(f"counted; evaluations gain at most {max(leaps['accepted']):.4f} BPB, those with a cache at least {cached:.4f}")
+    print(f"merged: {len(few)} with fewer than three seeds, {len(readable)} with a readable script where a packed")
+    print(f"one was counted; evaluations gain at most {max(leaps['accepted']):.4f} BPB, with a cache {cached:.4f} or more")
 
 
 if __name__ == "__main__":
