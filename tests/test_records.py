@@ -660,7 +660,7 @@ def test_a_cut_split_is_said_by_the_run(swept, call, tmp_path):
                       (r'^(preset:.*"VOCAB_SIZE": )400', r"\g<1>1024")],
               "summary": [("config.vocab_size", 1024), ("overrides.VOCAB_SIZE", 1024)]}
     path = forged(swept[0], tmp_path / "cut", **in_all(CLEAN, pieces))
-    refused(call(show, path), "its lines show 'not the published split:', its notes do not say so")
+    refused(call(show, path), "its lines show 'not the published split: 1001 targets, there about 62021632', its notes")
 
 
 def test_the_artifact_and_the_sweep_tell_more(swept, call, tmp_path, monkeypatch):

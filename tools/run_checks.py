@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 from run_log import SCORES, Chunk, Point, Run, artifact, read_text, redo, t
 
@@ -158,9 +159,10 @@ def check_notes(run: Run):
                   "was edited: give the run as it was left")
     name = Path(config.get("data_path", "fineweb10B")).name
     shown += [] if name.startswith("fineweb10B") else [f"not the challenge's data: {name}"]
-    published = t.PUBLISHED_TARGETS.get(config.get("vocab_size"))
-    if published and name == f"fineweb10B_sp{config['vocab_size']}" and not config.get("val_token_limit"):
-        shown += ["not the published split: "] * (run.targets is not None and run.targets // 2048 * 2048 != published)
+    if run.targets is not None and not config.get("val_token_limit"):
+        data = SimpleNamespace(data_path=name, vocab_size=config.get("vocab_size"))
+        whole = SimpleNamespace(targets=run.targets, complete=True)
+        shown += [text for holds, text in t.split_caveats(data, whole) if holds]
     if machine and (machine["world_size"] != 8 or "H100" not in machine["name"]):
         shown.append(f"not 8 x H100: {machine['world_size']} x {machine['name']}")
     shown += ["resumed "] * run.again + ["steps that were not finite were dropped"] * (run.dropped and not run.again)
