@@ -85,7 +85,7 @@ def main(clone: Path):
             leaps[said] += [log.plain - log.bpb for log in logs]
     cached = min(leap for leap in leaps[CACHE] if leap > check_record.LEAP)
     print(f"merged: {len(few)} with fewer than three seeds, {len(readable)} with a readable script for a packed one")
-    print(f"evaluations of merged ones gain {max(leaps['accepted']):.4f} BPB at most, with a cache {cached:.4f} or more")
+    print(f"evaluations of those gain {max(leaps['accepted']):.4f} BPB at most, with a cache {cached:.4f} or more")
 
 
 if __name__ == "__main__":
